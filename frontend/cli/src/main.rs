@@ -1,0 +1,2 @@
+//! The `moec` binary.
+fn main() {}
