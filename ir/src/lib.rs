@@ -1,1 +1,24 @@
-//! Placeholder.
+//! The graph IR of moec: what a mixture-of-experts layer computes.
+//!
+//! A [`Graph`] holds [`Op`]s that compute one value each. Values are tensors, routes (which
+//! experts each row uses), and rows sorted by expert ([`Type`]). Sizes are constants or
+//! expressions in the number of tokens `T` ([`Dim`]). The ops are a closed set of composable
+//! operations (`ops`), from which every router and expert form is built; fusion adds kernel ops,
+//! whose meaning is the graph that they hold ([`ops::Kernel`]).
+//!
+//! This crate reads no file and knows no target.
+
+mod dim;
+mod dtype;
+mod graph;
+mod op;
+pub mod ops;
+mod types;
+mod weight;
+
+pub use dim::Dim;
+pub use dtype::DType;
+pub use graph::{Graph, Node, NodeId, Output, Part};
+pub use op::Op;
+pub use types::{RaggedType, RouteType, TensorType, Type};
+pub use weight::{Extent, Packing, Source, View, Weight, WeightName, WeightSpec};

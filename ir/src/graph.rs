@@ -1,0 +1,235 @@
+//! The graph: nodes with one value each, over petgraph.
+
+use crate::{DType, Op, Type, Weight, WeightName};
+use indexmap::IndexMap;
+use petgraph::{Direction, stable_graph::NodeIndex, stable_graph::StableDiGraph, visit::EdgeRef};
+use std::collections::BTreeSet;
+
+/// A node, which is also the value that it computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub(crate) u32);
+
+impl NodeId {
+    /// Position in the graph's storage; stable while the node lives.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+    fn raw(self) -> NodeIndex<u32> {
+        NodeIndex::new(self.0 as usize)
+    }
+}
+
+/// An operation in a graph.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    /// What it computes.
+    pub op: Op,
+    /// Name in the user's file or IR text, without `%`. Names are unique in a graph.
+    pub name: String,
+    /// Type that the stored value is rounded to, where the model rounds between ops.
+    /// `None`: the value stays in the arithmetic type (f32).
+    pub round: Option<DType>,
+    /// Type of the value, set by [`Graph::infer`].
+    pub ty: Option<Type>,
+}
+
+/// Which part of a value an output exposes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Part {
+    /// The value itself (a tensor).
+    Whole,
+    /// Expert ids of a route, `[rows, slots]` i32.
+    Idx,
+    /// Weights of a route, `[rows, slots]` f32.
+    Weights,
+}
+
+/// A named result.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// Name in the interface.
+    pub name: String,
+    /// The value.
+    pub node: NodeId,
+    /// Which part of it.
+    pub part: Part,
+}
+
+/// One layer, or a chain of layers: a graph of ops with weights by name.
+#[derive(Clone, Debug, Default)]
+pub struct Graph {
+    /// Name of the graph; a C identifier.
+    pub name: String,
+    /// Weights by name, in order of first use.
+    pub weights: IndexMap<WeightName, Weight>,
+    /// Results, in the order of the interface.
+    pub outputs: Vec<Output>,
+    /// Whether results may depend on the other rows of the batch.
+    pub batch_dependent: bool,
+    dag: StableDiGraph<Node, u32>,
+}
+
+impl PartialEq for Graph {
+    fn eq(&self, other: &Self) -> bool {
+        let shape = |g: &Self| -> Vec<(Node, Vec<usize>)> {
+            let order = g.order();
+            let rank = |n: NodeId| order.iter().position(|m| *m == n).unwrap_or(usize::MAX);
+            order.iter().map(|n| (g.node(*n).clone(), g.operands(*n).into_iter().map(rank).collect())).collect()
+        };
+        let outputs = |g: &Self| -> Vec<(String, usize, Part)> {
+            let order = g.order();
+            g.outputs
+                .iter()
+                .map(|o| (o.name.clone(), order.iter().position(|m| *m == o.node).unwrap_or(usize::MAX), o.part))
+                .collect()
+        };
+        self.name == other.name
+            && self.weights == other.weights
+            && self.batch_dependent == other.batch_dependent
+            && shape(self) == shape(other)
+            && outputs(self) == outputs(other)
+    }
+}
+
+impl Graph {
+    /// An empty graph.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..Self::default() }
+    }
+
+    /// Adds a node after its operands. A taken name gets a number appended.
+    pub fn add(&mut self, name: impl Into<String>, op: Op, operands: &[NodeId]) -> NodeId {
+        let name = self.free_name(name.into());
+        let node = self.dag.add_node(Node { op, name, round: None, ty: None });
+        let id = NodeId(u32::try_from(node.index()).unwrap_or(u32::MAX));
+        for (i, operand) in operands.iter().enumerate() {
+            self.dag.add_edge(operand.raw(), node, u32::try_from(i).unwrap_or(u32::MAX));
+        }
+        id
+    }
+
+    fn free_name(&self, name: String) -> String {
+        let taken: BTreeSet<&str> = self.dag.node_weights().map(|n| n.name.as_str()).collect();
+        if !name.is_empty() && !taken.contains(name.as_str()) {
+            return name;
+        }
+        let stem = if name.is_empty() { "v" } else { &name };
+        (1u64..).map(|i| format!("{stem}_{i}")).find(|n| !taken.contains(n.as_str())).unwrap_or_default()
+    }
+
+    /// Declares a result.
+    pub fn output(&mut self, name: impl Into<String>, node: NodeId, part: Part) {
+        self.outputs.push(Output { name: name.into(), node, part });
+    }
+
+    /// The node behind an id of this graph.
+    ///
+    /// # Panics
+    /// When the node was removed or belongs to another graph, which is a bug of the caller.
+    pub fn node(&self, id: NodeId) -> &Node {
+        &self.dag[id.raw()]
+    }
+
+    /// The node behind an id, to change.
+    ///
+    /// # Panics
+    /// As [`Graph::node`].
+    pub fn node_mut(&mut self, id: NodeId) -> &mut Node {
+        &mut self.dag[id.raw()]
+    }
+
+    /// Whether the node is still part of the graph.
+    pub fn contains(&self, id: NodeId) -> bool {
+        self.dag.contains_node(id.raw())
+    }
+
+    /// Operands of a node, in order.
+    pub fn operands(&self, id: NodeId) -> Vec<NodeId> {
+        let mut edges: Vec<(u32, NodeId)> = self
+            .dag
+            .edges_directed(id.raw(), Direction::Incoming)
+            .map(|e| (*e.weight(), NodeId(u32::try_from(e.source().index()).unwrap_or(u32::MAX))))
+            .collect();
+        edges.sort_unstable();
+        edges.into_iter().map(|(_, n)| n).collect()
+    }
+
+    /// Users of a node, in order of creation; a node that uses the value twice appears twice.
+    pub fn users(&self, id: NodeId) -> Vec<NodeId> {
+        let mut users: Vec<NodeId> = self
+            .dag
+            .edges_directed(id.raw(), Direction::Outgoing)
+            .map(|e| NodeId(u32::try_from(e.target().index()).unwrap_or(u32::MAX)))
+            .collect();
+        users.sort_unstable();
+        users
+    }
+
+    /// Whether the value is a result of the graph.
+    pub fn is_output(&self, id: NodeId) -> bool {
+        self.outputs.iter().any(|o| o.node == id)
+    }
+
+    /// All nodes, in the order in which they were added.
+    pub fn ids(&self) -> Vec<NodeId> {
+        self.dag.node_indices().map(|n| NodeId(u32::try_from(n.index()).unwrap_or(u32::MAX))).collect()
+    }
+
+    /// All nodes, operands before users, otherwise in the order of creation.
+    /// Nodes on a cycle are left out, so a short order means a cycle.
+    pub fn order(&self) -> Vec<NodeId> {
+        let mut waiting: IndexMap<NodeId, usize> =
+            self.ids().into_iter().map(|n| (n, self.operands(n).len())).collect();
+        let mut ready: BTreeSet<NodeId> = waiting.iter().filter(|(_, n)| **n == 0).map(|(id, _)| *id).collect();
+        let mut order = Vec::with_capacity(waiting.len());
+        while let Some(id) = ready.pop_first() {
+            order.push(id);
+            for user in self.users(id) {
+                if let Some(left) = waiting.get_mut(&user) {
+                    *left -= 1;
+                    if *left == 0 {
+                        ready.insert(user);
+                    }
+                }
+            }
+        }
+        order
+    }
+
+    /// Inputs, in the order of the interface.
+    pub fn inputs(&self) -> Vec<NodeId> {
+        self.ids().into_iter().filter(|n| matches!(self.node(*n).op, Op::Input(_))).collect()
+    }
+
+    /// The node of this name.
+    pub fn find(&self, name: &str) -> Option<NodeId> {
+        self.ids().into_iter().find(|n| self.node(*n).name == name)
+    }
+
+    /// Lets users of `old`, and the outputs, use `new` instead.
+    pub fn replace_uses(&mut self, old: NodeId, new: NodeId) {
+        let edges: Vec<_> = self
+            .dag
+            .edges_directed(old.raw(), Direction::Outgoing)
+            .map(|e| (e.id(), e.target(), *e.weight()))
+            .collect();
+        for (edge, target, position) in edges {
+            if target != new.raw() {
+                self.dag.remove_edge(edge);
+                self.dag.add_edge(new.raw(), target, position);
+            }
+        }
+        for output in &mut self.outputs {
+            if output.node == old {
+                output.node = new;
+            }
+        }
+    }
+
+    /// Removes a node without users; a node that is still used stays.
+    pub fn remove(&mut self, id: NodeId) {
+        if self.users(id).is_empty() && !self.is_output(id) {
+            self.dag.remove_node(id.raw());
+        }
+    }
+}

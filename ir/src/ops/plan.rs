@@ -1,0 +1,16 @@
+//! Positions of rows sorted by expert.
+
+use super::{is_one, one};
+use serde::{Deserialize, Serialize};
+
+/// `%p = plan %r`: counts, offsets and gather map of a route, without moving data.
+///
+/// Made by `plan-dispatch`; sorting is by expert, then by row and slot, so it is stable and
+/// deterministic. Experts without rows take no space and nothing is padded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// One route row covers this many consecutive tokens.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub repeat: u64,
+}

@@ -1,0 +1,72 @@
+//! Weights of the selected slots.
+
+use super::{is_default, is_unit, unit};
+use crate::WeightName;
+use serde::{Deserialize, Serialize};
+
+/// `%r = weigh %q, %s {norm = "sum"}`: weights of the slots, in the order of the attributes.
+///
+/// Operands: the route; the scores (absent: the route's own); then the one-column routes of
+/// `drop_rows` and `keep_rows`, where those flags are set.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Weigh {
+    /// All weights are 1.
+    #[serde(default, rename = "const", skip_serializing_if = "is_default")]
+    pub constant: bool,
+    /// Applied over the selected slots.
+    #[serde(default, rename = "fn", skip_serializing_if = "is_default")]
+    pub function: WeighFn,
+    /// Ids from here on are null experts: their weight is 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub real: Option<u64>,
+    /// Slots after the first go when their weight is below this share of the first weight.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drop_below: Option<f64>,
+    /// Rows in the `drop_rows` operand lose all slots.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub drop_rows: bool,
+    /// Rows in the `keep_rows` operand keep all slots.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub keep_rows: bool,
+    /// Divides by the norm of the row plus `eps`; a zero row stays 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub norm: Option<WeighNorm>,
+    /// Added to the norm before dividing.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub eps: f64,
+    /// The divisor is at least this (ERNIE's `moe_norm_min`).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub floor: f64,
+    /// Learned factor of each expert, `[experts]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert_scale: Option<WeightName>,
+    /// Factor of all weights.
+    #[serde(default = "unit", skip_serializing_if = "is_unit")]
+    pub scale: f64,
+}
+
+/// Functions over the selected slots of a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeighFn {
+    /// The gathered scores.
+    #[default]
+    None,
+    /// Softmax over the filled slots.
+    Softmax,
+    /// Sigmoid of each.
+    Sigmoid,
+}
+
+/// Norms of a row of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeighNorm {
+    /// Sum of the weights.
+    Sum,
+    /// Sum of the absolute values (DBRX with order 1).
+    L1,
+    /// Euclidean norm (DBRX with order 2).
+    L2,
+}

@@ -1,0 +1,139 @@
+//! Weight slots: from checkpoint tensors to packed bytes, as data.
+
+use crate::DType;
+use serde::{Deserialize, Serialize};
+
+/// Encoding of a stored tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Packing {
+    /// Elements of a number type.
+    Plain,
+    /// FP8 with one f32 factor per tile of `block` rows and columns.
+    Fp8Block {
+        /// Name of the tensor of factors.
+        scale: String,
+        /// Rows and columns of a tile.
+        block: [u64; 2],
+    },
+    /// OCP MXFP4: pairs of codes in bytes (low nibble first), one power of two (biased by 127) per 32.
+    Mxfp4 {
+        /// Name of the tensor of shared exponents.
+        scales: String,
+    },
+}
+
+/// One step from a stored tensor to a matrix; see the field of the same name in the graph IR.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum View {
+    /// Entry `e` (the expert) of axis 0.
+    Expert,
+    /// Entry `index` of axis 0.
+    Index {
+        /// Position on axis 0.
+        index: u64,
+    },
+    /// Rows `e * rows .. (e + 1) * rows` of axis 0.
+    ExpertRows {
+        /// Rows of one expert.
+        rows: u64,
+    },
+    /// `len` entries of `axis` from `start`, `step` apart.
+    Slice {
+        /// Axis, from the outermost.
+        axis: u64,
+        /// First entry.
+        start: u64,
+        /// Entries.
+        len: u64,
+        /// Distance.
+        step: u64,
+    },
+    /// Swap the last two axes.
+    Transpose,
+    /// Another shape for the same elements.
+    Reshape {
+        /// Sizes, outermost first.
+        shape: Vec<u64>,
+    },
+}
+
+/// Where the values of a matrix are stored.
+///
+/// In tensor names `{e}` is the expert's number (after `base_id`), `{p}` the prefix of the layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Name of the checkpoint tensor.
+    pub tensor: String,
+    /// Its encoding.
+    pub packing: Packing,
+    /// Steps from the decoded tensor to the value.
+    pub view: Vec<View>,
+    /// Type that decoded values are rounded to.
+    pub dtype: DType,
+}
+
+/// One of the matrices of a slot: `rows x columns` values of each expert; vectors have one column.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Matrix {
+    /// Where the values come from.
+    pub source: Source,
+    /// Rows (outputs) per expert: one number for all, or one for each.
+    pub rows: Vec<u64>,
+    /// Columns (inputs) per expert: one number for all, or one for each.
+    pub columns: Vec<u64>,
+}
+
+/// Order of the elements of a slot.
+///
+/// `e` is the expert, `m` the matrix of the slot, `r` its row (output), `c` its column (input).
+/// Places outside a matrix hold zero.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// `[e][m][r][c]`, columns padded to a multiple of `columns`.
+    Rows {
+        /// Unit of the padded row length, in elements.
+        columns: u64,
+    },
+    /// `[e][r / panel][m][c / depth][r % panel][c % depth]`: panels of `panel` output rows; the
+    /// matrices of a slot alternate panel by panel, so that gate and up of the same outputs are neighbours.
+    Panels {
+        /// Output rows of a panel.
+        panel: u64,
+        /// Neighbouring inputs of one output.
+        depth: u64,
+        /// Inputs are padded to a multiple of this.
+        columns: u64,
+    },
+    /// `[e][r / block][m][r % block][c]`: `block` rows of each matrix alternate; rows padded to a multiple
+    /// of `block`, columns to a multiple of `columns`. The tensor-core kernels pair gate and up rows so.
+    Interleaved {
+        /// Rows of one matrix before the next matrix follows.
+        block: u64,
+        /// Unit of the padded row length, in elements.
+        columns: u64,
+    },
+}
+
+/// Packed weights: what a kernel reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slot {
+    /// Name for people.
+    pub name: String,
+    /// Experts in the slot; 1 for weights that are not per expert.
+    pub experts: u64,
+    /// Number of the first expert in tensor names and views.
+    pub first_expert: u64,
+    /// Matrices that are packed together; equal rows and columns.
+    pub matrices: Vec<Matrix>,
+    /// Order of the elements.
+    pub layout: Layout,
+    /// Element type of the packed values.
+    pub dtype: DType,
+    /// Bytes of the packed slot.
+    pub bytes: u64,
+    /// Byte offset of each expert; one entry more than experts.
+    pub offsets: Vec<u64>,
+}
