@@ -8,6 +8,7 @@
 //!
 //! This crate reads no file and knows no target.
 
+pub mod diag;
 mod dim;
 mod dtype;
 mod graph;
@@ -16,6 +17,7 @@ pub mod ops;
 mod types;
 mod weight;
 
+pub use diag::{Code, Diagnostic, Label, Severity, Span};
 pub use dim::Dim;
 pub use dtype::DType;
 pub use graph::{Graph, Node, NodeId, Output, Part};

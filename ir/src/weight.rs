@@ -4,7 +4,7 @@ use crate::DType;
 use serde::{Deserialize, Serialize};
 
 /// Name of a weight of the graph. `{e}` stands for the expert's number inside its bank part,
-/// `{g}` for the group of a factored weight, `{l}` for the layer.
+/// `{g}` for the group of a factored weight. Names are relative to the layer.
 pub type WeightName = String;
 
 /// A size of a weight: the same for all experts, or one for each.
@@ -51,7 +51,7 @@ pub struct Weight {
 /// How to read a weight from checkpoint tensors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
-    /// Checkpoint tensor; `{e}`, `{g}` and `{l}` are replaced as in [`WeightName`].
+    /// Checkpoint tensor; `{p}` is the prefix of the layer in the checkpoint, `{e}` and `{g}` are replaced as in [`WeightName`].
     pub tensor: String,
     /// Encoding of that tensor.
     pub packing: Packing,
