@@ -1,0 +1,374 @@
+//! Time and memory of a training step for one choice.
+//!
+//! Layer times depend on few sizes and are computed once for each of them
+//! ([`LayerSet`]); what depends on the pipeline, recomputation and sharding is
+//! added per choice, in well under a microsecond, which makes searches cheap.
+
+use crate::{
+    calibration::{Software, TrainCalibration},
+    choice::{Recompute, Request, Sharding},
+    cluster::Cluster,
+    collective::{Collective, Span, collective_seconds},
+    layer::{Kind, LayerCx, LayerTimes, Op, layer_ops, logits_ops},
+    mapping::Mapping,
+    memory::{self, FIXED_BUFFERS, FRAGMENTATION, LocalParameters, Memory, ShardWays},
+    model::{Layer, ModelShape},
+    pipeline::{StageTimes, bubble_seconds, in_flight, stage_layers, weight_copies},
+};
+
+/// One complete choice of a training search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TrainChoice {
+    /// The mapping.
+    pub mapping: Mapping,
+    /// Data-parallel ways of attention.
+    pub dp: u64,
+    /// Data-parallel ways of experts.
+    pub edp: u64,
+    /// Sequences per micro-batch.
+    pub mbs: u64,
+    /// Virtual stages per pipeline rank.
+    pub vpp: u64,
+    /// What is recomputed.
+    pub recompute: Recompute,
+    /// How state is sharded.
+    pub sharding: Sharding,
+}
+
+/// Seconds of a step by cause, on the slowest stage.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepTimes {
+    /// Forward and backward by [`Kind`], recomputation included.
+    pub kinds: [f64; 8],
+    /// Pipeline idle time.
+    pub bubble: f64,
+    /// Exposed pipeline transfers.
+    pub pipeline_comm: f64,
+    /// Exposed gradient reduction and parameter gathering.
+    pub data_comm: f64,
+    /// Optimizer and fixed time.
+    pub optimizer: f64,
+    /// Stragglers.
+    pub straggler: f64,
+}
+
+impl StepTimes {
+    /// Seconds of the step.
+    pub fn total(&self) -> f64 {
+        self.kinds.iter().sum::<f64>() + self.bubble + self.pipeline_comm + self.data_comm + self.optimizer + self.straggler
+    }
+}
+
+/// What a choice costs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TrainEstimate {
+    /// Time by cause.
+    pub times: StepTimes,
+    /// Memory of the fullest GPU.
+    pub memory: Memory,
+    /// Forward, backward of the slowest stage per micro-batch.
+    pub stage_forward: f64,
+    /// Backward of the slowest stage per micro-batch, with recomputation.
+    pub stage_backward: f64,
+    /// Micro-batches per step.
+    pub micro_batches: u64,
+}
+
+/// Times and sizes of every layer class for one `(tp, cp, ep, etp, mbs)`.
+pub(crate) struct LayerSet {
+    classes: Vec<ClassCost>,
+    logits: LayerTimes,
+    /// Tokens of a micro-batch on one context-parallel rank.
+    tokens: f64,
+}
+
+struct ClassCost {
+    times: LayerTimes,
+    forward: f64,
+    backward: f64,
+    selective: f64,
+    activations: [f64; 3],
+    working_set: f64,
+    dense_parameters: f64,
+    expert_parameters: f64,
+}
+
+/// Distinct stages of a pipeline: what the time and memory of a choice depend on.
+pub(crate) struct StagePlan {
+    stages: Vec<DistinctStage>,
+}
+
+struct DistinctStage {
+    counts: Vec<f64>,
+    index: u64,
+    is_last: bool,
+}
+
+/// A model, machine and job, ready to be evaluated at many choices.
+pub(crate) struct TrainCx<'a> {
+    pub(crate) model: &'a ModelShape,
+    pub(crate) cluster: &'a Cluster,
+    pub(crate) cal: &'a TrainCalibration,
+    pub(crate) software: Software,
+    pub(crate) request: &'a Request,
+    layers: Vec<Layer>,
+    class_of: Vec<usize>,
+    model_flops_per_token: f64,
+}
+
+impl<'a> TrainCx<'a> {
+    pub(crate) fn new(model: &'a ModelShape, cluster: &'a Cluster, cal: &'a TrainCalibration, software: Software, request: &'a Request) -> Self {
+        let layers: Vec<Layer> = model.classes().iter().map(|c| c.layer).collect();
+        let index = |layer: &Layer| layers.iter().position(|l| l == layer).unwrap_or(0);
+        let mut class_of: Vec<usize> = model.layers.iter().map(index).collect();
+        if let Some(&last) = class_of.last() {
+            class_of.extend((0..model.mtp_layers).map(|_| last));
+        }
+        let model_flops_per_token = model.training_flops_per_token(request.seq);
+        Self { model, cluster, cal, software, request, layers, class_of, model_flops_per_token }
+    }
+
+    /// Layers that the pipeline spreads, prediction layers included.
+    pub(crate) fn depth(&self) -> u64 {
+        self.class_of.len() as u64
+    }
+
+    /// Model operations per token of a training step.
+    pub(crate) fn flops_per_token(&self) -> f64 {
+        self.model_flops_per_token
+    }
+
+    fn layer_cx(&self, m: &Mapping, mbs: u64, experts: u64) -> LayerCx<'_> {
+        let domain = self.cluster.gpus_per_domain;
+        let imbalance = self.request.routing.imbalance(experts, m.ep);
+        LayerCx {
+            cluster: self.cluster,
+            cal: self.cal,
+            software: self.software,
+            precision: self.request.precision,
+            hidden: self.model.hidden as f64,
+            tokens: (mbs * self.request.seq) as f64 / m.cp as f64,
+            seq: self.request.seq as f64,
+            tp: Span::new(m.tp, 1, domain),
+            cp: Span::new(m.cp, m.tp, domain),
+            ep: Span::new(m.ep, m.etp, domain),
+            etp: Span::new(m.etp, 1, domain),
+            imbalance: self.request.capacity_factor.map_or(imbalance, |cf| imbalance.min(cf.max(1.0))),
+        }
+    }
+
+    pub(crate) fn layer_set(&self, m: &Mapping, mbs: u64) -> LayerSet {
+        let hidden = self.model.hidden;
+        let (tp, etp) = (m.tp as f64, m.etp as f64);
+        let classes = self.layers.iter().map(|layer| {
+            let cx = self.layer_cx(m, mbs, layer.experts());
+            let mut times = LayerTimes::default();
+            layer_ops(&cx, layer, &mut times);
+            let act = |recompute| memory::layer_activations(layer, hidden as f64, cx.tokens, tp, etp, cx.imbalance, recompute);
+            ClassCost {
+                times,
+                forward: times.forward_total(),
+                backward: times.backward_total(),
+                selective: times.forward[Kind::Attention as usize] + 0.4 * times.forward[Kind::Elementwise as usize],
+                activations: Recompute::ALL.map(act),
+                working_set: memory::working_set(layer, hidden as f64, cx.tokens, tp, etp, cx.imbalance),
+                dense_parameters: (layer.attention_parameters(hidden) + layer.ffn_parameters(hidden) - layer.expert_parameters(hidden)) / tp,
+                expert_parameters: layer.expert_parameters(hidden) / (m.ep * m.etp) as f64,
+            }
+        });
+        let classes = classes.collect();
+        let cx = self.layer_cx(m, mbs, 0);
+        let mut logits = LayerTimes::default();
+        logits_ops(&cx, self.model.vocab as f64, &mut logits);
+        LayerSet { classes, logits, tokens: cx.tokens }
+    }
+
+    /// All ops of one micro-batch on one rank, one entry per layer class, for reports.
+    pub(crate) fn ops(&self, m: &Mapping, mbs: u64) -> Vec<(u64, Vec<Op>)> {
+        let mut all: Vec<(u64, Vec<Op>)> = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut ops = Vec::new();
+            layer_ops(&self.layer_cx(m, mbs, layer.experts()), layer, &mut ops);
+            all.push((self.class_of.iter().filter(|&&c| c == index).count() as u64, ops));
+        }
+        let mut ops = Vec::new();
+        logits_ops(&self.layer_cx(m, mbs, 0), self.model.vocab as f64, &mut ops);
+        all.push((1 + self.model.mtp_layers, ops));
+        all
+    }
+
+    pub(crate) fn stage_plan(&self, pp: u64, vpp: u64) -> StagePlan {
+        let mut stages: Vec<DistinctStage> = Vec::new();
+        let split = stage_layers(self.class_of.len(), pp, vpp);
+        for (index, chunks) in split.iter().enumerate() {
+            let mut counts = vec![0.0; self.layers.len()];
+            for layer in chunks.iter().flat_map(|r| r.clone()) {
+                counts[self.class_of[layer]] += 1.0;
+            }
+            let is_last = index + 1 == split.len();
+            if is_last || index == 0 || !stages.iter().any(|s| s.counts == counts) {
+                stages.push(DistinctStage { counts, index: index as u64, is_last });
+            }
+        }
+        StagePlan { stages }
+    }
+
+    /// Seconds below which no choice with this layer set can be: compute and exposed exchange without idle time.
+    pub(crate) fn lower_bound(&self, set: &LayerSet, pp: u64, micro_batches: u64) -> f64 {
+        let counts = self.class_of.iter().fold(vec![0.0; self.layers.len()], |mut counts, &c| {
+            counts[c] += 1.0;
+            counts
+        });
+        let layers: f64 = set.classes.iter().zip(counts).map(|(c, n)| n * (c.forward + c.backward)).sum();
+        layers / pp as f64 * micro_batches as f64
+    }
+
+    pub(crate) fn estimate(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> TrainEstimate {
+        let m = &c.mapping;
+        let micro_batches = (self.request.global_batch / (c.dp * c.mbs)).max(1);
+        let n = micro_batches as f64;
+        let logits_times = 1.0 + self.model.mtp_layers as f64;
+        let mut worst = (0.0, 0.0, 0.0, [0.0; 8]);
+        for stage in &plan.stages {
+            let mut kinds = [0.0; 8];
+            let (mut forward, mut backward, mut weight) = (0.0, 0.0, 0.0);
+            for (class, count) in set.classes.iter().zip(&stage.counts) {
+                add_scaled(&mut kinds, &class.times.forward, *count);
+                add_scaled(&mut kinds, &class.times.backward, *count);
+                forward += count * class.forward;
+                backward += count * class.backward;
+                weight += 0.5 * count * (class.times.backward[Kind::Gemm as usize] + class.times.backward[Kind::Experts as usize]);
+                match c.recompute {
+                    Recompute::None => {}
+                    Recompute::Selective => {
+                        kinds[Kind::Attention as usize] += count * class.times.forward[Kind::Attention as usize];
+                        kinds[Kind::Elementwise as usize] += 0.4 * count * class.times.forward[Kind::Elementwise as usize];
+                        backward += count * class.selective;
+                    }
+                    Recompute::Full => {
+                        add_scaled(&mut kinds, &class.times.forward, *count);
+                        backward += count * class.forward;
+                    }
+                }
+            }
+            if stage.is_last {
+                add_scaled(&mut kinds, &set.logits.forward, logits_times);
+                add_scaled(&mut kinds, &set.logits.backward, logits_times);
+                forward += logits_times * set.logits.forward_total();
+                backward += logits_times * set.logits.backward_total();
+            }
+            if forward + backward > worst.0 + worst.1 {
+                worst = (forward, backward, weight, kinds);
+            }
+        }
+        let (forward, backward, weight_gradient, mut kinds) = worst;
+        kinds.iter_mut().for_each(|k| *k *= n);
+        let stage = StageTimes { forward, backward, weight_gradient };
+        let mut times = StepTimes { kinds, bubble: bubble_seconds(self.request.schedule, m.pp, c.vpp, stage), ..StepTimes::default() };
+        times.pipeline_comm = self.pipeline_seconds(set, c) * n * self.cal.pp_exposed;
+        let parameters = self.local_parameters(set, plan, c);
+        let busy = (forward + backward) * n;
+        times.data_comm = self.data_seconds(&parameters, c, n, busy);
+        let shards = parameters.dense / (c.dp * m.cp) as f64 + parameters.experts / c.edp as f64;
+        // The optimizer reads and writes fp32 weights and moments, reads gradients, writes bf16 weights.
+        times.optimizer = 30.0 * shards / (self.cluster.hbm() * self.cal.memory) + self.cal.step_ms * 1e-3;
+        let doublings = (self.request.gpus as f64 / self.cluster.gpus_per_domain as f64).log2().max(0.0);
+        times.straggler = self.cal.straggler * doublings * (busy + times.bubble);
+        TrainEstimate {
+            times,
+            memory: self.memory(set, plan, c, &parameters, micro_batches),
+            stage_forward: forward,
+            stage_backward: backward,
+            micro_batches,
+        }
+    }
+
+    /// Seconds of stage-to-stage transfers per micro-batch, both directions.
+    fn pipeline_seconds(&self, set: &LayerSet, c: &TrainChoice) -> f64 {
+        let m = &c.mapping;
+        if m.pp <= 1 {
+            return 0.0;
+        }
+        let bytes = set.tokens / m.tp as f64 * self.model.hidden as f64 * 2.0;
+        let local = self.request.gpus / m.pp < self.cluster.gpus_per_domain;
+        let (rate, latency) = if local {
+            (self.cluster.gpu.nvlink_gbps * 0.75, self.cluster.latency_us.nvlink)
+        } else {
+            (self.cluster.nic_gbps * self.cal.links.network, self.cluster.latency_us.network)
+        };
+        2.0 * c.vpp as f64 * (bytes / (rate * 1e9) + latency * 1e-6)
+    }
+
+    fn local_parameters(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> LocalParameters {
+        let embedding = self.model.hidden as f64 * self.model.vocab as f64 / c.mapping.tp as f64;
+        let mut largest = LocalParameters::default();
+        for stage in &plan.stages {
+            let mut p = LocalParameters::default();
+            for (class, count) in set.classes.iter().zip(&stage.counts) {
+                p.dense += count * class.dense_parameters;
+                p.experts += count * class.expert_parameters;
+                p.largest_layer = p.largest_layer.max(class.dense_parameters + class.expert_parameters);
+            }
+            p.dense += embedding * (f64::from(u8::from(stage.index == 0)) + f64::from(u8::from(stage.is_last && !(self.model.tied_embeddings && c.mapping.pp == 1))));
+            if p.dense + p.experts > largest.dense + largest.experts {
+                largest = p;
+            }
+        }
+        largest
+    }
+
+    /// Exposed data-parallel traffic of a step.
+    fn data_seconds(&self, p: &LocalParameters, c: &TrainChoice, micro_batches: f64, busy: f64) -> f64 {
+        let m = &c.mapping;
+        let domain = self.cluster.gpus_per_domain;
+        let dense = Span::new(c.dp * m.cp, m.tp, domain);
+        let experts = Span::new(c.edp, m.etp * m.ep, domain);
+        let run = |op, span, bytes| collective_seconds(self.cluster, &self.cal.links, op, span, bytes);
+        let gather = run(Collective::AllGather, dense, 2.0 * p.dense) + run(Collective::AllGather, experts, 2.0 * p.experts);
+        let scatter = run(Collective::ReduceScatter, dense, 4.0 * p.dense) + run(Collective::ReduceScatter, experts, 4.0 * p.experts);
+        match c.sharding {
+            // An all-reduce is a reduce-scatter and an all-gather of fp32 gradients.
+            Sharding::None => 2.0 * scatter * (1.0 - self.cal.dp_overlap),
+            Sharding::Optimizer => (gather + scatter) * (1.0 - self.cal.dp_overlap),
+            // Layers are gathered in the forward and in the backward pass of every micro-batch.
+            Sharding::Full => {
+                let comm = (2.0 * gather + scatter) * micro_batches;
+                comm - self.cal.fsdp_overlap * comm.min(busy)
+            }
+        }
+    }
+
+    fn memory(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice, p: &LocalParameters, micro_batches: u64) -> Memory {
+        let m = &c.mapping;
+        let schedule = self.request.schedule;
+        let ways = ShardWays { dense: (c.dp * m.cp) as f64, dense_dp: c.dp as f64, experts: c.edp as f64 };
+        let mut memory = memory::state(p, c.sharding, ways, weight_copies(schedule));
+        let flight = in_flight(schedule, m.pp, c.vpp, micro_batches);
+        let (mut activations, mut buffers) = (0.0_f64, 0.0_f64);
+        for stage in &plan.stages {
+            let kept: f64 =
+                set.classes.iter().zip(&stage.counts).map(|(class, n)| n * class.activations[c.recompute as usize]).sum();
+            // Later stages hold fewer micro-batches.
+            let live = (flight - stage.index as f64).max(1.0);
+            activations = activations.max(kept * live);
+            if c.recompute == Recompute::Full {
+                let working = set.classes.iter().zip(&stage.counts).filter(|(_, n)| **n > 0.0).map(|(class, _)| class.working_set);
+                buffers = buffers.max(working.fold(0.0, f64::max));
+            }
+            if stage.is_last {
+                // Bf16 logits and their fp32 gradient.
+                buffers = buffers.max(set.tokens * self.model.vocab as f64 / m.tp as f64 * 6.0);
+            }
+        }
+        memory.activations = activations;
+        memory.buffers += buffers + FIXED_BUFFERS;
+        memory.fragmentation = FRAGMENTATION * (memory.activations + memory.buffers);
+        memory
+    }
+}
+
+fn add_scaled(sum: &mut [f64; 8], part: &[f64; 8], factor: f64) {
+    for (s, p) in sum.iter_mut().zip(part) {
+        *s += factor * p;
+    }
+}
