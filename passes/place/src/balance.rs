@@ -1,0 +1,253 @@
+//! Replicas and packing by water-filling, local search and a proven lower bound.
+//!
+//! The largest GPU load is minimised over replica counts and over the packing of replicas into equal numbers of
+//! slots per GPU. Search: counts that level the load per replica, heaviest replica first onto the lightest GPU,
+//! then the heaviest GPU trades replicas with each other GPU as long as the heavier of the two gets lighter, then
+//! kicks with restarts from the best. It stops at the lower bound or after a fixed number of kicks, so the result
+//! does not depend on the clock.
+
+use crate::bound::lower_bound;
+
+/// Replicas on each GPU, and how many replicas each expert has.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Packed {
+    pub(crate) gpus: Vec<Vec<usize>>,
+    pub(crate) count: Vec<usize>,
+    pub(crate) load: Vec<f64>,
+}
+
+impl Packed {
+    pub(crate) fn peak(&self) -> f64 {
+        self.load.iter().copied().fold(0.0, f64::max)
+    }
+
+    fn heaviest(&self) -> usize {
+        (0..self.load.len()).fold(0, |best, gpu| if self.load[gpu] > self.load[best] { gpu } else { best })
+    }
+}
+
+/// Relative gain below which a trade counts as none (guards against rounding loops).
+const GAIN: f64 = 1e-9;
+/// Subsets tried when two GPUs repartition their replicas; above it, single swaps are used.
+const MAX_SUBSETS: u64 = 256;
+/// Work of all kicks of one layer, in replica moves looked at (about 20 ms on one core).
+const KICK_WORK: usize = 6_000_000;
+
+/// A small fast generator (SplitMix64); kicks need variety, not quality.
+pub(crate) struct Kicks(pub(crate) u64);
+
+impl Kicks {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % n.max(1) as u64) as usize
+    }
+}
+
+/// Places `load` on `n_gpus` GPUs of `slots / n_gpus` slots each. Needs `slots >= load.len()`, a multiple of `n_gpus`.
+pub(crate) fn balance(load: &[f64], n_gpus: usize, slots: usize) -> Packed {
+    let bound = lower_bound(load, n_gpus, slots);
+    let close = |packed: &Packed| packed.peak() <= bound * (1.0 + 1e-9);
+    let mut best = pack(load, water_fill(load, slots), n_gpus, slots);
+    descend(load, &mut best);
+    let mut kicks = Kicks(slots as u64);
+    let mut current = best.clone();
+    let per_gpu = slots / n_gpus;
+    let rounds = (KICK_WORK / (slots * (per_gpu + 4) + 64)).clamp(8, 20_000);
+    let mut idle = 0;
+    for round in 0..rounds {
+        if close(&best) || n_gpus == 1 {
+            break;
+        }
+        let next = match round % 4 {
+            3 if slots > load.len() => recount(load, &current, slots, &mut kicks),
+            _ => shuffle(load, &current, &mut kicks),
+        };
+        let better = next.peak() < best.peak() * (1.0 - GAIN);
+        if next.peak() <= current.peak() * (1.0 + GAIN) {
+            current = next;
+        }
+        idle = if better { 0 } else { idle + 1 };
+        if better {
+            best = current.clone();
+        } else if idle % 64 == 63 {
+            current = best.clone();
+        }
+    }
+    best
+}
+
+/// Each slot beyond one per expert goes to the largest load per replica: the least possible largest replica.
+pub(crate) fn water_fill(load: &[f64], slots: usize) -> Vec<usize> {
+    let mut count = vec![1; load.len()];
+    for _ in load.len()..slots {
+        let share = |e: usize| load[e] / count[e] as f64;
+        let hottest = (0..load.len()).fold(0, |best, e| if share(e) > share(best) { e } else { best });
+        count[hottest] += 1;
+    }
+    count
+}
+
+/// Heaviest replica first, each to the lightest GPU with a free slot.
+fn pack(load: &[f64], count: Vec<usize>, n_gpus: usize, slots: usize) -> Packed {
+    let mut order: Vec<usize> = (0..load.len()).collect();
+    let share = |e: usize| load[e] / count[e] as f64;
+    order.sort_by(|&a, &b| share(b).total_cmp(&share(a)));
+    let mut packed =
+        Packed { gpus: vec![Vec::with_capacity(slots / n_gpus); n_gpus], load: vec![0.0; n_gpus], count: Vec::new() };
+    for &expert in &order {
+        for _ in 0..count[expert] {
+            let open = (0..n_gpus).filter(|&gpu| packed.gpus[gpu].len() < slots / n_gpus);
+            let Some(gpu) = open.min_by(|&a, &b| packed.load[a].total_cmp(&packed.load[b])) else {
+                break;
+            };
+            packed.gpus[gpu].push(expert);
+            packed.load[gpu] += share(expert);
+        }
+    }
+    packed.count = count;
+    packed
+}
+
+/// Trades between the heaviest GPU and the others until none helps.
+fn descend(load: &[f64], packed: &mut Packed) {
+    let n_gpus = packed.gpus.len();
+    let subsets = binomial(2 * packed.gpus[0].len() as u64, packed.gpus[0].len() as u64);
+    loop {
+        let top = packed.heaviest();
+        let peak = packed.load[top];
+        let mut best: Option<(f64, usize, Vec<usize>, Vec<usize>)> = None;
+        for other in (0..n_gpus).filter(|&gpu| gpu != top) {
+            // Not even an even split would beat what is found already.
+            let floor = best.as_ref().map_or(peak * (1.0 - GAIN), |found| found.0);
+            if (peak + packed.load[other]) / 2.0 >= floor {
+                continue;
+            }
+            let pair = (&packed.gpus[top], &packed.gpus[other]);
+            let found = if subsets <= MAX_SUBSETS {
+                repartition(load, &packed.count, pair, floor)
+            } else {
+                best_swap(load, packed, (top, other), floor)
+            };
+            if let Some((value, a, b)) = found {
+                best = Some((value, other, a, b));
+            }
+        }
+        let Some((_, other, a, b)) = best else { return };
+        for (gpu, experts) in [(top, a), (other, b)] {
+            packed.load[gpu] = experts.iter().map(|&e| load[e] / packed.count[e] as f64).sum();
+            packed.gpus[gpu] = experts;
+        }
+    }
+}
+
+type Trade = (f64, Vec<usize>, Vec<usize>);
+
+/// The most even split of the replicas of two GPUs into equal numbers, if below `floor`.
+fn repartition(load: &[f64], count: &[usize], (a, b): (&Vec<usize>, &Vec<usize>), floor: f64) -> Option<Trade> {
+    let all: Vec<usize> = a.iter().chain(b).copied().collect();
+    let share: Vec<f64> = all.iter().map(|&e| load[e] / count[e] as f64).collect();
+    let total: f64 = share.iter().sum();
+    let (n, half) = (all.len(), a.len());
+    let mut best = floor;
+    let mut best_mask = None;
+    // Subsets of `half` items that hold item 0, in increasing order of their bit masks.
+    let last = ((1_u64 << half) - 1) << (n - half);
+    let mut mask = (1_u64 << half) - 1;
+    loop {
+        if mask & 1 == 1 {
+            let sum: f64 = (0..n).filter(|bit| mask >> bit & 1 == 1).map(|bit| share[bit]).sum();
+            let value = sum.max(total - sum);
+            if value < best {
+                best = value;
+                best_mask = Some(mask);
+            }
+        }
+        if mask == last {
+            break;
+        }
+        let low = mask & mask.wrapping_neg();
+        let carry = mask + low;
+        mask = (((carry ^ mask) >> 2) / low) | carry;
+    }
+    let mask = best_mask?;
+    let side = |bit_set: u64| (0..n).filter(|bit| mask >> bit & 1 == bit_set).map(|bit| all[bit]).collect();
+    Some((best, side(1), side(0)))
+}
+
+/// The best exchange of one replica each, if below `floor`.
+fn best_swap(load: &[f64], packed: &Packed, (top, other): (usize, usize), floor: f64) -> Option<Trade> {
+    let share = |e: usize| load[e] / packed.count[e] as f64;
+    let (mut best, mut best_pair) = (floor, None);
+    for (i, &a) in packed.gpus[top].iter().enumerate() {
+        for (j, &b) in packed.gpus[other].iter().enumerate() {
+            let moved = share(a) - share(b);
+            let value = (packed.load[top] - moved).max(packed.load[other] + moved);
+            if moved > 0.0 && value < best {
+                best = value;
+                best_pair = Some((i, j));
+            }
+        }
+    }
+    let (i, j) = best_pair?;
+    let (mut a, mut b) = (packed.gpus[top].clone(), packed.gpus[other].clone());
+    std::mem::swap(&mut a[i], &mut b[j]);
+    Some((best, a, b))
+}
+
+/// Deals the replicas of the heaviest and one to three other GPUs anew, then descends.
+fn shuffle(load: &[f64], from: &Packed, kicks: &mut Kicks) -> Packed {
+    let mut packed = from.clone();
+    let n_gpus = packed.gpus.len();
+    let mut chosen = vec![packed.heaviest()];
+    for _ in 0..1 + kicks.below(3) {
+        let gpu = kicks.below(n_gpus);
+        if !chosen.contains(&gpu) {
+            chosen.push(gpu);
+        }
+    }
+    let mut pool: Vec<usize> = chosen.iter().flat_map(|&gpu| packed.gpus[gpu].clone()).collect();
+    for i in (1..pool.len()).rev() {
+        pool.swap(i, kicks.below(i + 1));
+    }
+    let per_gpu = packed.gpus[0].len();
+    for (&gpu, experts) in chosen.iter().zip(pool.chunks(per_gpu)) {
+        packed.load[gpu] = experts.iter().map(|&e| load[e] / packed.count[e] as f64).sum();
+        packed.gpus[gpu] = experts.to_vec();
+    }
+    descend(load, &mut packed);
+    packed
+}
+
+/// Moves one replica from a random replicated expert to one on the heaviest GPU (or any), then packs afresh.
+fn recount(load: &[f64], from: &Packed, slots: usize, kicks: &mut Kicks) -> Packed {
+    let replicated: Vec<usize> = (0..load.len()).filter(|&e| from.count[e] > 1).collect();
+    let top = &from.gpus[from.heaviest()];
+    let receiver = match kicks.below(2) {
+        0 => top[kicks.below(top.len())],
+        _ => kicks.below(load.len()),
+    };
+    let donor = replicated[kicks.below(replicated.len())];
+    if donor == receiver {
+        return from.clone();
+    }
+    let mut count = from.count.clone();
+    count[donor] -= 1;
+    count[receiver] += 1;
+    let mut packed = pack(load, count, from.gpus.len(), slots);
+    descend(load, &mut packed);
+    packed
+}
+
+fn binomial(n: u64, k: u64) -> u64 {
+    let mut value = 1_u64;
+    for i in 0..k {
+        value = value.saturating_mul(n - i) / (i + 1);
+        if value > 1 << 20 {
+            return u64::MAX;
+        }
+    }
+    value
+}
