@@ -67,27 +67,33 @@ pub struct Graph {
     /// Whether results may depend on the other rows of the batch.
     pub batch_dependent: bool,
     dag: StableDiGraph<Node, u32>,
+    /// Names of all nodes; absent after a node was handed out to change, made again when needed.
+    names: Option<BTreeSet<String>>,
 }
 
 impl PartialEq for Graph {
     fn eq(&self, other: &Self) -> bool {
-        let shape = |g: &Self| -> Vec<(Node, Vec<usize>)> {
-            let order = g.order();
-            let rank = |n: NodeId| order.iter().position(|m| *m == n).unwrap_or(usize::MAX);
-            order.iter().map(|n| (g.node(*n).clone(), g.operands(*n).into_iter().map(rank).collect())).collect()
-        };
-        let outputs = |g: &Self| -> Vec<(String, usize, Part)> {
-            let order = g.order();
-            g.outputs
-                .iter()
-                .map(|o| (o.name.clone(), order.iter().position(|m| *m == o.node).unwrap_or(usize::MAX), o.part))
-                .collect()
-        };
+        let rank =
+            |g: &Self| -> IndexMap<NodeId, usize> { g.order().into_iter().enumerate().map(|(i, n)| (n, i)).collect() };
+        let (ranks, others) = (rank(self), rank(other));
+        let place = |ranks: &IndexMap<NodeId, usize>, n: NodeId| ranks.get(&n).copied();
+        let nodes_equal = self.len() == other.len()
+            && ranks.len() == others.len()
+            && ranks.keys().zip(others.keys()).all(|(a, b)| {
+                self.node(*a) == other.node(*b)
+                    && self.operands(*a).into_iter().map(|n| place(&ranks, n)).collect::<Vec<_>>()
+                        == other.operands(*b).into_iter().map(|n| place(&others, n)).collect::<Vec<_>>()
+            });
+        let outputs_equal =
+            self.outputs.len() == other.outputs.len()
+                && self.outputs.iter().zip(&other.outputs).all(|(a, b)| {
+                    a.name == b.name && a.part == b.part && place(&ranks, a.node) == place(&others, b.node)
+                });
         self.name == other.name
             && self.weights == other.weights
             && self.batch_dependent == other.batch_dependent
-            && shape(self) == shape(other)
-            && outputs(self) == outputs(other)
+            && nodes_equal
+            && outputs_equal
     }
 }
 
@@ -108,13 +114,32 @@ impl Graph {
         id
     }
 
-    fn free_name(&self, name: String) -> String {
-        let taken: BTreeSet<&str> = self.dag.node_weights().map(|n| n.name.as_str()).collect();
-        if !name.is_empty() && !taken.contains(name.as_str()) {
-            return name;
-        }
-        let stem = if name.is_empty() { "v" } else { &name };
-        (1u64..).map(|i| format!("{stem}_{i}")).find(|n| !taken.contains(n.as_str())).unwrap_or_default()
+    /// The name, with a number appended when it is taken.
+    fn free_name(&mut self, name: String) -> String {
+        let taken = match self.names.take() {
+            Some(names) => names,
+            None => self.dag.node_weights().map(|n| n.name.clone()).collect(),
+        };
+        let name = if !name.is_empty() && !taken.contains(&name) {
+            name
+        } else {
+            let stem = if name.is_empty() { "v" } else { &name };
+            (1u64..).map(|i| format!("{stem}_{i}")).find(|n| !taken.contains(n)).unwrap_or_default()
+        };
+        let mut taken = taken;
+        taken.insert(name.clone());
+        self.names = Some(taken);
+        name
+    }
+
+    /// Number of nodes.
+    pub fn len(&self) -> usize {
+        self.dag.node_count()
+    }
+
+    /// Whether there is no node.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Declares a result.
@@ -135,7 +160,27 @@ impl Graph {
     /// # Panics
     /// As [`Graph::node`].
     pub fn node_mut(&mut self, id: NodeId) -> &mut Node {
+        self.names = None;
         &mut self.dag[id.raw()]
+    }
+
+    /// The operation of a node, to change without its name.
+    pub(crate) fn op_mut(&mut self, id: NodeId) -> &mut Op {
+        &mut self.dag[id.raw()].op
+    }
+
+    pub(crate) fn set_type(&mut self, id: NodeId, ty: Option<Type>) {
+        self.dag[id.raw()].ty = ty;
+    }
+
+    /// Where the stored value is rounded to.
+    pub fn set_round(&mut self, id: NodeId, round: Option<DType>) {
+        self.dag[id.raw()].round = round;
+    }
+
+    /// Connects a value as operand `position` of a node.
+    pub(crate) fn connect(&mut self, from: NodeId, to: NodeId, position: u32) {
+        self.dag.add_edge(from.raw(), to.raw(), position);
     }
 
     /// Whether the node is still part of the graph.
@@ -229,6 +274,7 @@ impl Graph {
     /// Removes a node without users; a node that is still used stays.
     pub fn remove(&mut self, id: NodeId) {
         if self.users(id).is_empty() && !self.is_output(id) {
+            self.names = None;
             self.dag.remove_node(id.raw());
         }
     }

@@ -8,13 +8,16 @@
 //!
 //! This crate reads no file and knows no target.
 
+pub mod codes;
 pub mod diag;
 mod dim;
 mod dtype;
 mod graph;
+mod infer;
 mod op;
 pub mod ops;
 mod types;
+mod verify;
 mod weight;
 
 pub use diag::{Code, Diagnostic, Label, Severity, Span};

@@ -1,8 +1,13 @@
 //! The closed set of operations.
 
-use crate::ops::{
-    Adjust, Attention, Binary, Combine, Count, Described, Dispatch, Einsum, Experts, Ffn, Gather, Input, Kernel, Limit,
-    Linear, Norm, Override, Param, Plan, ProductKey, Reduce, Select, Shape, Softmax, Transport, Unary, Weigh,
+use crate::{
+    Type, WeightName, codes,
+    infer::{Cx, OpError, OpResult},
+    ops::{
+        Adjust, Attention, Binary, Combine, Count, Described, Dispatch, Einsum, Experts, Ffn, Gather, Input, Kernel,
+        Limit, Linear, Norm, Override, Param, Plan, ProductKey, Reduce, Select, Shape, Softmax, Transport, Unary,
+        Weigh,
+    },
 };
 
 macro_rules! ops {
@@ -35,6 +40,14 @@ macro_rules! ops {
                 match self {
                     $(Self::$variant(op) => serde_json::to_value(op),)*
                     Self::Kernel(_) => Ok(serde_json::Value::Null),
+                }
+            }
+
+            /// Type of the value over operands of these types. A kernel is typed by its graph.
+            pub(crate) fn infer(&self, cx: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+                match self {
+                    $(Self::$variant(op) => op.infer(cx, operands),)*
+                    Self::Kernel(_) => Err(OpError::new(codes::KERNEL, "a kernel is typed by its body")),
                 }
             }
 
@@ -105,4 +118,41 @@ ops! {
     Plan(Plan) = "plan",
     /// A layer that is described, not compiled.
     Described(Described) = "described",
+}
+
+impl Op {
+    /// Names of the weights that the operation reads, in the order of its attributes; a kernel's are its body's.
+    pub fn weights(&self) -> Vec<&WeightName> {
+        match self {
+            Self::Param(op) => vec![&op.w],
+            Self::Linear(op) => [Some(&op.w), op.b.as_ref()].into_iter().flatten().collect(),
+            Self::Binary(op) => op.w.iter().collect(),
+            Self::Norm(op) => [&op.w, &op.b, &op.mean, &op.var].into_iter().flatten().collect(),
+            Self::Gather(op) => vec![&op.w],
+            Self::Adjust(op) => op.add.iter().collect(),
+            Self::ProductKey(ProductKey::Sum { k1, k2, .. }) => vec![k1, k2],
+            Self::ProductKey(ProductKey::Tucker { core, u, v, .. }) => vec![core, u, v],
+            Self::Weigh(op) => op.expert_scale.iter().collect(),
+            Self::Experts(op) => op.bank.iter().flat_map(crate::ops::BankPart::weights).collect(),
+            Self::Ffn(op) => op.specs().into_iter().flat_map(|(_, spec)| spec.names()).collect(),
+            Self::Kernel(op) => op.body.ids().into_iter().flat_map(|n| op.body.node(n).op.weights()).collect(),
+            Self::ProductKey(ProductKey::Scores { .. })
+            | Self::Input(_)
+            | Self::Unary(_)
+            | Self::Softmax(_)
+            | Self::Einsum(_)
+            | Self::Reduce(_)
+            | Self::Shape(_)
+            | Self::Attention(_)
+            | Self::Transport(_)
+            | Self::Select(_)
+            | Self::Limit(_)
+            | Self::Override(_)
+            | Self::Count(_)
+            | Self::Dispatch(_)
+            | Self::Combine(_)
+            | Self::Plan(_)
+            | Self::Described(_) => Vec::new(),
+        }
+    }
 }

@@ -1,6 +1,9 @@
 //! Weights: what a graph refers to by name, and where the values come from.
 
-use crate::DType;
+use crate::{
+    DType, codes,
+    infer::{Cx, OpError, OpResult, numbers},
+};
 use serde::{Deserialize, Serialize};
 
 /// Name of a weight of the graph. `{e}` stands for the expert's number inside its bank part,
@@ -204,4 +207,114 @@ impl WeightSpec {
             Self::Take { take, ids, .. } => vec![take, ids],
         }
     }
+}
+
+impl WeightSpec {
+    /// Shape of the composed value for expert `e` of its part.
+    pub(crate) fn shape(&self, cx: &Cx<'_>, e: u64) -> OpResult<Vec<u64>> {
+        match self {
+            Self::Plain(name) => cx.shape_at(name, e),
+            Self::Mul { mul: [a, b], group } => {
+                let g = group_of(group, e)?;
+                product_shape((a, &cx.shape_at(a, e)?), (b, &cx.shape_at(b, g)?))
+            }
+            Self::Base { base, a, b, .. } => {
+                let shape = cx.shape_at(base, e)?;
+                let delta = product_shape((b, &cx.shape_at(b, e)?), (a, &cx.shape_at(a, e)?))?;
+                if shape != delta {
+                    let text = format!("`{base}` is {}, `{b}` `{a}` gives {}", numbers(&shape), numbers(&delta));
+                    return Err(OpError::new(codes::FACTORS, text));
+                }
+                Ok(shape)
+            }
+            Self::Grouped { codes: packed, scale, zero, group_size, bits } => {
+                let shape = cx.shape_at(packed, e)?;
+                check_grouped(packed, &shape, *group_size)?;
+                if !bits.is_empty() && usize::try_from(e).ok().is_none_or(|e| e >= bits.len()) {
+                    return Err(OpError::new(
+                        codes::EXTENT,
+                        format!("`bits` of `{packed}` has no entry for expert {e}"),
+                    ));
+                }
+                for name in [scale, zero] {
+                    let given = cx.shape_at(name, e)?;
+                    let needed = [shape[0], shape[1] / group_size];
+                    if given != needed {
+                        let text = format!("`{name}` is {}, {} is needed", numbers(&given), numbers(&needed));
+                        return Err(OpError::new(codes::FACTORS, text));
+                    }
+                }
+                Ok(shape)
+            }
+            Self::Ternary { codes: packed, scale } => {
+                let shape = cx.shape_at(packed, e)?;
+                let given = cx.shape_at(scale, e)?;
+                let fits = given.len() <= shape.len()
+                    && given.iter().rev().zip(shape.iter().rev()).all(|(s, n)| *s == 1 || s == n);
+                if !fits {
+                    let text = format!("`{scale}` {} does not scale `{packed}` {}", numbers(&given), numbers(&shape));
+                    return Err(OpError::new(codes::FACTORS, text));
+                }
+                Ok(shape)
+            }
+            Self::Slice { slice, axis, n } => {
+                let mut shape = cx.shape_at(slice, e)?;
+                let size = axis_size(slice, &mut shape, *axis)?;
+                if *n == 0 || !size.is_multiple_of(*n) || e >= *n {
+                    let text = format!("slice {e} of {n} of `{slice}`, whose axis {axis} has {size} entries");
+                    return Err(OpError::new(codes::FACTORS, text));
+                }
+                *size /= n;
+                Ok(shape)
+            }
+            Self::Take { take, ids, axis } => {
+                let mut shape = cx.shape_at(take, e)?;
+                let index = cx.shape_at(ids, e)?;
+                let size = axis_size(take, &mut shape, *axis)?;
+                let [kept] = index.as_slice() else {
+                    return Err(OpError::new(
+                        codes::FACTORS,
+                        format!("`{ids}` is {}, a list is needed", numbers(&index)),
+                    ));
+                };
+                *size = *kept;
+                Ok(shape)
+            }
+        }
+    }
+}
+
+fn group_of(group: &[u64], e: u64) -> OpResult<u64> {
+    usize::try_from(e)
+        .ok()
+        .and_then(|e| group.get(e).copied())
+        .ok_or_else(|| OpError::new(codes::EXTENT, format!("`group` has no entry for expert {e}")))
+}
+
+fn product_shape((a, sa): (&str, &[u64]), (b, sb): (&str, &[u64])) -> OpResult<Vec<u64>> {
+    match (sa, sb) {
+        ([out, inner], [same, input]) if inner == same => Ok(vec![*out, *input]),
+        _ => Err(OpError::new(
+            codes::FACTORS,
+            format!("`{a}` {} times `{b}` {} is no product", numbers(sa), numbers(sb)),
+        )),
+    }
+}
+
+fn check_grouped(name: &str, shape: &[u64], group_size: u64) -> OpResult<()> {
+    match shape {
+        [_, input] if group_size > 0 && input.is_multiple_of(group_size) => Ok(()),
+        _ => Err(OpError::new(
+            codes::GROUP_SIZE,
+            format!("groups of {group_size} do not divide the input of `{name}` {}", numbers(shape)),
+        )),
+    }
+}
+
+fn axis_size<'a>(name: &str, shape: &'a mut [u64], axis: u64) -> OpResult<&'a mut u64> {
+    let rank = shape.len();
+    usize::try_from(axis)
+        .ok()
+        .and_then(|a| shape.get_mut(a))
+        .ok_or_else(|| OpError::new(codes::FACTORS, format!("axis {axis} of `{name}`, which has {rank} axes")))
 }

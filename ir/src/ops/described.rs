@@ -1,6 +1,10 @@
 //! Parts of a model that are described, not compiled.
 
 use super::is_default;
+use crate::{
+    DType, Dim, TensorType, Type,
+    infer::{Cx, OpResult, want_tensor},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%y = described %x {kind = "attention", ..}`: a layer that is not compiled, with its costs.
@@ -44,4 +48,17 @@ pub enum DescribedKind {
     Moe,
     /// Output head.
     Head,
+}
+
+impl Described {
+    /// Rows of the first operand (`T` without operands), `width` columns.
+    pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let (mut rows, mut dtype) = (Dim::Tokens, DType::F32);
+        if let Some(x) = operands.first() {
+            let x = want_tensor(x, "the first operand")?;
+            rows = x.shape.first().cloned().unwrap_or(Dim::Const(1));
+            dtype = if x.dtype.is_float() { x.dtype } else { DType::F32 };
+        }
+        Ok(Type::Tensor(TensorType { dtype, shape: vec![rows, Dim::Const(self.width)] }))
+    }
 }

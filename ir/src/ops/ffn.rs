@@ -1,7 +1,10 @@
 //! The feed-forward form: dense, and as a bank part.
 
 use super::{UnaryFn, is_default};
-use crate::WeightSpec;
+use crate::{
+    Dim, TensorType, Type, WeightSpec, codes,
+    infer::{Cx, OpError, OpResult, arity, numbers, want_last, want_tensor},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%y = ffn %x {up = "..", gate = "..", down = "..", act = "silu"}`
@@ -61,4 +64,111 @@ pub enum LimitOn {
     Gate,
     /// The activated value (Step-3).
     Act,
+}
+
+impl Ffn {
+    pub(crate) fn infer(&self, cx: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let [x] = arity(operands)?;
+        let x = want_tensor(x, "the operand")?;
+        let (rest, width) = want_last(&x.shape, "the operand")?;
+        self.check_attributes()?;
+        let out = self.width(cx, 0, width)?;
+        let shape = rest.iter().cloned().chain([Dim::Const(out)]).collect();
+        Ok(Type::Tensor(TensorType { dtype: x.dtype, shape }))
+    }
+
+    /// The weight specifications, by attribute.
+    pub fn specs(&self) -> Vec<(&'static str, &WeightSpec)> {
+        [
+            ("gate", self.gate.as_ref()),
+            ("gate_bias", self.gate_bias.as_ref()),
+            ("up", Some(&self.up)),
+            ("up_bias", self.up_bias.as_ref()),
+            ("down", self.down.as_ref()),
+            ("down_bias", self.down_bias.as_ref()),
+        ]
+        .into_iter()
+        .filter_map(|(name, spec)| spec.map(|s| (name, s)))
+        .collect()
+    }
+
+    /// Attributes that need each other are there, and none is without meaning.
+    pub(crate) fn check_attributes(&self) -> OpResult<()> {
+        let wrong = |text: &str| Err(OpError::new(codes::ATTRIBUTE, text));
+        if self.gate.is_some() && self.packed {
+            return wrong("`packed` holds the gate already, `gate` is a second one");
+        }
+        let gated = self.gate.is_some() || self.packed;
+        if !gated && (self.alpha.is_some() || self.limit.is_some() || self.up_add != 0.0) {
+            return wrong("`alpha`, `limit` and `up_add` go with a gate");
+        }
+        if self.limit.is_none() && self.limit_on != LimitOn::Gate {
+            return wrong("`limit_on` goes with `limit`");
+        }
+        if self.act.is_none() && self.alpha.is_none() {
+            return wrong("`act` is missing");
+        }
+        if self.gate.is_none() && self.gate_bias.is_some() {
+            return wrong("`gate_bias` goes with `gate`");
+        }
+        if self.down.is_none() && self.down_bias.is_some() {
+            return wrong("`down_bias` goes with `down`");
+        }
+        let plain = [&self.gate_bias, &self.up_bias, &self.down_bias].iter().all(|b| b.is_none());
+        if self.a8 && (!plain || self.packed || self.limit.is_some() || self.alpha.is_some() || self.up_add != 0.0) {
+            return wrong("`a8` takes no biases, clamps or packed halves");
+        }
+        Ok(())
+    }
+
+    /// Width of the result for expert `e` over rows of `width`: that of `down`, or the inner width.
+    pub(crate) fn width(&self, cx: &Cx<'_>, e: u64, width: u64) -> OpResult<u64> {
+        let up = self.up.shape(cx, e)?;
+        let [rows, input] = matrix("up", &up)?;
+        if input != width {
+            return Err(misfit(format!("`up` {} of expert {e} meets rows of {width}", numbers(&up))));
+        }
+        if let Some(gate) = &self.gate {
+            let gate = gate.shape(cx, e)?;
+            if gate != up {
+                let text = format!("`gate` {} and `up` {} of expert {e} differ", numbers(&gate), numbers(&up));
+                return Err(misfit(text));
+            }
+        }
+        if self.packed && !rows.is_multiple_of(2) {
+            return Err(misfit(format!("packed `up` {} of expert {e} has no two halves", numbers(&up))));
+        }
+        let inner = if self.packed { rows / 2 } else { rows };
+        for (name, bias) in [("up_bias", &self.up_bias), ("gate_bias", &self.gate_bias)] {
+            want_bias(cx, name, bias.as_ref(), e, rows)?;
+        }
+        let Some(down) = &self.down else { return Ok(inner) };
+        let down = down.shape(cx, e)?;
+        let [out, from] = matrix("down", &down)?;
+        if from != inner {
+            let text = format!("`down` {} of expert {e} takes {from}, the inner width is {inner}", numbers(&down));
+            return Err(misfit(text));
+        }
+        want_bias(cx, "down_bias", self.down_bias.as_ref(), e, out)?;
+        Ok(out)
+    }
+}
+
+fn misfit(text: String) -> OpError {
+    OpError::new(codes::FFN_SHAPES, text)
+}
+
+/// The two sizes of a matrix.
+pub(crate) fn matrix(name: &str, shape: &[u64]) -> OpResult<[u64; 2]> {
+    <[u64; 2]>::try_from(shape).map_err(|_| misfit(format!("`{name}` is {}, a matrix is needed", numbers(shape))))
+}
+
+/// Checks that a bias, if there is one, is a vector of `n`.
+pub(crate) fn want_bias(cx: &Cx<'_>, name: &str, bias: Option<&WeightSpec>, e: u64, n: u64) -> OpResult<()> {
+    let Some(bias) = bias else { return Ok(()) };
+    let shape = bias.shape(cx, e)?;
+    if shape == [n] {
+        return Ok(());
+    }
+    Err(misfit(format!("`{name}` {} of expert {e} meets {n} values", numbers(&shape))))
 }

@@ -1,6 +1,9 @@
 //! A value that the caller passes in.
 
-use crate::TensorType;
+use crate::{
+    TensorType, Type,
+    infer::{Cx, OpResult, arity},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%x = input {name = "x", type = f32[T, 64]}`
@@ -14,4 +17,12 @@ pub struct Input {
     /// Type of the value.
     #[serde(rename = "type")]
     pub ty: TensorType,
+}
+
+impl Input {
+    /// The stated type. In a kernel body the operand decides instead.
+    pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let [] = arity(operands)?;
+        Ok(Type::Tensor(self.ty.clone()))
+    }
 }

@@ -1,6 +1,6 @@
 //! Kernel ops: what fusion leaves.
 
-use crate::Graph;
+use crate::{Diagnostic, Graph, Part, Type, codes};
 use serde::{Deserialize, Serialize};
 
 /// One generated kernel: a region of ops outlined from the graph.
@@ -68,4 +68,23 @@ impl KernelKind {
         Self::Attention,
         Self::Batch,
     ];
+}
+
+impl Kernel {
+    /// Types the body with the operands as its inputs; the result is the type of the body's output.
+    pub(crate) fn infer(&mut self, operands: &[&Type]) -> Result<Type, Vec<Diagnostic>> {
+        let wrong = |text: String| vec![Diagnostic::error(codes::KERNEL, text)];
+        let inputs = self.body.inputs().len();
+        if inputs != operands.len() {
+            return Err(wrong(format!("the body has {inputs} inputs, the kernel {} operands", operands.len())));
+        }
+        self.body.infer_with(Some(operands))?;
+        let [output] = self.body.outputs.as_slice() else {
+            return Err(wrong(format!("the body has {} outputs, a kernel has one", self.body.outputs.len())));
+        };
+        if output.part != Part::Whole {
+            return Err(wrong("the body returns a part of a route, a kernel returns a value".to_owned()));
+        }
+        self.body.node(output.node).ty.clone().ok_or_else(|| wrong("the body's output has no type".to_owned()))
+    }
 }

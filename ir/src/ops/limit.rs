@@ -1,6 +1,10 @@
 //! Capacity of experts.
 
 use super::is_default;
+use crate::{
+    Type, codes,
+    infer::{Cx, OpError, OpResult, arity, want_route},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%r2 = limit %r {capacity = 16}`: at most `capacity` rows per expert. Batch-dependent.
@@ -30,4 +34,37 @@ pub enum Priority {
     Position,
     /// Higher score of the first choice first.
     Score,
+}
+
+impl Limit {
+    pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let (route, scores) = match self.priority {
+            Priority::Position => {
+                let [route] = arity(operands)?;
+                (route, None)
+            }
+            Priority::Score => {
+                let [route, scores] = arity(operands)?;
+                (route, Some(scores))
+            }
+        };
+        let route = want_route(route, "the first operand")?;
+        if let Some(scores) = scores {
+            super::weigh::want_scores(scores, route)?;
+        }
+        match (self.capacity, self.fraction) {
+            (Some(_), None) => {}
+            (None, Some(share)) if share >= 0.0 && share.is_finite() => {}
+            (None, Some(share)) => {
+                return Err(OpError::new(
+                    codes::VALUE,
+                    format!("`fraction` is {share}, a share of the rows is needed"),
+                ));
+            }
+            (None, None) | (Some(_), Some(_)) => {
+                return Err(OpError::new(codes::ATTRIBUTE, "takes either `capacity` or `fraction`"));
+            }
+        }
+        Ok(Type::Route(route.clone()))
+    }
 }

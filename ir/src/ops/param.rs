@@ -1,6 +1,9 @@
 //! A weight as a value.
 
-use crate::WeightName;
+use crate::{
+    TensorType, Type, WeightName,
+    infer::{Cx, OpResult, arity, fixed},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%w = param {w = "centroids"}`: the weight tensor itself.
@@ -9,4 +12,12 @@ use serde::{Deserialize, Serialize};
 pub struct Param {
     /// The weight.
     pub w: WeightName,
+}
+
+impl Param {
+    pub(crate) fn infer(&self, cx: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let [] = arity(operands)?;
+        let shape = fixed(&cx.shape(&self.w)?);
+        Ok(Type::Tensor(TensorType { dtype: cx.weight(&self.w)?.dtype, shape }))
+    }
 }

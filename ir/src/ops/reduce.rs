@@ -1,6 +1,10 @@
 //! Reduction of one axis.
 
 use super::is_default;
+use crate::{
+    Dim, Type,
+    infer::{Cx, OpResult, arithmetic, arity, axis_of, want_tensor},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%y = reduce %x {fn = "mean", axis = -1}`.
@@ -29,4 +33,18 @@ pub enum ReduceFn {
     Max,
     /// Smallest.
     Min,
+}
+
+impl Reduce {
+    pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let [x] = arity(operands)?;
+        let mut shape = want_tensor(x, "the operand")?.shape.clone();
+        let axis = axis_of(self.axis, shape.len())?;
+        if self.keep {
+            shape.splice(axis..=axis, [Dim::Const(1)]);
+        } else {
+            shape.remove(axis);
+        }
+        Ok(arithmetic(shape))
+    }
 }

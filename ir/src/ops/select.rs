@@ -1,6 +1,10 @@
 //! Choice of experts.
 
 use super::{is_yes, yes};
+use crate::{
+    RouteType, Type, codes,
+    infer::{Cx, OpError, OpResult, arity, overflow, sizes, want_known, want_rows, want_tensor},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%q = select %s {rule = "topk", k = 8}`: scores (or ids) to a route without weights.
@@ -95,4 +99,143 @@ pub enum SelectRule {
         /// Number of experts.
         experts: u64,
     },
+}
+
+impl Select {
+    pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let [scores] = arity(operands)?;
+        if let SelectRule::Given { experts } = self.rule {
+            return given(scores, experts);
+        }
+        let (rows, experts) = want_rows(scores, "the scores")?;
+        let slots = self.rule.slots(experts)?;
+        Ok(Type::Route(RouteType { rows: rows.clone(), slots, experts, weighted: false }))
+    }
+}
+
+/// Ids are data: `[rows]` or `[rows, k]` integers.
+fn given(ids: &Type, experts: u64) -> OpResult<Type> {
+    let ids = want_tensor(ids, "the ids")?;
+    if ids.dtype.is_float() {
+        return Err(OpError::new(codes::KIND, format!("ids must be integers, are {}", ids.dtype.name())));
+    }
+    let (rows, slots) = match ids.shape.as_slice() {
+        [rows] => (rows, 1),
+        [rows, slots] => (rows, want_known(slots, "the ids")?),
+        shape => {
+            return Err(OpError::new(codes::SHAPE, format!("ids are {}, [rows] or [rows, k] is needed", sizes(shape))));
+        }
+    };
+    Ok(Type::Route(RouteType { rows: rows.clone(), slots, experts, weighted: false }))
+}
+
+impl SelectRule {
+    /// Slots of a row, and the checks of the rule against the number of experts.
+    fn slots(&self, experts: u64) -> OpResult<u64> {
+        match self {
+            Self::Topk { k } => top_k(*k, experts, "experts"),
+            Self::Rank { ranks } => self::ranks(ranks, experts),
+            Self::All | Self::Given { .. } => Ok(experts),
+            Self::Topp { p, max_k, .. } => {
+                if p.is_nan() {
+                    return Err(OpError::new(codes::VALUE, "`p` is not a number"));
+                }
+                at_most(*max_k, experts)
+            }
+            Self::Threshold { tau, quantile, max_k, min_k, .. } => {
+                threshold(*tau, *quantile, *min_k)?;
+                at_most(*max_k, experts)
+            }
+            Self::GroupTopk { groups, k } => {
+                let size = group_size(*groups, experts)?;
+                top_k(*k, size, "experts in a group")?.checked_mul(*groups).ok_or_else(overflow)
+            }
+            Self::GroupLimited { groups, group_top, keep_groups, k, dropped } => {
+                let size = group_size(*groups, experts)?;
+                if dropped.is_some_and(f64::is_nan) {
+                    return Err(OpError::new(codes::VALUE, "`dropped` is not a number"));
+                }
+                if *group_top == 0 || *group_top > size {
+                    let text = format!("`group_top` is {group_top}, a group has {size} experts");
+                    return Err(OpError::new(codes::GROUPS, text));
+                }
+                if *keep_groups == 0 || keep_groups > groups {
+                    let text = format!("`keep_groups` is {keep_groups}, there are {groups} groups");
+                    return Err(OpError::new(codes::KEEP_GROUPS, text));
+                }
+                let left = keep_groups.checked_mul(size).ok_or_else(overflow)?;
+                if *k > left && dropped.is_none() {
+                    let text = format!("k is {k}, {keep_groups} groups of {size} keep {left} experts");
+                    return Err(OpError::new(codes::KEEP_GROUPS, text));
+                }
+                top_k(*k, experts, "experts")
+            }
+            Self::ExpertChoice { capacity, factor } => expert_choice(*capacity, *factor).map(|()| experts),
+        }
+    }
+}
+
+fn top_k(k: u64, experts: u64, what: &str) -> OpResult<u64> {
+    if k == 0 || k > experts {
+        return Err(OpError::new(codes::TOP_K, format!("k is {k}, there are {experts} {what}")));
+    }
+    Ok(k)
+}
+
+/// An upper bound of the slots may exceed the experts; then they bound it.
+fn at_most(max_k: Option<u64>, experts: u64) -> OpResult<u64> {
+    match max_k {
+        Some(0) => Err(OpError::new(codes::TOP_K, "`max_k` is 0, at least one expert is needed")),
+        Some(k) => Ok(k.min(experts)),
+        None => Ok(experts),
+    }
+}
+
+fn group_size(groups: u64, experts: u64) -> OpResult<u64> {
+    if groups == 0 || !experts.is_multiple_of(groups) {
+        return Err(OpError::new(codes::GROUPS, format!("{groups} groups do not divide {experts} experts")));
+    }
+    Ok(experts / groups)
+}
+
+fn ranks(ranks: &[u64], experts: u64) -> OpResult<u64> {
+    if ranks.is_empty() {
+        return Err(OpError::new(codes::RANKS, "`ranks` is empty"));
+    }
+    for (i, rank) in ranks.iter().enumerate() {
+        if *rank >= experts {
+            return Err(OpError::new(codes::RANKS, format!("rank {rank} of {experts} experts")));
+        }
+        if ranks.iter().take(i).any(|r| r == rank) {
+            return Err(OpError::new(codes::RANKS, format!("rank {rank} stands twice in `ranks`")));
+        }
+    }
+    Ok(ranks.len() as u64)
+}
+
+fn threshold(tau: Option<f64>, quantile: Option<f64>, min_k: Option<u64>) -> OpResult<()> {
+    match (tau, quantile) {
+        (Some(tau), None) if !tau.is_nan() => {}
+        (None, Some(q)) if (0.0..=1.0).contains(&q) => {}
+        (Some(_), None) => return Err(OpError::new(codes::VALUE, "`tau` is not a number")),
+        (None, Some(q)) => {
+            return Err(OpError::new(codes::VALUE, format!("`quantile` is {q}, a number from 0 to 1 is needed")));
+        }
+        (None, None) | (Some(_), Some(_)) => {
+            return Err(OpError::new(codes::ATTRIBUTE, "takes either `tau` or `quantile`"));
+        }
+    }
+    match min_k {
+        None | Some(0 | 1) => Ok(()),
+        Some(k) => Err(OpError::new(codes::VALUE, format!("`min_k` is {k}, 0 or 1 is possible"))),
+    }
+}
+
+fn expert_choice(capacity: Option<u64>, factor: Option<f64>) -> OpResult<()> {
+    match (capacity, factor) {
+        (Some(_), None) => Ok(()),
+        (None, Some(f)) if f >= 0.0 && f.is_finite() => Ok(()),
+        (None, Some(f)) => Err(OpError::new(codes::VALUE, format!("`factor` is {f}, a share of the rows is needed"))),
+        (None, None) | (Some(_), Some(_)) => Err(OpError::new(codes::ATTRIBUTE, "takes either `capacity` or `factor`")),
+    }
 }

@@ -1,5 +1,9 @@
 //! Rearrangements without arithmetic.
 
+use crate::{
+    DType, Dim, RouteType, TensorType, Type, codes,
+    infer::{Cx, OpError, OpResult, arity, axis_of, overflow, sizes, volume, want_route, want_tensor},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%y = shape %a, %b {fn = "concat", axis = 1}`: moves values, computes nothing.
@@ -45,4 +49,171 @@ pub enum Shape {
         /// Position of the new axis.
         axis: i64,
     },
+}
+
+impl Shape {
+    pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        match self {
+            Self::Concat { axis } => return concat(*axis, operands),
+            Self::Stack { axis } => return stack(*axis, operands),
+            Self::Slice { .. }
+            | Self::Reshape { .. }
+            | Self::Transpose { .. }
+            | Self::Repeat { .. }
+            | Self::Pad { .. } => {}
+        }
+        let [x] = arity(operands)?;
+        let x = want_tensor(x, "the operand")?;
+        let shape = match self {
+            Self::Slice { axis, range } => slice(&x.shape, *axis, *range)?,
+            Self::Reshape { to } => reshape(&x.shape, to)?,
+            Self::Transpose { perm } => transpose(&x.shape, perm)?,
+            Self::Repeat { n, axis } => {
+                let axis = axis_of(*axis, x.shape.len())?;
+                map_axis(&x.shape, axis, |d| d.mul((*n).into()))?
+            }
+            Self::Pad { multiple: 0 } => {
+                return Err(OpError::new(codes::VALUE, "`multiple` is 0, at least 1 is needed"));
+            }
+            Self::Pad { multiple } => {
+                axis_of(0, x.shape.len())?;
+                map_axis(&x.shape, 0, |d| d.ceil_div(*multiple).mul((*multiple).into()))?
+            }
+            Self::Concat { .. } | Self::Stack { .. } => x.shape.clone(),
+        };
+        Ok(Type::Tensor(TensorType { dtype: x.dtype, shape }))
+    }
+}
+
+/// The shape with one size changed.
+fn map_axis(shape: &[Dim], axis: usize, change: impl Fn(Dim) -> Option<Dim>) -> OpResult<Vec<Dim>> {
+    let mut shape = shape.to_vec();
+    if let Some(dim) = shape.get_mut(axis) {
+        *dim = change(dim.clone()).ok_or_else(overflow)?;
+    }
+    Ok(shape)
+}
+
+/// The element type that holds both: equal types, else f32.
+fn common_type(types: &[&TensorType]) -> DType {
+    match types {
+        [first, rest @ ..] if rest.iter().all(|t| t.dtype == first.dtype) => first.dtype,
+        _ => DType::F32,
+    }
+}
+
+fn tensors<'a>(operands: &[&'a Type]) -> OpResult<Vec<&'a TensorType>> {
+    if operands.is_empty() {
+        return Err(OpError::new(codes::ARITY, "has no operands, takes at least 1"));
+    }
+    operands.iter().map(|ty| want_tensor(ty, "an operand")).collect()
+}
+
+fn concat(axis: i64, operands: &[&Type]) -> OpResult<Type> {
+    if matches!(operands.first(), Some(Type::Route(_))) {
+        return concat_routes(axis, operands);
+    }
+    let tensors = tensors(operands)?;
+    let mut shape = tensors[0].shape.clone();
+    let axis = axis_of(axis, shape.len())?;
+    for ty in &tensors[1..] {
+        let others_equal = ty.shape.len() == shape.len()
+            && ty.shape.iter().zip(&shape).enumerate().all(|(i, (a, b))| i == axis || a == b);
+        if !others_equal {
+            let text = format!("{} and {} differ beside axis {axis}", sizes(&shape), sizes(&ty.shape));
+            return Err(OpError::new(codes::SHAPE, text));
+        }
+        shape = map_axis(&shape, axis, |d| d.add(ty.shape[axis].clone()))?;
+    }
+    Ok(Type::Tensor(TensorType { dtype: common_type(&tensors), shape }))
+}
+
+/// Routes side by side: the slots of the first, then those of the second, and so on.
+fn concat_routes(axis: i64, operands: &[&Type]) -> OpResult<Type> {
+    if axis_of(axis, 2)? != 1 {
+        return Err(OpError::new(codes::SHAPE, format!("routes are joined along axis 1, not {axis}")));
+    }
+    let routes = operands.iter().map(|ty| want_route(ty, "an operand")).collect::<OpResult<Vec<_>>>()?;
+    let first = routes[0];
+    let mut slots = 0u64;
+    for route in &routes {
+        if route.rows != first.rows || route.experts != first.experts || route.weighted != first.weighted {
+            let text = format!("routes [{first}] and [{route}] differ in more than slots");
+            return Err(OpError::new(codes::SHAPE, text));
+        }
+        slots = slots.checked_add(route.slots).ok_or_else(overflow)?;
+    }
+    Ok(Type::Route(RouteType { slots, ..first.clone() }))
+}
+
+fn stack(axis: i64, operands: &[&Type]) -> OpResult<Type> {
+    let tensors = tensors(operands)?;
+    let mut shape = tensors[0].shape.clone();
+    if let Some(ty) = tensors.iter().find(|ty| ty.shape != shape) {
+        let text = format!("{} and {} differ", sizes(&shape), sizes(&ty.shape));
+        return Err(OpError::new(codes::SHAPE, text));
+    }
+    let axis = axis_of(axis, shape.len() + 1)?;
+    shape.insert(axis, Dim::Const(tensors.len() as u64));
+    Ok(Type::Tensor(TensorType { dtype: common_type(&tensors), shape }))
+}
+
+fn slice(shape: &[Dim], axis: i64, [start, end]: [i64; 2]) -> OpResult<Vec<Dim>> {
+    let at = axis_of(axis, shape.len())?;
+    let size = shape.get(at).cloned().unwrap_or(Dim::Const(0));
+    let wrong = || OpError::new(codes::SHAPE, format!("range {start}..{end} of axis {axis}, which has {size} entries"));
+    let (Ok(from), Ok(to)) = (u64::try_from(start), u64::try_from(end)) else { return Err(wrong()) };
+    if from > to || size.known().is_some_and(|n| to > n) {
+        return Err(wrong());
+    }
+    map_axis(shape, at, |_| Some(Dim::Const(to - from)))
+}
+
+/// One size may be -1: the quotient of all elements by the other sizes.
+fn reshape(shape: &[Dim], to: &[i64]) -> OpResult<Vec<Dim>> {
+    let total = volume(shape)?;
+    let mut known = 1u64;
+    let mut open = None;
+    for (i, size) in to.iter().enumerate() {
+        match u64::try_from(*size) {
+            Ok(n) => known = known.checked_mul(n).ok_or_else(overflow)?,
+            Err(_) if *size == -1 && open.is_none() => open = Some(i),
+            Err(_) => {
+                return Err(OpError::new(codes::VALUE, format!("size {size} in {to:?}; one size may be -1")));
+            }
+        }
+    }
+    let mut result: Vec<Dim> = to.iter().map(|n| Dim::Const(u64::try_from(*n).unwrap_or(0))).collect();
+    let fits = match open {
+        None => total == Dim::Const(known),
+        Some(_) if known == 0 => false,
+        Some(at) => {
+            result[at] = total.clone().ceil_div(known);
+            total.known().is_none_or(|n| n.is_multiple_of(known))
+        }
+    };
+    if fits {
+        return Ok(result);
+    }
+    let text = format!("{} has {total} elements, {to:?} has not", sizes(shape));
+    Err(OpError::new(codes::SHAPE, text))
+}
+
+fn transpose(shape: &[Dim], perm: &[u64]) -> OpResult<Vec<Dim>> {
+    let mut seen = vec![false; shape.len()];
+    let mut result = Vec::with_capacity(shape.len());
+    for axis in perm {
+        let at = usize::try_from(*axis).unwrap_or(usize::MAX);
+        match (shape.get(at), seen.get_mut(at)) {
+            (Some(dim), Some(seen)) if !*seen => {
+                *seen = true;
+                result.push(dim.clone());
+            }
+            _ => break,
+        }
+    }
+    if result.len() == shape.len() && perm.len() == shape.len() {
+        return Ok(result);
+    }
+    Err(OpError::new(codes::VALUE, format!("`perm` {perm:?} is not an order of {} axes", shape.len())))
 }

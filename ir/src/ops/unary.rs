@@ -1,5 +1,9 @@
 //! Elementwise functions of one value.
 
+use crate::{
+    Type,
+    infer::{Cx, OpResult, arithmetic, arity, want_tensor},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%y = unary %x {fn = "silu"}`: one function of each element.
@@ -47,4 +51,11 @@ pub enum UnaryFn {
     Abs,
     /// `x`.
     Identity,
+}
+
+impl Unary {
+    pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let [x] = arity(operands)?;
+        Ok(arithmetic(want_tensor(x, "the operand")?.shape.clone()))
+    }
 }

@@ -1,7 +1,10 @@
 //! Weights of the selected slots.
 
 use super::{is_default, is_unit, unit};
-use crate::WeightName;
+use crate::{
+    RouteType, Type, WeightName, codes,
+    infer::{Cx, OpError, OpResult, numbers, want_route, want_rows},
+};
 use serde::{Deserialize, Serialize};
 
 /// `%r = weigh %q, %s {norm = "sum"}`: weights of the slots, in the order of the attributes.
@@ -69,4 +72,58 @@ pub enum WeighNorm {
     L1,
     /// Euclidean norm (DBRX with order 2).
     L2,
+}
+
+/// Checks that scores have a row per route row and a column per expert.
+pub(crate) fn want_scores(scores: &Type, route: &RouteType) -> OpResult<()> {
+    let (rows, experts) = want_rows(scores, "the scores")?;
+    if *rows == route.rows && experts == route.experts {
+        return Ok(());
+    }
+    let text = format!("scores [{rows}, {experts}] meet a route of {} rows and {} experts", route.rows, route.experts);
+    Err(OpError::new(codes::SHAPE, text))
+}
+
+impl Weigh {
+    /// Whether the second of so many operands is the scores.
+    pub(crate) fn has_scores(&self, operands: usize) -> bool {
+        operands > 1 + usize::from(self.drop_rows) + usize::from(self.keep_rows)
+    }
+
+    pub(crate) fn infer(&self, cx: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
+        let extra = usize::from(self.drop_rows) + usize::from(self.keep_rows);
+        let least = 1 + extra;
+        if operands.len() < least || operands.len() > least + 1 {
+            let text = format!("has {} operands, takes {least} or {}", operands.len(), least + 1);
+            return Err(OpError::new(codes::ARITY, text));
+        }
+        let route = want_route(operands[0], "the first operand")?;
+        if self.has_scores(operands.len()) {
+            want_scores(operands[1], route)?;
+        } else if !route.weighted && !self.constant {
+            return Err(OpError::new(codes::UNWEIGHED, "the route has no scores of its own")
+                .help("give the scores as the second operand"));
+        }
+        for rows in &operands[operands.len() - extra..] {
+            let rows = want_route(rows, "a row set")?;
+            if rows.rows != route.rows {
+                let text = format!("a row set has {} rows, the route {}", rows.rows, route.rows);
+                return Err(OpError::new(codes::SHAPE, text));
+            }
+        }
+        if self.drop_below.is_none() && extra > 0 {
+            return Err(OpError::new(codes::ATTRIBUTE, "`drop_rows` and `keep_rows` go with `drop_below`"));
+        }
+        if self.norm.is_none() && (self.eps != 0.0 || self.floor != 0.0) {
+            return Err(OpError::new(codes::ATTRIBUTE, "`eps` and `floor` go with `norm`"));
+        }
+        if let Some(scale) = &self.expert_scale {
+            let shape = cx.shape(scale)?;
+            if shape != [route.experts] {
+                let text = format!("weight `{scale}` is {}, [{}] is needed", numbers(&shape), route.experts);
+                return Err(OpError::new(codes::SHAPE, text));
+            }
+        }
+        Ok(Type::Route(RouteType { weighted: true, ..route.clone() }))
+    }
 }
