@@ -137,3 +137,95 @@ pub struct Slot {
     /// Byte offset of each expert; one entry more than experts.
     pub offsets: Vec<u64>,
 }
+
+impl Layout {
+    /// Columns of a row with padding, in elements; `u64::MAX` when they do not fit.
+    pub const fn padded_columns(&self, columns: u64) -> u64 {
+        match *self {
+            Self::Rows { columns: unit } | Self::Interleaved { columns: unit, .. } => round_up(columns, unit),
+            Self::Panels { depth, columns: unit, .. } => round_up(round_up(columns, unit), depth),
+        }
+    }
+
+    /// Rows of a matrix with padding; `u64::MAX` when they do not fit.
+    pub const fn padded_rows(&self, rows: u64) -> u64 {
+        match *self {
+            Self::Rows { .. } => rows,
+            Self::Panels { panel, .. } => round_up(rows, panel),
+            Self::Interleaved { block, .. } => round_up(rows, block),
+        }
+    }
+}
+
+const fn round_up(value: u64, unit: u64) -> u64 {
+    let unit = if unit == 0 { 1 } else { unit };
+    value.div_ceil(unit).saturating_mul(unit)
+}
+
+impl Matrix {
+    /// Rows and columns for expert `e` (counted from 0 inside the slot).
+    pub fn size_of(&self, e: u64) -> Option<(u64, u64)> {
+        let pick = |sizes: &[u64]| match sizes {
+            [one] => Some(*one),
+            all => all.get(usize::try_from(e).ok()?).copied(),
+        };
+        Some((pick(&self.rows)?, pick(&self.columns)?))
+    }
+}
+
+impl Slot {
+    /// Rows and columns of each matrix for expert `e` (counted from 0); `None` when the matrices differ.
+    pub fn size_of(&self, e: u64) -> Option<(u64, u64)> {
+        let mut sizes = self.matrices.iter().map(|m| m.size_of(e));
+        let first = sizes.next()??;
+        sizes.all(|size| size == Some(first)).then_some(first)
+    }
+
+    /// Packed bytes of expert `e` (counted from 0), with the padding of the layout but none behind it.
+    pub fn expert_bytes(&self, e: u64) -> Option<u64> {
+        let (rows, columns) = self.size_of(e)?;
+        self.layout
+            .padded_rows(rows)
+            .checked_mul(self.layout.padded_columns(columns))?
+            .checked_mul(self.matrices.len() as u64)?
+            .checked_mul(self.dtype.bytes())
+    }
+
+    /// Sets [`offsets`](Self::offsets) and [`bytes`](Self::bytes): experts one after the other, each at a multiple of `align` bytes.
+    ///
+    /// `None` when sizes of matrices differ or do not fit.
+    pub fn place(&mut self, align: u64) -> Option<()> {
+        let mut offsets = vec![0];
+        let mut end = 0u64;
+        for e in 0..self.experts {
+            end = end.checked_add(self.expert_bytes(e)?)?.checked_next_multiple_of(align.max(1))?;
+            offsets.push(end);
+        }
+        self.offsets = offsets;
+        self.bytes = end;
+        Some(())
+    }
+
+    /// Cuts the bytes of a packed slot into those of its experts; bytes before the first expert are zeroed.
+    ///
+    /// `None` when the offsets do not rise or do not lie in `packed`.
+    pub fn parts<'a>(&self, packed: &'a mut [u8]) -> Option<Vec<&'a mut [u8]>> {
+        if self.offsets.len() as u64 != self.experts.checked_add(1)? {
+            return None;
+        }
+        let mut parts = Vec::new();
+        let mut rest = packed;
+        let mut at = 0;
+        for (i, &offset) in self.offsets.iter().enumerate() {
+            let (part, tail) = rest.split_at_mut_checked(usize::try_from(offset.checked_sub(at)?).ok()?)?;
+            if i == 0 {
+                part.fill(0);
+            } else {
+                parts.push(part);
+            }
+            (rest, at) = (tail, offset);
+        }
+        rest.fill(0);
+        Some(parts)
+    }
+}

@@ -1,0 +1,222 @@
+//! Invented weights: a checkpoint that nobody has to download.
+//!
+//! Values depend on the seed, the tensor's name and the position alone, so that any order of
+//! reading gives the same layer. They are small, and exact in bfloat16.
+
+use crate::{
+    error::{Code, Result, RuntimeError},
+    number,
+    tensors::{Content, ReadAt, TensorView, Tensors},
+    weights::expand,
+};
+use moec_abi::{DType, Packing, Slot, Source, View};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
+use std::collections::BTreeMap;
+
+/// Largest size of a random weight.
+const AMPLITUDE: f64 = 0.05;
+
+/// Shape and content of an invented tensor.
+struct Tensor {
+    dtype: DType,
+    shape: Vec<u64>,
+    reader: Generator,
+}
+
+/// Tensors with random values, for all tensors that some slots ask for.
+pub struct Random(BTreeMap<String, Tensor>);
+
+impl Random {
+    /// Tensors for `slots` of the layer with this `prefix`.
+    ///
+    /// # Errors
+    /// The shape of a tensor does not follow from the views that read it.
+    pub fn new(slots: &[Slot], prefix: &str, seed: u64) -> Result<Self> {
+        let mut shapes = BTreeMap::new();
+        for slot in slots {
+            for e in 0..slot.experts {
+                for matrix in &slot.matrices {
+                    let size = matrix.size_of(e).ok_or_else(|| {
+                        RuntimeError::new(Code::Artefact, format!("weight slot {}: no size for expert {e}", slot.name))
+                    })?;
+                    add(&mut shapes, &matrix.source, size, slot.first_expert + e, prefix)?;
+                }
+            }
+        }
+        let mut tensors = BTreeMap::new();
+        for (name, (source, shape, expert)) in shapes {
+            let mut put = |name: String, dtype: DType, shape: Vec<u64>, fill: Fill| {
+                let reader = Generator { seed: seed_of(seed, &name), dtype, fill };
+                tensors.insert(name, Tensor { dtype, shape, reader });
+            };
+            match &source.packing {
+                Packing::Plain => {
+                    let last = shape.last().copied().unwrap_or(1).max(1);
+                    put(name, source.dtype, shape, Fill::Values { last });
+                }
+                Packing::Fp8Block { scale, block } => {
+                    let mut tiles = shape.clone();
+                    let tiled = tiles.len().saturating_sub(2);
+                    for (size, unit) in tiles.iter_mut().skip(tiled).zip(block) {
+                        *size = size.div_ceil((*unit).max(1));
+                    }
+                    put(expand(scale, prefix, expert), DType::F32, tiles, Fill::Constant(AMPLITUDE / 448.0));
+                    put(name, DType::F8e4m3, shape, Fill::FiniteCodes);
+                }
+                Packing::Mxfp4 { scales } => {
+                    let mut blocks = shape;
+                    if let Some(last) = blocks.last_mut() {
+                        *last = last.div_ceil(32);
+                    }
+                    // 6 * 2^-7 is just under the amplitude.
+                    put(expand(scales, prefix, expert), DType::U8, blocks.clone(), Fill::Constant(120.0));
+                    blocks.push(16);
+                    put(name, DType::U8, blocks, Fill::Bytes);
+                }
+            }
+        }
+        Ok(Self(tensors))
+    }
+}
+
+impl Tensors for Random {
+    fn find(&self, name: &str) -> Option<TensorView<'_>> {
+        let Tensor { dtype, shape, reader } = self.0.get(name)?;
+        let bytes = shape.iter().try_fold(dtype.bytes(), |n, &s| n.checked_mul(s))?;
+        Some(TensorView { dtype: *dtype, shape: shape.clone(), content: Content::Reader { reader, offset: 0, bytes } })
+    }
+}
+
+type Shapes = BTreeMap<String, (Source, Vec<u64>, u64)>;
+
+/// Notes the smallest shape with which `source` can be read.
+fn add(shapes: &mut Shapes, source: &Source, size: (u64, u64), expert: u64, prefix: &str) -> Result<()> {
+    let name = expand(&source.tensor, prefix, expert);
+    let known = shapes.get(&name).map(|(_, shape, _)| shape.clone());
+    // A vector has one axis, unless a view needs two.
+    let forms = if size.1 == 1 { vec![vec![size.0], vec![size.0, 1]] } else { vec![vec![size.0, size.1]] };
+    let shape = forms
+        .into_iter()
+        .find_map(|form| before(form, &source.view, expert))
+        .filter(|shape| known.as_ref().is_none_or(|k| k.len() == shape.len()))
+        .ok_or_else(|| {
+            let message = format!("the shape of tensor {name} does not follow from its views");
+            RuntimeError::new(Code::TensorMismatch, message).with_help("pass a checkpoint instead of random weights")
+        })?;
+    match shapes.get_mut(&name) {
+        Some((_, known, _)) => known.iter_mut().zip(shape).for_each(|(k, s)| *k = (*k).max(s)),
+        None => {
+            shapes.insert(name, (source.clone(), shape, expert));
+        }
+    }
+    Ok(())
+}
+
+/// The smallest shape from which the views give `shape`.
+fn before(mut shape: Vec<u64>, views: &[View], expert: u64) -> Option<Vec<u64>> {
+    for view in views.iter().rev() {
+        match view {
+            View::Expert => shape.insert(0, expert + 1),
+            View::Index { index } => shape.insert(0, index + 1),
+            View::ExpertRows { rows } => *shape.first_mut()? = (expert + 1).checked_mul(*rows)?,
+            View::Slice { axis, start, len, step } => {
+                let size = shape.get_mut(usize::try_from(*axis).ok()?)?;
+                *size = match len.checked_sub(1) {
+                    // The whole group of the last entry, so that interleaved parts agree.
+                    Some(last) => (start / step.max(&1) * step.max(&1))
+                        .checked_add((last + 1).checked_mul((*step).max(1))?)?
+                        .max(start + last * step + 1),
+                    None => *start,
+                };
+            }
+            View::Transpose => {
+                let rank = shape.len();
+                shape.swap(rank.checked_sub(2)?, rank - 1);
+            }
+            View::Reshape { .. } => shape = vec![shape.iter().product()],
+        }
+    }
+    Some(shape)
+}
+
+fn seed_of(seed: u64, name: &str) -> [u8; 32] {
+    // Two FNV-1a sums of the name; the generator does the mixing.
+    let sum = |start: u64| name.bytes().fold(start, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
+    let mut key = [0; 32];
+    let words = [seed, sum(0xcbf2_9ce4_8422_2325), sum(0x6c62_272e_07bb_0142), name.len() as u64];
+    key.as_chunks_mut::<8>().0.iter_mut().zip(words).for_each(|(k, w)| *k = w.to_le_bytes());
+    key
+}
+
+/// What the elements of an invented tensor are.
+#[derive(Clone, Copy)]
+enum Fill {
+    /// Uniform values; integers count along the last axis, which has this length.
+    Values { last: u64 },
+    /// 8-bit floats without NaN, each finite code alike.
+    FiniteCodes,
+    /// Any bytes.
+    Bytes,
+    /// One value.
+    Constant(f64),
+}
+
+struct Generator {
+    seed: [u8; 32],
+    dtype: DType,
+    fill: Fill,
+}
+
+impl Generator {
+    /// Elements from `first` on; element `i` follows from 16 bits of the stream alone.
+    fn fill(&self, first: u64, out: &mut [u8]) {
+        let size = self.dtype.bytes() as usize;
+        let mut rng = ChaCha8Rng::from_seed(self.seed);
+        rng.set_word_pos(u128::from(first / 2));
+        let mut word = 0;
+        let table: Vec<f64> =
+            (0..512).map(|k| number::round(DType::Bf16, f64::from(k - 256) * AMPLITUDE / 256.0)).collect();
+        let mut index = first;
+        for (i, element) in out.chunks_mut(size).enumerate() {
+            if i == 0 || index.is_multiple_of(2) {
+                word = rng.next_u32();
+            }
+            let bits = if index.is_multiple_of(2) { word & 0xffff } else { word >> 16 };
+            match self.fill {
+                Fill::Values { last } => match self.dtype {
+                    DType::Bf16 => {
+                        let value = table[(bits & 511) as usize] as f32;
+                        element.copy_from_slice(&((value.to_bits() >> 16) as u16).to_le_bytes());
+                    }
+                    DType::F64 | DType::F32 | DType::F16 | DType::F8e4m3 | DType::F8e5m2 => {
+                        number::encode(self.dtype, table[(bits & 511) as usize], element, 0);
+                    }
+                    DType::U8 | DType::I8 | DType::I32 | DType::I64 => {
+                        number::encode(self.dtype, (index % last % 128) as f64, element, 0);
+                    }
+                },
+                Fill::FiniteCodes => {
+                    let code = (bits % 127) as u8;
+                    element[0] = if bits & 0x8000 != 0 { code | 0x80 } else { code };
+                }
+                Fill::Bytes => element[0] = (bits & 0xff) as u8,
+                Fill::Constant(value) => number::encode(self.dtype, value, element, 0),
+            }
+            index += 1;
+        }
+    }
+}
+
+impl ReadAt for Generator {
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let size = self.dtype.bytes();
+        if !offset.is_multiple_of(size) || !(out.len() as u64).is_multiple_of(size) {
+            return Err(RuntimeError::new(Code::Argument, "random tensors are read by whole elements"));
+        }
+        self.fill(offset / size, out);
+        Ok(())
+    }
+}
