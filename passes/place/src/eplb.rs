@@ -2,8 +2,10 @@
 //!
 //! Follows deepseek-ai/EPLB: pack expert groups onto nodes, replicate the most loaded experts of each node,
 //! pack the replicas onto the node's GPUs. Arithmetic is `f32`, as published, so that placements agree slot by
-//! slot. Ties go to the lowest index.
+//! slot. Ties go to the lowest pack and to the lowest expert; equal items to pack come in the order of the
+//! published sort ([`crate::introsort`]).
 
+use crate::introsort::falling_order;
 use crate::layout::Slots;
 use crate::options::Cluster;
 
@@ -80,11 +82,9 @@ fn balanced_packing(weight: &[f32], n_packs: usize) -> Packing {
     if room == 1 {
         return packing;
     }
-    let mut order: Vec<usize> = (0..weight.len()).collect();
-    order.sort_by(|&a, &b| weight[b].total_cmp(&weight[a]));
     let mut pack_weight = vec![0.0_f32; n_packs];
     let mut pack_items = vec![0; n_packs];
-    for item in order {
+    for item in falling_order(weight) {
         let open = (0..n_packs).filter(|&pack| pack_items[pack] < room);
         let lightest = open.min_by(|&a, &b| pack_weight[a].total_cmp(&pack_weight[b]));
         // There are exactly `room * n_packs` items, so a pack is always open.

@@ -37,6 +37,7 @@ mod flow;
 mod grouping;
 pub mod host;
 mod input;
+mod introsort;
 mod layout;
 mod least_loaded;
 mod loads;
