@@ -1,1 +1,21 @@
-//! Placeholder.
+//! Bytes in, checked graph out.
+//!
+//! Reading goes in three steps. *Read*: JSON text becomes values that know their place
+//! ([`json`]), and a family reads the keys that it needs. *Check*: each rule is one function with
+//! one code. *Build*: the family composes the block of every mixture layer from graph ops; layers
+//! with equal blocks share a [`Form`]. Nothing here prints or ends the process: findings are
+//! [`moec_ir::Diagnostic`]s.
+
+mod block;
+mod check;
+mod config;
+mod family;
+pub mod json;
+mod keys;
+mod layout;
+pub mod limits;
+mod model;
+mod outline;
+
+pub use config::{families, read_config};
+pub use model::{Facts, Form, FormFacts, LatentAttention, Layer, LayerKind, Model};
