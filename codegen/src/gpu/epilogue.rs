@@ -1,0 +1,199 @@
+//! From sums to the result: scale, bias, activation, rounding, and stores of whole lines.
+
+use super::{
+    Kernel,
+    device::{at, barrier, register, vector, wide},
+    schedule::size,
+    tile::{Rows, int},
+};
+use crate::{
+    grouped::{Epilogue, RowScale},
+    math,
+    mlir::{Builder, V},
+};
+use moec_abi::DType;
+use moec_ir::ops::UnaryFn;
+use std::collections::BTreeMap;
+
+/// Neighbouring columns of the result that one lane holds.
+pub(super) struct Place {
+    /// Row, from the lane's first.
+    pub(super) row: u32,
+    /// Column of the result, from the lane's first.
+    pub(super) column: u32,
+    /// For each column, which sum of the lane belongs to which matrix.
+    pub(super) columns: Vec<Vec<usize>>,
+}
+
+impl<'c> Kernel<'_, 'c> {
+    /// Stores a tile. The result passes through shared memory, so that rows leave in 16-byte pieces.
+    pub(super) fn store(
+        &self,
+        rows: Rows<'c>,
+        column_tile: V<'c>,
+        origin: [V<'c>; 2],
+        places: &[Place],
+        sums: &[V<'c>],
+    ) {
+        let (b, spec) = (self.b, self.spec);
+        let pitch = i64::from(self.schedule.staging_pitch(spec));
+        let first_column = b.mulc(column_tile, i64::from(self.schedule.out_columns(spec)));
+        let bytes = b.addi(b.mulc(origin[0], pitch), b.mulc(origin[1], i64::from(size(spec.out))));
+        let base = at(b, self.shared, bytes);
+        let mut values =
+            Values { kernel: self, rows, origin, first_column, biases: BTreeMap::new(), scales: BTreeMap::new() };
+        for place in places {
+            let results = (place.column..).zip(&place.columns).map(|(column, of)| {
+                let sums: Vec<_> = of.iter().map(|i| sums[*i]).collect();
+                values.value(place.row, column, &sums)
+            });
+            let results: Vec<_> = results.collect();
+            let value = vector(b, &results);
+            let count = results.len();
+            let value = match spec.out {
+                DType::F32 => value,
+                _ => b.cast("arith.truncf", value, &format!("vector<{count}xbf16>")),
+            };
+            let offset = i64::from(place.row) * pitch + i64::from(place.column * size(spec.out));
+            let to = b.gepc(base, "i8", int(offset));
+            b.store(value, to, size(spec.out) * u32::try_from(count).expect("one or two columns"));
+        }
+        barrier(b);
+        self.copy_out(rows, first_column);
+    }
+
+    /// Copies the rows that exist from shared memory to the result.
+    fn copy_out(&self, rows: Rows<'c>, first_column: V<'c>) {
+        let (b, spec) = (self.b, self.spec);
+        let element = size(spec.out);
+        // The widest piece that starts at a multiple of its size in every row and never crosses the last column.
+        let pieces = [16 / element, 8 / element, 4 / element];
+        let fits = |p: &u32| [spec.out_stride, spec.n].iter().all(|n| n.is_multiple_of(u64::from(*p)));
+        let piece = pieces.into_iter().find(fits).unwrap_or(1);
+        let per_row = i64::from(self.schedule.out_columns(spec) / piece);
+        let ty = match piece {
+            1 => self.element(spec.out).to_owned(),
+            _ => format!("vector<{piece}x{}>", self.element(spec.out)),
+        };
+        let bytes = piece * element;
+        let total = b.mulc(rows.count, per_row);
+        let threads = b.i32(int(i64::from(self.schedule.threads())));
+        b.for_(self.thread, total, threads, &[], |index, _| {
+            let per_row = b.i32(int(per_row));
+            let (row, place) = (b.divui(index, per_row), b.remui(index, per_row));
+            let column = b.addi(first_column, b.mulc(place, i64::from(piece)));
+            b.if_(b.cmpi("slt", column, b.i32(int(i64::try_from(spec.n).expect("columns fit in 32 bits")))), || {
+                let pitch = i64::from(self.schedule.staging_pitch(spec));
+                let from = b.addi(b.mulc(row, pitch), b.mulc(place, i64::from(bytes)));
+                let value = b.load(at(b, self.shared, from), &ty, bytes);
+                let stride = i64::try_from(spec.out_stride).expect("rows fit in memory");
+                let to = b.mulc(wide(b, b.addi(rows.first, row)), stride);
+                let to = b.gep(self.args.out, self.element(spec.out), b.addi(to, wide(b, column)));
+                b.store(value, to, bytes);
+            });
+            Vec::new()
+        });
+    }
+}
+
+/// Computes results; biases and scales are read once each.
+struct Values<'k, 'b, 'c> {
+    kernel: &'k Kernel<'b, 'c>,
+    rows: Rows<'c>,
+    origin: [V<'c>; 2],
+    first_column: V<'c>,
+    biases: BTreeMap<u32, Vec<V<'c>>>,
+    scales: BTreeMap<u32, V<'c>>,
+}
+
+impl<'c> Values<'_, '_, 'c> {
+    fn value(&mut self, row: u32, column: u32, sums: &[V<'c>]) -> V<'c> {
+        let (b, spec) = (self.kernel.b, self.kernel.spec);
+        let mut sums = sums.to_vec();
+        if spec.scale == RowScale::Input {
+            let scale = self.scale(row);
+            sums = sums.into_iter().map(|s| b.mulf(s, scale)).collect();
+        }
+        if spec.bias {
+            let biases = self.bias(column);
+            sums = sums.into_iter().zip(biases).map(|(s, bias)| b.addf(s, bias)).collect();
+        }
+        let value = match spec.out {
+            DType::F32 => spec.epilogue.emit(b, &sums),
+            _ => fast(b, &spec.epilogue, &sums),
+        };
+        if spec.scale == RowScale::Output { b.mulf(value, self.scale(row)) } else { value }
+    }
+
+    fn bias(&mut self, column: u32) -> Vec<V<'c>> {
+        let (b, spec, args) = (self.kernel.b, self.kernel.spec, &self.kernel.args);
+        let (origin, first, expert) = (self.origin[1], self.first_column, self.rows.expert);
+        self.biases
+            .entry(column)
+            .or_insert_with(|| {
+                let n = i64::try_from(spec.n).expect("columns fit in 32 bits");
+                // Columns past the last one are not stored: any bias serves.
+                let column = b.minsi(b.addc(b.addi(first, origin), i64::from(column)), b.i32(int(n - 1)));
+                let matrices = if spec.matrices == 2 { 2 } else { 1 };
+                let start = b.addi(b.mulc(wide(b, expert), matrices * n), wide(b, column));
+                let bias = args.bias.expect("a product with bias has the argument");
+                (0..matrices).map(|m| b.load(b.gep(bias, "f32", b.addc(start, m * n)), "f32", 4)).collect()
+            })
+            .clone()
+    }
+
+    fn scale(&mut self, row: u32) -> V<'c> {
+        let (b, args, rows, origin) = (self.kernel.b, &self.kernel.args, self.rows, self.origin[0]);
+        *self.scales.entry(row).or_insert_with(|| {
+            // Rows past the last one are not stored: any scale serves.
+            let row = b.minsi(b.addc(origin, i64::from(row)), b.addc(rows.count, -1));
+            let scale = args.scale.expect("a product with a row scale has the argument");
+            b.load(b.gep(scale, "f32", b.addi(rows.first, row)), "f32", 4)
+        })
+    }
+}
+
+/// The epilogue with the approximate exponential and reciprocal of the hardware: two units in the
+/// last place of f32, far below the rounding of a bf16 result.
+fn fast<'c>(b: &Builder<'c>, epilogue: &Epilogue, sums: &[V<'c>]) -> V<'c> {
+    match epilogue {
+        Epilogue::Sum(i) => sums[*i],
+        Epilogue::Constant(value) => b.f32(*value),
+        Epilogue::Binary(function, x, y) => math::binary(b, *function, fast(b, x, sums), fast(b, y, sums)),
+        Epilogue::Unary(function, x) => {
+            let x = fast(b, x, sums);
+            match function {
+                UnaryFn::Silu => b.mulf(x, sigmoid(b, x)),
+                UnaryFn::Sigmoid => sigmoid(b, x),
+                UnaryFn::GeluTanh => {
+                    let cubic = b.fma(b.mulf(b.mulf(x, x), x), b.f32(0.044_715), x);
+                    b.mulf(x, sigmoid(b, b.mulf(cubic, b.f32(1.595_769_1))))
+                }
+                UnaryFn::Relu
+                | UnaryFn::Relu2
+                | UnaryFn::Gelu
+                | UnaryFn::Tanh
+                | UnaryFn::Exp
+                | UnaryFn::Log
+                | UnaryFn::Neg
+                | UnaryFn::Square
+                | UnaryFn::Softplus
+                | UnaryFn::Sqrt
+                | UnaryFn::Sign
+                | UnaryFn::Abs
+                | UnaryFn::Identity => math::unary(b, *function, x),
+            }
+        }
+    }
+}
+
+fn sigmoid<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
+    let power = b.mulf(x, b.f32(-std::f32::consts::LOG2_E));
+    let power = b.intrinsic("llvm.nvvm.ex2.approx.ftz.f", &[power], "f32");
+    b.intrinsic("llvm.nvvm.rcp.approx.ftz.f", &[b.addf(power, b.f32(1.0))], "f32")
+}
+
+/// The thread's number in its block.
+pub(super) fn thread<'c>(b: &Builder<'c>) -> V<'c> {
+    register(b, "tid.x")
+}

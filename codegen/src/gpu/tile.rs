@@ -1,0 +1,119 @@
+//! Which piece of the product a block computes.
+//!
+//! The host knows the number of tokens only, so it launches an upper bound of blocks. Each block
+//! looks up on the device which expert and which of its rows it has; blocks past the last row end.
+
+use super::{
+    Kernel,
+    device::{ballot, lowest_bit, narrow, register, scan, shuffle},
+};
+use crate::{grouped::RowSource, mlir::V};
+
+/// Row tiles that share their weight tiles in the second-level cache before the next ones start.
+const GROUP: i64 = 8;
+
+/// Rows of one block.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows<'c> {
+    /// Expert (i32), counted from the first of this part.
+    pub(super) expert: V<'c>,
+    /// First row in sorted order (i32).
+    pub(super) first: V<'c>,
+    /// Rows, from 1 to the height of the tile (i32).
+    pub(super) count: V<'c>,
+}
+
+impl<'c> Kernel<'_, 'c> {
+    /// Splits the block's number into a row tile and a column tile.
+    pub(super) fn block(&self) -> (V<'c>, V<'c>) {
+        let b = self.b;
+        let id = register(b, "ctaid.x");
+        let columns = i64::try_from(self.schedule.column_tiles(self.spec)).expect("column tiles fit in a grid");
+        let row_tiles = b.divui(register(b, "nctaid.x"), b.i32(int(columns)));
+        let group = b.divui(id, b.i32(int(GROUP * columns)));
+        let first = b.mulc(group, GROUP);
+        let size = b.same("arith.minui", &[b.subi(row_tiles, first), b.i32(int(GROUP))], &[]);
+        let inside = b.subi(id, b.mulc(group, GROUP * columns));
+        (b.addi(first, b.remui(inside, size)), b.divui(inside, size))
+    }
+
+    /// Calls `body` with the rows of row tile `tile`, if it has any.
+    pub(super) fn with_rows(&self, tile: V<'c>, body: impl FnOnce(Rows<'c>)) {
+        let b = self.b;
+        let height = i64::from(self.schedule.rows());
+        match self.spec.rows {
+            RowSource::Dense => {
+                let first = b.mulc(tile, height);
+                let rest = b.subi(narrow(b, self.args.tokens), first);
+                b.if_(b.cmpi("sgt", rest, b.i32(0)), || {
+                    let count = b.minsi(rest, b.i32(int(height)));
+                    body(Rows { expert: b.i32(0), first, count });
+                });
+            }
+            RowSource::Gathered | RowSource::Sorted => {
+                let experts = int(i64::try_from(self.spec.experts).expect("experts fit in 32 bits"));
+                self.search(b.i32(0), experts, tile, body);
+            }
+        }
+    }
+
+    fn offset(&self, expert: V<'c>) -> V<'c> {
+        let b = self.b;
+        let last = b.i32(int(i64::try_from(self.spec.experts).expect("experts fit in 32 bits")));
+        let place = b.gep(self.args.offsets.expect("grouped products have offsets"), "i32", b.minsi(expert, last));
+        b.load(place, "i32", 4)
+    }
+
+    fn tiles(&self, begin: V<'c>, end: V<'c>) -> V<'c> {
+        let b = self.b;
+        let height = self.schedule.rows();
+        b.divui(b.addc(b.subi(end, begin), i64::from(height) - 1), b.i32(int(i64::from(height))))
+    }
+
+    /// Finds the expert that holds tile `wanted` of those of `span` experts from `base` on: each lane
+    /// counts the tiles of a few experts, a scan over the warp finds the lane, and its experts are searched again.
+    fn search(&self, base: V<'c>, span: i32, wanted: V<'c>, body: impl FnOnce(Rows<'c>)) {
+        let b = self.b;
+        let each = (span + 31) / 32;
+        let begin = b.addi(base, b.muli(self.lane, b.i32(each)));
+        // The span of an inner search may reach past its lane's experts, but never before the one that is found.
+        let first = self.offset(begin);
+        let (count, last) = if each <= 8 {
+            let mut sum = b.i32(0);
+            let mut low = first;
+            for i in 1..=each {
+                let high = self.offset(b.addc(begin, i64::from(i)));
+                sum = b.addi(sum, self.tiles(low, high));
+                low = high;
+            }
+            (sum, low)
+        } else {
+            let result = b.for_(b.i32(1), b.i32(each + 1), b.i32(1), &[b.i32(0), first], |i, carried| {
+                let high = self.offset(b.addi(begin, i));
+                vec![b.addi(carried[0], self.tiles(carried[1], high)), high]
+            });
+            (result[0], result[1])
+        };
+        let sum = scan(b, count, self.lane);
+        let found = ballot(b, b.cmpi("ugt", sum, wanted));
+        b.if_(b.cmpi("ne", found, b.i32(0)), || {
+            let lane = lowest_bit(b, found);
+            let before = shuffle(b, b.subi(sum, count), lane);
+            let rest = b.subi(wanted, before);
+            let expert = b.addi(base, b.muli(lane, b.i32(each)));
+            if each > 1 {
+                return self.search(expert, each, rest, body);
+            }
+            let height = self.schedule.rows();
+            let first = b.addi(shuffle(b, first, lane), b.mulc(rest, i64::from(height)));
+            let left = b.subi(shuffle(b, last, lane), first);
+            let count = b.minsi(left, b.i32(int(i64::from(height))));
+            body(Rows { expert, first, count });
+        });
+    }
+}
+
+/// A number of the schedule as an i32 literal.
+pub(super) fn int(value: i64) -> i32 {
+    i32::try_from(value).expect("sizes of a schedule fit in 32 bits")
+}

@@ -1,0 +1,86 @@
+//! Every kernel form assembles for every GPU target, without spills.
+
+use moec_abi::DType;
+use moec_codegen::{
+    Target, gpu,
+    grouped::{Epilogue, Grouped, RowScale, RowSource},
+    mlir::{Keep, Session},
+};
+use moec_ir::ops::{BinaryFn, UnaryFn};
+use std::{path::PathBuf, process::Command};
+
+fn swiglu() -> Epilogue {
+    let gate = Epilogue::Unary(UnaryFn::Silu, Box::new(Epilogue::Sum(0)));
+    Epilogue::Binary(BinaryFn::Mul, Box::new(gate), Box::new(Epilogue::Sum(1)))
+}
+
+fn up(dtype: DType) -> Grouped {
+    Grouped {
+        symbol: "up".to_owned(),
+        experts: 128,
+        rows: RowSource::Gathered,
+        rows_per_token: 8,
+        matrices: 2,
+        k: 2048,
+        n: 768,
+        a_stride: 2048,
+        out_stride: 768,
+        a: dtype,
+        w: dtype,
+        out: dtype,
+        bias: false,
+        scale: RowScale::None,
+        epilogue: swiglu(),
+    }
+}
+
+fn down(dtype: DType) -> Grouped {
+    Grouped {
+        symbol: "down".to_owned(),
+        rows: RowSource::Sorted,
+        matrices: 1,
+        k: 768,
+        n: 2048,
+        a_stride: 768,
+        out_stride: 2048,
+        scale: RowScale::Output,
+        epilogue: Epilogue::Sum(0),
+        ..up(dtype)
+    }
+}
+
+/// `ptxas`, from `MOEC_PTXAS` or the path.
+fn ptxas() -> Option<PathBuf> {
+    let named = std::env::var_os("MOEC_PTXAS").map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    named.or_else(|| std::env::split_paths(&path).map(|p| p.join("ptxas")).find(|p| p.is_file()))
+}
+
+#[test]
+fn kernels_assemble_without_spills() {
+    let session = Session::new();
+    for target in [Target::Sm80, Target::Sm89, Target::Sm90a] {
+        for spec in [up(DType::Bf16), down(DType::Bf16), up(DType::F32), down(DType::F32)] {
+            let schedule = gpu::schedule(&spec, target);
+            let compiled = session
+                .compile(&target, Keep::default(), |b| gpu::emit(b, &spec, &schedule, target))
+                .expect("compiles");
+            let name = format!("{}_{:?}_{}", spec.symbol, spec.a, target.name());
+            let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.ptx"));
+            std::fs::write(&file, &compiled.code).expect("the folder is writable");
+            let Some(ptxas) = ptxas() else {
+                println!("ptxas not found: {name} not assembled");
+                continue;
+            };
+            let output = Command::new(ptxas)
+                .args(["-v", "-arch", target.name(), "-o", "/dev/null"])
+                .arg(&file)
+                .output()
+                .expect("ptxas starts");
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{name}: {text}");
+            println!("{name}: {schedule}, dynamic shared {}: {text}", schedule.shared(&spec));
+            assert!(text.contains("0 bytes spill stores, 0 bytes spill loads"), "{name}: {text}");
+        }
+    }
+}
