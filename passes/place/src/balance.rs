@@ -30,8 +30,12 @@ impl Packed {
 const GAIN: f64 = 1e-9;
 /// Subsets tried when two GPUs repartition their replicas; above it, single swaps are used.
 const MAX_SUBSETS: u64 = 256;
-/// Work of all kicks of one layer, in replica moves looked at (about 20 ms on one core).
-const KICK_WORK: usize = 6_000_000;
+/// Kicks of one layer times its slots: small cases get many, large ones few.
+const KICK_WORK: usize = 40_000;
+/// Relative distance to the bound at which the search ends: far below what load statistics are good for.
+const CLOSE: f64 = 2e-4;
+/// Kicks without a gain after which the search ends.
+const IDLE_KICKS: usize = 400;
 
 /// A small fast generator (SplitMix64); kicks need variety, not quality.
 pub(crate) struct Kicks(pub(crate) u64);
@@ -49,16 +53,15 @@ impl Kicks {
 /// Places `load` on `n_gpus` GPUs of `slots / n_gpus` slots each. Needs `slots >= load.len()`, a multiple of `n_gpus`.
 pub(crate) fn balance(load: &[f64], n_gpus: usize, slots: usize) -> Packed {
     let bound = lower_bound(load, n_gpus, slots);
-    let close = |packed: &Packed| packed.peak() <= bound * (1.0 + 1e-9);
+    let close = |packed: &Packed| packed.peak() <= bound * (1.0 + CLOSE);
     let mut best = pack(load, water_fill(load, slots), n_gpus, slots);
     descend(load, &mut best);
     let mut kicks = Kicks(slots as u64);
     let mut current = best.clone();
-    let per_gpu = slots / n_gpus;
-    let rounds = (KICK_WORK / (slots * (per_gpu + 4) + 64)).clamp(8, 20_000);
+    let rounds = (KICK_WORK / slots).clamp(32, 4_000);
     let mut idle = 0;
     for round in 0..rounds {
-        if close(&best) || n_gpus == 1 {
+        if close(&best) || n_gpus == 1 || idle == IDLE_KICKS {
             break;
         }
         let next = match round % 4 {
@@ -119,11 +122,14 @@ fn descend(load: &[f64], packed: &mut Packed) {
         let top = packed.heaviest();
         let peak = packed.load[top];
         let mut best: Option<(f64, usize, Vec<usize>, Vec<usize>)> = None;
-        for other in (0..n_gpus).filter(|&gpu| gpu != top) {
+        // Lightest first: after one good trade, the heavier GPUs cannot offer a better one.
+        let mut others: Vec<usize> = (0..n_gpus).filter(|&gpu| gpu != top).collect();
+        others.sort_by(|&a, &b| packed.load[a].total_cmp(&packed.load[b]));
+        for other in others {
             // Not even an even split would beat what is found already.
             let floor = best.as_ref().map_or(peak * (1.0 - GAIN), |found| found.0);
             if (peak + packed.load[other]) / 2.0 >= floor {
-                continue;
+                break;
             }
             let pair = (&packed.gpus[top], &packed.gpus[other]);
             let found = if subsets <= MAX_SUBSETS {
@@ -151,6 +157,11 @@ fn repartition(load: &[f64], count: &[usize], (a, b): (&Vec<usize>, &Vec<usize>)
     let share: Vec<f64> = all.iter().map(|&e| load[e] / count[e] as f64).collect();
     let total: f64 = share.iter().sum();
     let (n, half) = (all.len(), a.len());
+    let mut rising = share.clone();
+    rising.sort_by(f64::total_cmp);
+    if rising[n - 1] + rising[..half - 1].iter().sum::<f64>() >= floor {
+        return None;
+    }
     let mut best = floor;
     let mut best_mask = None;
     // Subsets of `half` items that hold item 0, in increasing order of their bit masks.
