@@ -14,6 +14,7 @@ mod dim;
 mod dtype;
 mod graph;
 mod infer;
+pub mod interp;
 mod op;
 pub mod ops;
 mod types;
