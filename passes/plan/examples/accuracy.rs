@@ -17,7 +17,8 @@ fn main() {
     let (rows, skipped) = published::rows();
     let mut groups: BTreeMap<(&str, &str), Vec<f64>> = BTreeMap::new();
     let mut memory_wrong = Vec::new();
-    for row in &rows {
+    let fit = published::fit_rows(&rows);
+    for (row, fit) in rows.iter().zip(fit) {
         let predicted = match published::predict(row, &calibration) {
             Ok(p) => p,
             Err(e) => {
@@ -33,7 +34,7 @@ fn main() {
                 predicted.candidate.estimate.memory.total() / 1_073_741_824.0
             ));
         }
-        let part = if published::is_fit_row(&row.id) { "fit" } else { "held out" };
+        let part = if fit { "fit" } else { "held out" };
         if let Some(error) = published::error(row, &predicted) {
             groups.entry((row.group, part)).or_default().push(error);
             groups.entry((row.group, "all")).or_default().push(error);

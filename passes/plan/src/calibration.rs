@@ -19,8 +19,10 @@ pub struct PerGeneration {
     pub ampere: f64,
     /// H100, H200, H800.
     pub hopper: f64,
-    /// B200 and later.
+    /// B200, GB200.
     pub blackwell: f64,
+    /// B300, GB300.
+    pub blackwell_ultra: f64,
 }
 
 impl PerGeneration {
@@ -30,6 +32,7 @@ impl PerGeneration {
             Generation::Ampere => self.ampere,
             Generation::Hopper => self.hopper,
             Generation::Blackwell => self.blackwell,
+            Generation::BlackwellUltra => self.blackwell_ultra,
         }
     }
 }
@@ -50,8 +53,13 @@ pub struct AttentionPoint {
 /// What differs between training software releases.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Software {
-    /// Exposed host and launch time per layer and pass, microseconds.
+    /// Exposed host time (synchronisation) per layer and pass, microseconds.
     pub host_us: f64,
+    /// Host time to launch a layer's kernels, microseconds per pass; it counts only where it
+    /// exceeds the GPU's time.
+    pub host_base_us: f64,
+    /// The same per local expert, for stacks that launch each expert by itself.
+    pub host_expert_us: f64,
     /// Share of the expert all-to-all hidden behind compute.
     pub all_to_all_overlap: f64,
     /// Kernel quality relative to the best release, in (0, 1].
@@ -60,6 +68,10 @@ pub struct Software {
     pub node_dedup: bool,
     /// Whether attention scores stay on chip.
     pub flash_attention: bool,
+    /// Whether single modules (norms, activations, up-projections) can be recomputed.
+    pub fine_recompute: bool,
+    /// Whether routing weights are applied inside the experts, so that their outputs need not be kept.
+    pub early_weighting: bool,
 }
 
 /// Parameters of the training model.
@@ -87,6 +99,14 @@ pub struct TrainCalibration {
     pub memory: f64,
     /// Traffic of unfused element-wise kernels relative to the counted minimum.
     pub elementwise: f64,
+    /// Further traffic factor in experts with biases or a clamped activation, which stacks do not fuse.
+    pub unfused_experts: f64,
+    /// Traffic of casts to 8 bits relative to one read and one write per operand.
+    pub quantize: f64,
+    /// Host time of 8-bit layers relative to bf16 layers.
+    pub host_fp8: f64,
+    /// Head width at which attention runs at half rate, relative to the measured widths.
+    pub attention_half_dim: f64,
     /// Link shares.
     pub links: LinkEfficiency,
     /// Share of gradient reduction and parameter gathering hidden behind compute.
@@ -95,6 +115,8 @@ pub struct TrainCalibration {
     pub fsdp_overlap: f64,
     /// Share of context-parallel exchange hidden behind attention.
     pub cp_overlap: f64,
+    /// Synchronisation of one step of the context-parallel ring, microseconds.
+    pub cp_step_us: f64,
     /// Share of pipeline transfers that is exposed.
     pub pp_exposed: f64,
     /// Fixed time per step (optimizer launch, logging, data), milliseconds.
@@ -135,7 +157,7 @@ impl TrainCalibration {
     /// # Errors
     /// `E0404` names the value.
     pub fn check(&self) -> Result<(), PlanError> {
-        let generations = [Generation::Ampere, Generation::Hopper, Generation::Blackwell];
+        let generations = [Generation::Ampere, Generation::Hopper, Generation::Blackwell, Generation::BlackwellUltra];
         let mut shares = vec![
             ("grouped", self.grouped),
             ("memory", self.memory),
@@ -166,8 +188,8 @@ impl TrainCalibration {
                 return Err(PlanError::cluster(format!("overlap {overlap} is outside [0, 1]"), "give the hidden share"));
             }
         }
-        if self.elementwise < 1.0 {
-            return Err(PlanError::cluster("elementwise traffic below the minimum", "use 1 or more"));
+        if self.elementwise < 1.0 || self.unfused_experts < 1.0 || self.quantize < 1.0 {
+            return Err(PlanError::cluster("traffic below the counted minimum", "use factors of 1 or more"));
         }
         Ok(())
     }
@@ -194,7 +216,11 @@ impl TrainCalibration {
     /// Forward and backward attention shares at a length: linear in its logarithm between
     /// points, flat beyond the longest, falling like `seq / (seq + 512)` below the shortest.
     pub fn attention_shares(&self, generation: Generation, seq: f64) -> (f64, f64) {
-        let mut points = self.attention_points.iter().filter(|p| p.generation == generation).peekable();
+        let measured = match generation {
+            Generation::BlackwellUltra => Generation::Blackwell,
+            Generation::Ampere | Generation::Hopper | Generation::Blackwell => generation,
+        };
+        let mut points = self.attention_points.iter().filter(|p| p.generation == measured).peekable();
         let Some(first) = points.peek().copied() else {
             return (0.4, 0.3);
         };

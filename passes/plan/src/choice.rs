@@ -14,7 +14,8 @@ pub enum Recompute {
     /// Everything is kept.
     #[default]
     None,
-    /// Norms, activations and the attention core are recomputed (arXiv 2205.05198, section 5).
+    /// Norms, activations and up-projections are recomputed, and the attention core where scores
+    /// are kept in memory (arXiv 2205.05198, section 5).
     Selective,
     /// Only layer inputs are kept.
     Full,

@@ -43,8 +43,11 @@ pub enum Generation {
     Ampere,
     /// H100, H200, H800.
     Hopper,
-    /// B200, GB200 and later.
+    /// B200, GB200.
     Blackwell,
+    /// B300, GB300: same peaks, more power, faster exponentials.
+    #[serde(rename = "blackwell-ultra")]
+    BlackwellUltra,
 }
 
 impl Generation {
@@ -56,6 +59,7 @@ impl Generation {
         match gpu {
             g if g.starts_with("A100") => Self::Ampere,
             g if g.starts_with('H') => Self::Hopper,
+            g if g.starts_with("B3") || g.starts_with("GB3") => Self::BlackwellUltra,
             _ => Self::Blackwell,
         }
     }

@@ -95,6 +95,8 @@ impl ModelShape {
         let mut shape = Self::new(name, hidden, c.need("vocabulary", &["vocab_size", "padded_vocab_size"])?, layers)?;
         shape.tied_embeddings = c.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
         shape.mtp_layers = c.number(&["num_nextn_predict_layers", "num_mtp_modules"]).unwrap_or(0);
+        // GPT-OSS: biases and a clamp in every expert, whether or not the configuration spells it out.
+        shape.unfused_experts = c.get("swiglu_limit").is_some() || config.get("model_type").and_then(Value::as_str) == Some("gpt_oss");
         shape.dtype_bytes = match c.get("torch_dtype").or_else(|| c.get("dtype")).and_then(Value::as_str) {
             Some("float32") => 4.0,
             Some(_) | None => 2.0,

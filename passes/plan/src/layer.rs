@@ -131,6 +131,10 @@ pub(crate) struct LayerCx<'a> {
     pub(crate) etp: Span,
     /// Load of the busiest expert rank over the mean, at least 1.
     pub(crate) imbalance: f64,
+    /// Whether no token is dropped; dispatchers that copy once per node need it.
+    pub(crate) dropless: bool,
+    /// Whether experts have biases or a clamped activation.
+    pub(crate) unfused_experts: bool,
 }
 
 impl LayerCx<'_> {
@@ -138,7 +142,16 @@ impl LayerCx<'_> {
         bytes / (self.cluster.hbm() * self.cal.memory)
     }
 
+    /// Casts of a product's operands to 8 bits: one read of 2 bytes, two writes of 1 (both layouts).
+    fn quantize(&self, rows: f64, columns: f64, depth: f64, sink: &mut impl Sink) {
+        if self.precision != Precision::Bf16 {
+            let factor = self.cal.quantize / self.cal.elementwise;
+            self.stream_parts("quantize", 4.0 * rows * depth * factor, 4.0 * rows * columns * factor, sink);
+        }
+    }
+
     fn gemm(&self, name: &'static str, rows: f64, columns: f64, depth: f64, sink: &mut impl Sink) {
+        self.quantize(rows, columns, depth, sink);
         let half = self.cal.gemm_half_width;
         let share = self.cal.gemm_share(self.cluster.gpu.generation, self.precision)
             * self.software.kernels
@@ -157,6 +170,7 @@ impl LayerCx<'_> {
     }
 
     fn grouped(&self, name: &'static str, rows: f64, experts: f64, columns: f64, depth: f64, sink: &mut impl Sink) {
+        self.quantize(rows, columns, depth, sink);
         let half = self.cal.grouped_half_width;
         let share = self.cal.gemm_share(self.cluster.gpu.generation, self.precision)
             * self.software.kernels
@@ -177,10 +191,15 @@ impl LayerCx<'_> {
 
     /// Memory-limited work; the backward pass moves about one and a half times as much.
     fn stream(&self, name: &'static str, bytes: f64, sink: &mut impl Sink) {
-        let bytes = bytes * self.cal.elementwise;
-        let seconds = self.memory_seconds(bytes) / self.software.kernels;
-        sink.op(Op { name, kind: Kind::Elementwise, backward: false, flops: 0.0, bytes, seconds });
-        sink.op(Op { name, kind: Kind::Elementwise, backward: true, flops: 0.0, bytes: 1.5 * bytes, seconds: 1.5 * seconds });
+        self.stream_parts(name, bytes, 1.5 * bytes, sink);
+    }
+
+    fn stream_parts(&self, name: &'static str, forward: f64, backward: f64, sink: &mut impl Sink) {
+        for (bytes, backward) in [(forward, false), (backward, true)] {
+            let bytes = bytes * self.cal.elementwise;
+            let seconds = self.memory_seconds(bytes) / self.software.kernels;
+            sink.op(Op { name, kind: Kind::Elementwise, backward, flops: 0.0, bytes, seconds });
+        }
     }
 
     /// Gather before and scatter after a tensor-parallel block, mirrored in the backward pass.
@@ -206,7 +225,7 @@ impl LayerCx<'_> {
         let ranks = self.ep.ranks as f64;
         let row = self.hidden * 2.0;
         let bytes = sent * top_k * row;
-        if self.ep.is_local() || !self.software.node_dedup {
+        if self.ep.is_local() || !self.software.node_dedup || !self.dropless {
             return (self.collective(Collective::AllToAll, self.ep, bytes), bytes * (ranks - 1.0) / ranks);
         }
         // A token crosses to each remote node at most once and is copied there over NVLink.
@@ -224,11 +243,18 @@ fn saturation(size: f64, half: f64) -> f64 {
     size / (size + half)
 }
 
+/// Host time of a layer that the GPU waits for, forward and backward seconds.
+pub(crate) fn host_seconds(cx: &LayerCx<'_>, layer: &Layer, times: &LayerTimes) -> (f64, f64) {
+    // With dropping, expert sizes are known beforehand: one batched launch and nothing to wait for.
+    let local = if cx.dropless { (layer.experts() as f64 / cx.ep.ranks as f64).ceil() } else { 0.0 };
+    let format = if cx.precision == Precision::Bf16 { 1.0 } else { cx.cal.host_fp8 };
+    let launch = (cx.software.host_base_us + local * cx.software.host_expert_us) * format * 1e-6;
+    let wait = if cx.dropless { cx.software.host_us * 1e-6 } else { 0.0 };
+    (wait + (launch - times.forward_total()).max(0.0), 1.5 * wait + (2.0 * launch - times.backward_total()).max(0.0))
+}
+
 /// Emits all ops of a layer, forward and backward.
 pub(crate) fn layer_ops(cx: &LayerCx<'_>, layer: &Layer, sink: &mut impl Sink) {
-    let host = cx.software.host_us * 1e-6;
-    sink.op(Op { name: "host", kind: Kind::Host, backward: false, flops: 0.0, bytes: 0.0, seconds: host });
-    sink.op(Op { name: "host", kind: Kind::Host, backward: true, flops: 0.0, bytes: 0.0, seconds: 1.5 * host });
     attention_ops(cx, layer, sink);
     let (h, t) = (cx.hidden, cx.tokens);
     let own = t / cx.tp.ranks as f64;
@@ -253,7 +279,9 @@ pub(crate) fn layer_ops(cx: &LayerCx<'_>, layer: &Layer, sink: &mut impl Sink) {
             let local = (e / cx.ep.ranks as f64).max(1.0);
             let width = expert_intermediate as f64 / etp;
             cx.grouped("experts up", rows, local, width * (matrices(gated) - 1.0), h, sink);
-            cx.stream("expert activation", rows * width * 2.0 * matrices(gated), sink);
+            let unfused = if cx.unfused_experts { cx.cal.unfused_experts } else { 1.0 };
+            let activation = rows * width * 2.0 * matrices(gated) + rows * h * 2.0 * (unfused - 1.0);
+            cx.stream("expert activation", activation * unfused, sink);
             cx.grouped("experts down", rows, local, h, width, sink);
         }
     }
@@ -332,7 +360,13 @@ fn core_ops(cx: &LayerCx<'_>, layer: &Layer, kv_row: f64, sink: &mut impl Sink) 
     let (t, tp) = (cx.tokens, cx.tp.ranks as f64);
     let context = layer.mean_context(cx.seq);
     let flops = t * (layer.core_flops_per_context() * context + layer.state_flops()) / tp;
-    let (forward, backward) = cx.cal.attention_shares(cx.cluster.gpu.generation, cx.seq);
+    // A context-parallel ring runs one kernel per pair of chunks.
+    let chunk = cx.seq / cx.cp.ranks as f64;
+    let (forward, backward) = cx.cal.attention_shares(cx.cluster.gpu.generation, chunk);
+    // The measured heads are 192 wide for scores and 128 for values.
+    let (width, half) = (layer.head_width(), cx.cal.attention_half_dim);
+    let narrow = (saturation(width, half) / saturation(160.0, half)).min(1.0);
+    let (forward, backward) = (forward * narrow, backward * narrow);
     let peak = cx.cluster.peak_flops(Precision::Bf16);
     let (mut fwd, mut bwd) = (flops / (peak * forward), 2.5 * flops / (peak * backward));
     let mut bytes = t * kv_row * 2.0;
@@ -353,12 +387,16 @@ fn core_ops(cx: &LayerCx<'_>, layer: &Layer, kv_row: f64, sink: &mut impl Sink) 
     sink.op(Op { name: "attention core", kind: Kind::Attention, backward: false, flops, bytes, seconds: fwd });
     sink.op(Op { name: "attention core", kind: Kind::Attention, backward: true, flops: 2.5 * flops, bytes: 2.0 * bytes, seconds: bwd });
     if cx.cp.ranks > 1 && kv_row > 0.0 {
+        // Each step rescales the fp32 output collected so far.
+        let width = layer.core_flops_per_context() / 4.0 / tp;
+        cx.stream("cp correction", t * width * 10.0 * (cx.cp.ranks - 1) as f64, sink);
         let bytes = t * cx.cp.ranks as f64 * kv_row;
+        let steps = (cx.cp.ranks - 1) as f64 * cx.cal.cp_step_us * 1e-6;
         let ring = cx.collective(Collective::AllGather, cx.cp, bytes);
         let (name, kind) = ("cp ring", Kind::ContextComm);
         let exposed = |ring: f64, core: f64| (ring - cx.cal.cp_overlap * core).max(ring * (1.0 - cx.cal.cp_overlap));
-        sink.op(Op { name, kind, backward: false, flops: 0.0, bytes, seconds: exposed(ring, fwd) });
-        sink.op(Op { name, kind, backward: true, flops: 0.0, bytes: 2.0 * bytes, seconds: exposed(2.0 * ring, bwd) });
+        sink.op(Op { name, kind, backward: false, flops: 0.0, bytes, seconds: exposed(ring, fwd) + steps });
+        sink.op(Op { name, kind, backward: true, flops: 0.0, bytes: 2.0 * bytes, seconds: exposed(2.0 * ring, bwd) + 2.0 * steps });
     }
 }
 

@@ -15,6 +15,7 @@ pub mod cluster;
 pub mod collective;
 mod config;
 pub mod error;
+pub mod fit;
 pub mod groups;
 pub mod layer;
 pub mod mapping;

@@ -49,6 +49,10 @@ pub struct MemoryGib {
 
 /// CUDA context, NCCL channels and libraries, bytes.
 pub const FIXED_BUFFERS: f64 = 3.0 * GIB;
+/// Share of a GPU's memory that a job can use before the caching allocator fails. The published
+/// verdicts bound it: a row that ran out of memory needs 0.92 by this model's count (Llama3-8x70B,
+/// TP+EP+DP, arXiv 2504.14960 table 1), the fullest row that ran needs 0.89.
+pub const USABLE: f64 = 0.91;
 /// Fragmentation margin as a share of activations and buffers, which come and go.
 pub const FRAGMENTATION: f64 = 0.06;
 
@@ -122,19 +126,35 @@ pub(crate) fn state(p: &LocalParameters, sharding: Sharding, ways: ShardWays, co
     }
 }
 
+/// What the activations of a layer depend on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ActivationCx {
+    pub(crate) hidden: f64,
+    /// Tokens of a micro-batch on one context-parallel rank.
+    pub(crate) tokens: f64,
+    pub(crate) tp: f64,
+    pub(crate) etp: f64,
+    /// Load of the busiest expert rank over the mean.
+    pub(crate) imbalance: f64,
+    pub(crate) fine_recompute: bool,
+    pub(crate) early_weighting: bool,
+}
+
 /// Bytes of activations that one micro-batch leaves in one layer.
 ///
 /// `tokens` counts one context-parallel rank; sequence parallelism divides what is not split by heads.
-pub(crate) fn layer_activations(layer: &Layer, hidden: f64, tokens: f64, tp: f64, etp: f64, rows_factor: f64, recompute: Recompute) -> f64 {
+pub(crate) fn layer_activations(layer: &Layer, a: &ActivationCx, recompute: Recompute) -> f64 {
+    let ActivationCx { hidden, tokens, tp, .. } = *a;
     let own = tokens / tp;
     let h2 = own * hidden * 2.0;
     if recompute == Recompute::Full {
         return h2;
     }
-    let keep = recompute == Recompute::None;
+    let keep = recompute == Recompute::None || !a.fine_recompute;
     // Layer input, and the normed input of the projections unless recomputed.
     let mut bytes = h2 + if keep { h2 } else { 0.0 };
-    bytes += tokens / tp * 2.0
+    bytes += own
+        * 2.0
         * match layer.attention {
             // Query, key, value and core output.
             Attention::Gqa { heads, kv_heads, head_dim, .. } => (2 * heads * head_dim + 2 * kv_heads * head_dim) as f64,
@@ -150,24 +170,26 @@ pub(crate) fn layer_activations(layer: &Layer, hidden: f64, tokens: f64, tp: f64
         };
     // Residual before the feed-forward part, and its normed copy.
     bytes += h2 + if keep { h2 } else { 0.0 };
-    bytes + feed_forward_activations(layer, hidden, own, tp, etp, rows_factor, keep)
+    bytes + feed_forward_activations(layer, a, keep)
 }
 
-fn feed_forward_activations(layer: &Layer, hidden: f64, own: f64, tp: f64, etp: f64, rows_factor: f64, keep: bool) -> f64 {
+fn feed_forward_activations(layer: &Layer, a: &ActivationCx, keep: bool) -> f64 {
+    let own = a.tokens / a.tp;
     let width = |w: f64, gated: bool| (if gated { 2.0 } else { 1.0 } + if keep { 1.0 } else { 0.0 }) * w * 2.0;
     match layer.feed_forward {
         FeedForward::Dense { intermediate, gated } => own * width(intermediate as f64, gated),
         FeedForward::Moe { top_k, expert_intermediate, shared_intermediate, gated, experts } => {
-            let rows = own * top_k as f64 * rows_factor * etp;
-            // Received rows, both products' inner values; outputs are weighted after the inner product.
-            let routed = rows * (hidden * 2.0 + width(expert_intermediate as f64 / etp, gated)) + if keep { rows / etp * hidden * 2.0 } else { 0.0 };
-            let shared = own * tp / tp * width(shared_intermediate as f64, gated);
+            let rows = own * top_k as f64 * a.imbalance * a.etp;
+            // Received rows, inner values of both products, and the outputs where they are weighted later.
+            let outputs = if a.early_weighting { 0.0 } else { rows / a.etp * a.hidden * 2.0 };
+            let routed = rows * (a.hidden * 2.0 + width(expert_intermediate as f64 / a.etp, gated)) + outputs;
+            let shared = own * width(shared_intermediate as f64, gated);
             routed + shared + own * experts as f64 * 4.0
         }
     }
 }
 
 /// Working set while one layer runs: what full recomputation holds besides the inputs.
-pub(crate) fn working_set(layer: &Layer, hidden: f64, tokens: f64, tp: f64, etp: f64, rows_factor: f64) -> f64 {
-    layer_activations(layer, hidden, tokens, tp, etp, rows_factor, Recompute::None)
+pub(crate) fn working_set(layer: &Layer, a: &ActivationCx) -> f64 {
+    layer_activations(layer, a, Recompute::None)
 }

@@ -112,6 +112,8 @@ pub struct ModelShape {
     pub dtype_bytes: f64,
     /// Decoder layers, in order.
     pub layers: Vec<Layer>,
+    /// Whether experts have biases or a clamped activation, which training stacks run as separate kernels.
+    pub unfused_experts: bool,
     /// Extra multi-token-prediction layers, each like the last layer (training only).
     pub mtp_layers: u64,
 }
@@ -132,7 +134,7 @@ impl ModelShape {
     /// `E0405` names the size that is zero, too large or inconsistent.
     pub fn new(name: impl Into<String>, hidden: u64, vocab: u64, layers: Vec<Layer>) -> Result<Self, PlanError> {
         let shape =
-            Self { name: name.into(), hidden, vocab, tied_embeddings: false, dtype_bytes: 2.0, layers, mtp_layers: 0 };
+            Self { name: name.into(), hidden, vocab, tied_embeddings: false, dtype_bytes: 2.0, layers, unfused_experts: false, mtp_layers: 0 };
         shape.check()?;
         Ok(shape)
     }
@@ -278,6 +280,17 @@ impl Layer {
                 2.0 * heads as f64 * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim) as f64
             }
             Attention::Linear { .. } => 0.0,
+        }
+    }
+
+    /// Mean width of score and value heads.
+    pub(crate) fn head_width(&self) -> f64 {
+        match self.attention {
+            Attention::Gqa { head_dim, .. } => head_dim as f64,
+            Attention::Mla { qk_nope_head_dim, qk_rope_head_dim, v_head_dim, .. } => {
+                (qk_nope_head_dim + qk_rope_head_dim + v_head_dim) as f64 / 2.0
+            }
+            Attention::Linear { key_dim, .. } => key_dim as f64,
         }
     }
 

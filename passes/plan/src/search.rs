@@ -176,7 +176,10 @@ pub(crate) fn search(cx: &TrainCx<'_>, keep: usize) -> Result<Found, PlanError> 
     let mut plans: BTreeMap<(u64, u64), StagePlan> = BTreeMap::new();
     let context = |cp: u64| cp == 1 || (request.seq.is_multiple_of(2 * cp) && request.seq / cp >= 256);
     let pps = axis(fixed.pp, &all, |pp| pp <= depth);
-    let recomputes = request.recompute.map_or(Recompute::ALL.to_vec(), |r| vec![r]);
+    // Recomputing the attention core alone frees nothing where the kernel keeps no scores.
+    let selective = cx.software.fine_recompute || !cx.software.flash_attention;
+    let offered = Recompute::ALL.into_iter().filter(|r| selective || *r != Recompute::Selective).collect();
+    let recomputes: Vec<Recompute> = request.recompute.map_or(offered, |r| vec![r]);
     for tp in axis(fixed.tp, &all, |tp| tp_divides(model, tp)) {
         for cp in axis(fixed.cp, &all, context) {
             for ep in axis(fixed.ep, &all, |ep| experts_divide(model, ep, 1)) {
@@ -244,7 +247,7 @@ fn shardings(request: &Request, dp: u64) -> Vec<Sharding> {
 
 /// Bytes a GPU may use.
 pub(crate) fn memory_limit(cx: &TrainCx<'_>) -> f64 {
-    let all = cx.cluster.gpu.hbm_bytes;
+    let all = cx.cluster.gpu.hbm_bytes * crate::memory::USABLE;
     cx.request.memory_limit_gib.map_or(all, |gib| (gib * 1024.0 * 1024.0 * 1024.0).min(all))
 }
 

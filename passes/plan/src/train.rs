@@ -9,7 +9,7 @@ use crate::{
     choice::{Recompute, Request, Sharding},
     cluster::Cluster,
     collective::{Collective, Span, collective_seconds},
-    layer::{Kind, LayerCx, LayerTimes, Op, layer_ops, logits_ops},
+    layer::{Kind, LayerCx, LayerTimes, Op, host_seconds, layer_ops, logits_ops},
     mapping::Mapping,
     memory::{self, FIXED_BUFFERS, FRAGMENTATION, LocalParameters, Memory, ShardWays},
     model::{Layer, ModelShape},
@@ -153,8 +153,16 @@ impl<'a> TrainCx<'a> {
             cp: Span::new(m.cp, m.tp, domain),
             ep: Span::new(m.ep, m.etp, domain),
             etp: Span::new(m.etp, 1, domain),
+            dropless: self.request.capacity_factor.is_none(),
+            unfused_experts: self.model.unfused_experts,
             imbalance: self.request.capacity_factor.map_or(imbalance, |cf| imbalance.min(cf.max(1.0))),
         }
+    }
+
+    /// Share of the attention core that selective recomputation repeats: all of it where scores are
+    /// kept in memory, none where the kernel keeps no scores.
+    fn selective_attention(&self) -> f64 {
+        if self.software.flash_attention { 0.0 } else { 1.0 }
     }
 
     pub(crate) fn layer_set(&self, m: &Mapping, mbs: u64) -> LayerSet {
@@ -164,14 +172,27 @@ impl<'a> TrainCx<'a> {
             let cx = self.layer_cx(m, mbs, layer.experts());
             let mut times = LayerTimes::default();
             layer_ops(&cx, layer, &mut times);
-            let act = |recompute| memory::layer_activations(layer, hidden as f64, cx.tokens, tp, etp, cx.imbalance, recompute);
+            let (forward, backward) = host_seconds(&cx, layer, &times);
+            times.forward[Kind::Host as usize] += forward;
+            times.backward[Kind::Host as usize] += backward;
+            let kept = memory::ActivationCx {
+                hidden: hidden as f64,
+                tokens: cx.tokens,
+                tp,
+                etp,
+                imbalance: cx.imbalance,
+                fine_recompute: self.software.fine_recompute,
+                early_weighting: self.software.early_weighting,
+            };
+            let act = |recompute| memory::layer_activations(layer, &kept, recompute);
             ClassCost {
                 times,
                 forward: times.forward_total(),
                 backward: times.backward_total(),
-                selective: times.forward[Kind::Attention as usize] + 0.4 * times.forward[Kind::Elementwise as usize],
+                selective: self.selective_attention() * times.forward[Kind::Attention as usize]
+                    + 0.4 * times.forward[Kind::Elementwise as usize],
                 activations: Recompute::ALL.map(act),
-                working_set: memory::working_set(layer, hidden as f64, cx.tokens, tp, etp, cx.imbalance),
+                working_set: memory::working_set(layer, &kept),
                 dense_parameters: (layer.attention_parameters(hidden) + layer.ffn_parameters(hidden) - layer.expert_parameters(hidden)) / tp,
                 expert_parameters: layer.expert_parameters(hidden) / (m.ep * m.etp) as f64,
             }
@@ -241,7 +262,8 @@ impl<'a> TrainCx<'a> {
                 match c.recompute {
                     Recompute::None => {}
                     Recompute::Selective => {
-                        kinds[Kind::Attention as usize] += count * class.times.forward[Kind::Attention as usize];
+                        kinds[Kind::Attention as usize] +=
+                            self.selective_attention() * count * class.times.forward[Kind::Attention as usize];
                         kinds[Kind::Elementwise as usize] += 0.4 * count * class.times.forward[Kind::Elementwise as usize];
                         backward += count * class.selective;
                     }

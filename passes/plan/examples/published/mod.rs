@@ -38,6 +38,35 @@ pub struct Row {
     pub cluster: Cluster,
     pub request: Request,
     pub measured: Measured,
+    /// Whether the source gives the mapping as the best one found for this job.
+    pub is_published_best: bool,
+}
+
+impl Row {
+    /// A copy.
+    pub fn duplicate(&self) -> Self {
+        Self {
+            id: self.id.clone(),
+            group: self.group,
+            model_name: self.model_name.clone(),
+            model: self.model.clone(),
+            cluster: self.cluster.clone(),
+            request: self.request.clone(),
+            measured: self.measured,
+            is_published_best: self.is_published_best,
+        }
+    }
+}
+
+/// Time of the published mapping over the time of the best mapping of the same job, micro-batch and sharding.
+pub fn behind_best(row: &Row, calibration: &TrainCalibration) -> Result<f64, PlanError> {
+    let published = predict(row, calibration)?;
+    let mut request = row.request.clone();
+    request.fixed = Fixed { mbs: request.fixed.mbs, ..Fixed::default() };
+    request.sharding = Some(moec_plan::Sharding::Optimizer);
+    let found = search_training(&row.model, &row.cluster, calibration, &request, 1)?;
+    let best = found.best.first().ok_or_else(|| PlanError::no_plan("nothing fits", "check the row"))?;
+    Ok(published.candidate.estimate.times.total() / best.estimate.times.total())
 }
 
 /// A row that is not used, with the reason.
@@ -105,6 +134,8 @@ fn folding_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) -> 
     };
     // Unfolded rows of table 5 have CP inside the ranks that EP spans in Megatron before folding.
     request.strategy = Some(if strategy == Strategy::Unfolded { Strategy::Folded } else { strategy });
+    // All throughput runs of the study drop tokens at a capacity factor of 1 (section 4).
+    request.capacity_factor = Some(1.0);
     let fp8 = row["precision"].as_str() == Some("fp8");
     if fp8 {
         request.precision = Precision::Fp8;
@@ -117,7 +148,10 @@ fn folding_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) -> 
     };
     let model = models.get(name).cloned().ok_or("unknown model")?;
     let cluster = Cluster::preset("dgx-h100").map_err(|e| e.to_string())?;
-    Ok(Row { id: id.into(), group: if fp8 { "FP8 (table 2)" } else { group }, model_name: name.into(), model, cluster, request, measured })
+    // Tables 3 and 5 give the best mapping of each job; table 4 keeps those of table 3 at other sizes.
+    let searched = row["dataset"].as_str().is_some_and(|d| d.contains("table3") || d.contains("table5"));
+    let is_published_best = searched && group == "MCore w/ Folding";
+    Ok(Row { id: id.into(), group: if fp8 { "FP8 (table 2)" } else { group }, model_name: name.into(), model, cluster, request, measured, is_published_best })
 }
 
 fn throughput_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) -> Result<Row, String> {
@@ -150,7 +184,10 @@ fn throughput_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) 
         () if release("25.09") => "bridge-25.09",
         () if release("25.11") => "bridge-25.11",
         () if release("26.04") => "bridge-26.04",
-        () if release("26.06") || release("26.08") || release("2603.07685") => "bridge-26.08",
+        // The H100 recipes of 26.04 and 26.08 give the same figures: what is new is for Blackwell.
+        () if (release("26.06") || release("26.08")) && preset == "dgx-h100" => "bridge-26.04",
+        () if release("26.06") || release("26.08") => "bridge-26.08",
+        () if release("2603.07685") => "megatron-2026",
         () if release("2412.19437") => "deepseek-dualpipe",
         () => "mcore-0.9",
     };
@@ -182,6 +219,9 @@ fn throughput_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) 
     if row["precision"].as_str().is_some_and(|p| p.contains("fp8")) {
         request.precision = Precision::Fp8;
     }
+    if name.contains("tokendrop") {
+        request.capacity_factor = Some(1.0);
+    }
     let measured = match (row["tokens_per_s_per_gpu"].as_f64(), row["time_per_step_s"].as_f64(), row["model_tflops_per_gpu"].as_f64()) {
         (Some(tokens), _, _) => Measured::Tokens(tokens),
         (None, Some(seconds), _) => Measured::Seconds(seconds),
@@ -193,7 +233,7 @@ fn throughput_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) 
         (false, false) => "other training, mapping not stated",
         (true, false) => "other training",
     };
-    Ok(Row { id: id.into(), group, model_name: name.into(), model, cluster, request, measured })
+    Ok(Row { id: id.into(), group, model_name: name.into(), model, cluster, request, measured, is_published_best: false })
 }
 
 fn dense_row(row: &Value, id: &str, _: &BTreeMap<String, ModelShape>) -> Result<Row, String> {
@@ -221,7 +261,7 @@ fn dense_row(row: &Value, id: &str, _: &BTreeMap<String, ModelShape>) -> Result<
     request.recompute = Some(if full { Recompute::Full } else { Recompute::Selective });
     let cluster = Cluster::preset("dgx-a100").map_err(|e| e.to_string())?;
     let measured = Measured::Seconds(row["iteration_time_s"].as_f64().ok_or("no time")?);
-    Ok(Row { id: id.into(), group: "dense reference", model_name: name.into(), model, cluster, request, measured })
+    Ok(Row { id: id.into(), group: "dense reference", model_name: name.into(), model, cluster, request, measured, is_published_best: false })
 }
 
 /// Prediction for a row: the fastest feasible candidate, or the smallest infeasible one.
@@ -256,7 +296,16 @@ pub fn error(row: &Row, predicted: &Predicted) -> Option<f64> {
     }
 }
 
-/// Rows that the fit may see: about half, by a fixed hash of the row number.
-pub fn is_fit_row(id: &str) -> bool {
-    id.bytes().fold(0x811c_9dc5_u32, |h, b| (h ^ u32::from(b)).wrapping_mul(0x0100_0193)) >> 7 & 1 == 0
+/// Which rows the fit may see: every other one within each table, release, model and machine.
+pub fn fit_rows(rows: &[Row]) -> Vec<bool> {
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    order.sort_by_key(|&i| {
+        let r = &rows[i];
+        (r.group, r.request.software.clone(), r.model_name.clone(), r.cluster.name.clone(), i)
+    });
+    let mut seen = vec![false; rows.len()];
+    for (position, &index) in order.iter().enumerate() {
+        seen[index] = position % 2 == 0;
+    }
+    seen
 }
