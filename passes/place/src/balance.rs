@@ -28,10 +28,10 @@ impl Packed {
 
 /// Relative gain below which a trade counts as none (guards against rounding loops).
 const GAIN: f64 = 1e-9;
-/// Subsets tried when two GPUs repartition their replicas; above it, single swaps are used.
-const MAX_SUBSETS: u64 = 256;
-/// Kicks of one layer times its slots: small cases get many, large ones few.
-const KICK_WORK: usize = 40_000;
+/// Replicas of two GPUs that are split anew over all subsets; with more, single swaps are used.
+const MAX_ITEMS: usize = 10;
+/// Kicks of one layer times the square of its slots: small cases get many, large ones few.
+const KICK_WORK: usize = 8_000_000;
 /// Relative distance to the bound at which the search ends: far below what load statistics are good for.
 const CLOSE: f64 = 2e-4;
 /// Kicks without a gain after which the search ends.
@@ -58,14 +58,14 @@ pub(crate) fn balance(load: &[f64], n_gpus: usize, slots: usize) -> Packed {
     descend(load, &mut best);
     let mut kicks = Kicks(slots as u64);
     let mut current = best.clone();
-    let rounds = (KICK_WORK / slots).clamp(32, 4_000);
+    let rounds = (KICK_WORK / slots.saturating_mul(slots)).clamp(24, 4_000);
     let mut idle = 0;
     for round in 0..rounds {
         if close(&best) || n_gpus == 1 || idle == IDLE_KICKS {
             break;
         }
-        let next = match round % 4 {
-            3 if slots > load.len() => recount(load, &current, slots, &mut kicks),
+        let next = match round % 2 {
+            1 if slots > load.len() => recount(load, &current, &mut kicks),
             _ => shuffle(load, &current, &mut kicks),
         };
         let better = next.peak() < best.peak() * (1.0 - GAIN);
@@ -117,7 +117,7 @@ fn pack(load: &[f64], count: Vec<usize>, n_gpus: usize, slots: usize) -> Packed 
 /// Trades between the heaviest GPU and the others until none helps.
 fn descend(load: &[f64], packed: &mut Packed) {
     let n_gpus = packed.gpus.len();
-    let subsets = binomial(2 * packed.gpus[0].len() as u64, packed.gpus[0].len() as u64);
+    let few = 2 * packed.gpus[0].len() <= MAX_ITEMS;
     loop {
         let top = packed.heaviest();
         let peak = packed.load[top];
@@ -132,7 +132,7 @@ fn descend(load: &[f64], packed: &mut Packed) {
                 break;
             }
             let pair = (&packed.gpus[top], &packed.gpus[other]);
-            let found = if subsets <= MAX_SUBSETS {
+            let found = if few {
                 repartition(load, &packed.count, pair, floor)
             } else {
                 best_swap(load, packed, (top, other), floor)
@@ -153,39 +153,58 @@ type Trade = (f64, Vec<usize>, Vec<usize>);
 
 /// The most even split of the replicas of two GPUs into equal numbers, if below `floor`.
 fn repartition(load: &[f64], count: &[usize], (a, b): (&Vec<usize>, &Vec<usize>), floor: f64) -> Option<Trade> {
-    let all: Vec<usize> = a.iter().chain(b).copied().collect();
-    let share: Vec<f64> = all.iter().map(|&e| load[e] / count[e] as f64).collect();
+    let (n, half) = (a.len() + b.len(), a.len());
+    if half < 2 {
+        return None;
+    }
+    let mut items = [0.0; MAX_ITEMS];
+    for (item, &e) in items.iter_mut().zip(a.iter().chain(b)) {
+        *item = load[e] / count[e] as f64;
+    }
+    let share = &items[..n];
     let total: f64 = share.iter().sum();
-    let (n, half) = (all.len(), a.len());
-    let mut rising = share.clone();
-    rising.sort_by(f64::total_cmp);
+    let mut rising = items;
+    rising[..n].sort_unstable_by(f64::total_cmp);
     if rising[n - 1] + rising[..half - 1].iter().sum::<f64>() >= floor {
         return None;
     }
+    // Sums of all subsets of the lower and of the upper items, so that a subset costs two look-ups.
+    let (low_sums, high_sums) = (subset_sums(&share[..half]), subset_sums(&share[half..]));
     let mut best = floor;
     let mut best_mask = None;
-    // Subsets of `half` items that hold item 0, in increasing order of their bit masks.
-    let last = ((1_u64 << half) - 1) << (n - half);
-    let mut mask = (1_u64 << half) - 1;
+    // Subsets with item 0: the other `half - 1` items, in increasing order of their bit masks.
+    let last = ((1_u64 << (half - 1)) - 1) << (n - half);
+    let mut others = (1_u64 << (half - 1)) - 1;
     loop {
-        if mask & 1 == 1 {
-            let sum: f64 = (0..n).filter(|bit| mask >> bit & 1 == 1).map(|bit| share[bit]).sum();
-            let value = sum.max(total - sum);
-            if value < best {
-                best = value;
-                best_mask = Some(mask);
-            }
+        let mask = others << 1 | 1;
+        let sum = low_sums[(mask & ((1 << half) - 1)) as usize] + high_sums[(mask >> half) as usize];
+        let value = sum.max(total - sum);
+        if value < best {
+            best = value;
+            best_mask = Some(mask);
         }
-        if mask == last {
+        if others == last {
             break;
         }
-        let low = mask & mask.wrapping_neg();
-        let carry = mask + low;
-        mask = (((carry ^ mask) >> 2) / low) | carry;
+        let lowest = others & others.wrapping_neg();
+        let carry = others + lowest;
+        others = (((carry ^ others) >> 2) / lowest) | carry;
     }
     let mask = best_mask?;
-    let side = |bit_set: u64| (0..n).filter(|bit| mask >> bit & 1 == bit_set).map(|bit| all[bit]).collect();
+    let expert = |bit: usize| if bit < half { a[bit] } else { b[bit - half] };
+    let side = |bit_set: u64| (0..n).filter(|bit| mask >> bit & 1 == bit_set).map(expert).collect();
     Some((best, side(1), side(0)))
+}
+
+/// `sums[mask]`: the sum of the items in `mask`.
+fn subset_sums(share: &[f64]) -> [f64; 1 << (MAX_ITEMS / 2)] {
+    let mut sums = [0.0; 1 << (MAX_ITEMS / 2)];
+    for (bit, s) in share.iter().enumerate() {
+        for mask in 0..1 << bit {
+            sums[mask | 1 << bit] = sums[mask] + s;
+        }
+    }
+    sums
 }
 
 /// The best exchange of one replica each, if below `floor`.
@@ -232,33 +251,30 @@ fn shuffle(load: &[f64], from: &Packed, kicks: &mut Kicks) -> Packed {
     packed
 }
 
-/// Moves one replica from a random replicated expert to one on the heaviest GPU (or any), then packs afresh.
-fn recount(load: &[f64], from: &Packed, slots: usize, kicks: &mut Kicks) -> Packed {
+/// Gives a slot of a random replicated expert to an expert on the heaviest GPU (or to any), then descends.
+fn recount(load: &[f64], from: &Packed, kicks: &mut Kicks) -> Packed {
     let replicated: Vec<usize> = (0..load.len()).filter(|&e| from.count[e] > 1).collect();
     let top = &from.gpus[from.heaviest()];
-    let receiver = match kicks.below(2) {
-        0 => top[kicks.below(top.len())],
-        _ => kicks.below(load.len()),
+    let receiver = match kicks.below(4) {
+        0 => kicks.below(load.len()),
+        _ => top[kicks.below(top.len())],
     };
+    let mut packed = from.clone();
+    if replicated.is_empty() {
+        return packed;
+    }
     let donor = replicated[kicks.below(replicated.len())];
-    if donor == receiver {
-        return from.clone();
-    }
-    let mut count = from.count.clone();
-    count[donor] -= 1;
-    count[receiver] += 1;
-    let mut packed = pack(load, count, from.gpus.len(), slots);
-    descend(load, &mut packed);
-    packed
-}
-
-fn binomial(n: u64, k: u64) -> u64 {
-    let mut value = 1_u64;
-    for i in 0..k {
-        value = value.saturating_mul(n - i) / (i + 1);
-        if value > 1 << 20 {
-            return u64::MAX;
+    let lightest = (0..packed.gpus.len()).filter(|&gpu| packed.gpus[gpu].contains(&donor));
+    let place = lightest.min_by(|&a, &b| packed.load[a].total_cmp(&packed.load[b]));
+    let slot = place.and_then(|gpu| Some((gpu, packed.gpus[gpu].iter().position(|&e| e == donor)?)));
+    if let Some((gpu, slot)) = slot.filter(|_| donor != receiver) {
+        packed.gpus[gpu][slot] = receiver;
+        packed.count[donor] -= 1;
+        packed.count[receiver] += 1;
+        for (sum, experts) in packed.load.iter_mut().zip(&packed.gpus) {
+            *sum = experts.iter().map(|&e| load[e] / packed.count[e] as f64).sum();
         }
+        descend(load, &mut packed);
     }
-    value
+    packed
 }
