@@ -160,6 +160,14 @@ impl Session {
         Ok(compiled)
     }
 
+    /// Builds a module only to learn something from the emitter.
+    pub fn sketch(&self, build: impl FnOnce(&Builder<'_>)) {
+        let module = Module::new(Location::unknown(&self.context));
+        // SAFETY: the builder is dropped before the module.
+        let body = unsafe { melior::ir::block::BlockRef::from_raw(module.body().to_raw()) };
+        build(&Builder::new(&self.context, body));
+    }
+
     fn failure(&self, stage: &'static str) -> CodegenError {
         let text = self.messages.borrow_mut().drain(..).collect::<Vec<_>>().join("\n");
         CodegenError::Mlir { stage, text }
