@@ -23,6 +23,7 @@ pub mod memory;
 pub mod model;
 pub mod pipeline;
 pub mod search;
+pub mod serve;
 pub mod train;
 
 pub use choice::{Objective, Recompute, Request, Routing, Schedule, Sharding, Strategy};

@@ -1,0 +1,113 @@
+//! Fits `data/serve-calibration.json` on one half of the measured serving points and reports both halves.
+//!
+//! `cargo run --release -p moec-plan --example fit_serving -- OUTPUT.json [ROUNDS] [rows]`; 0 rounds only reports.
+
+#[path = "published/mod.rs"]
+mod published;
+#[path = "silicon/mod.rs"]
+mod silicon;
+
+use moec_plan::{
+    fit::{Parameter, minimise, round},
+    serve::{ServeCalibration, ServeFile},
+};
+use serde_json::Value;
+use silicon::Point;
+
+/// Weight of the pull towards the prior, as in the training fit.
+const PULL: f64 = 0.002;
+
+fn parameters(set: &Value) -> Vec<Parameter> {
+    let mut all: Vec<Parameter> = [
+        ("dense_memory", 0.2, 0.95), ("expert_memory", 0.1, 0.95), ("cache_memory", 0.05, 0.95), ("dense_flops", 0.1, 0.95),
+        ("expert_flops", 0.05, 0.9), ("expert_half_rows", 1.0, 400.0), ("attention_flops", 0.05, 0.8), ("spread", 0.6, 1.0),
+        ("layer_us", 0.0, 120.0), ("moe_layer_us", 0.0, 120.0), ("special_attention_us", 0.0, 100.0), ("step_us", 0.0, 6000.0),
+        ("request_us", 0.0, 120.0), ("collective_us", 0.0, 40.0), ("collective_rank_us", 0.0, 15.0), ("link", 0.05, 0.9), ("exchange_us", 0.0, 120.0),
+        ("interference", 0.3, 2.0), ("prefill_ms", 0.0, 200.0), ("first_token_ms", 0.0, 300.0), ("queue", 0.0, 1.0), ("wait_steps", 0.0, 4.0),
+        ("cache_bytes", 1.0, 2.0), ("memory_share", 0.75, 0.95),
+    ]
+    .into_iter()
+    .map(|(name, low, high)| Parameter::new(format!("/{name}"), low, high))
+    .collect();
+    for version in set["speculation"].as_object().into_iter().flatten().map(|(v, _)| v) {
+        all.push(Parameter::new(format!("/speculation/{version}"), 1.0, 2.5));
+    }
+    all
+}
+
+fn loss(points: &[&Point], set: &Value) -> f64 {
+    let Ok(p) = serde_json::from_value::<ServeCalibration>(set.clone()) else { return f64::INFINITY };
+    let mut sum = 0.0;
+    for point in points {
+        let e = silicon::predict(point, &p);
+        let d = 0.08;
+        let smooth = |x: f64| if x < d { x * x / (2.0 * d) } else { x - d / 2.0 };
+        sum += smooth((e.tpot * 1e3 / point.tpot_ms).ln().abs().min(1.0));
+        sum += 0.25 * smooth((e.ttft * 1e3 / point.ttft_ms).ln().abs().min(2.0));
+    }
+    sum / points.len().max(1) as f64
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let rounds = arguments.get(1).and_then(|r| r.parse().ok()).unwrap_or(200);
+    let models = published::models();
+    let points = silicon::points(&models);
+    let prior: Value = serde_json::from_str(include_str!("../data/serve-prior.json")).expect("prior");
+    let mut file = if rounds > 0 { prior.clone() } else { serde_json::to_value(ServeFile::built_in().expect("built in")).expect("json") };
+    let keys: Vec<String> = prior["sets"].as_object().expect("sets").keys().cloned().collect();
+    for key in &keys {
+        let fit: Vec<&Point> = points.iter().filter(|p| p.set == *key && p.fit).collect();
+        let mut set = file["sets"][key.as_str()].clone();
+        if rounds > 0 {
+            let start = set.clone();
+            let parameters = parameters(&set);
+            let at = |v: &Value, p: &str| v.pointer(p).and_then(Value::as_f64).unwrap_or(0.0);
+            let pull = |v: &Value| parameters.iter().map(|p| ((at(v, &p.pointer) - at(&start, &p.pointer)) / (p.high - p.low)).powi(2)).sum::<f64>();
+            minimise(&mut set, &parameters, rounds, |v| loss(&fit, v) + PULL * pull(v));
+            round(&mut set, &parameters);
+            file["sets"][key.as_str()] = set;
+        }
+    }
+    report(&keys, &file, &points, arguments.iter().any(|a| a == "rows"));
+    if let Some(output) = arguments.first().filter(|_| rounds > 0) {
+        std::fs::write(output, serde_json::to_string_pretty(&file).expect("json") + "\n").expect("write");
+    }
+}
+
+fn report(keys: &[String], file: &Value, points: &[Point], rows: bool) {
+    println!("{:<18} {:<9} {:>5} | TPOT {:>7} {:>7} {:>8} | TTFT {:>7} {:>7}", "set", "part", "rows", "median", "mean", "in 20%", "median", "mean");
+    let mut all = [[Vec::new(), Vec::new()], [Vec::new(), Vec::new()]];
+    for key in keys {
+        let p: ServeCalibration = serde_json::from_value(file["sets"][key.as_str()].clone()).expect("set");
+        for (part, fit) in [("fit", true), ("held out", false)] {
+            let (mut tpot, mut ttft) = (Vec::new(), Vec::new());
+            for point in points.iter().filter(|p| p.set == *key && p.fit == fit) {
+                let e = silicon::predict(point, &p);
+                tpot.push(e.tpot * 1e3 / point.tpot_ms - 1.0);
+                ttft.push(e.ttft * 1e3 / point.ttft_ms - 1.0);
+                if rows {
+                    println!(
+                        "row {} {part} {} {} {:?} tpot {:.2} / {:.2} {:+.0}% ttft {:.0} / {:.0} {:+.0}% batch {:.0} parts {:?} prefill {:.1}",
+                        point.line, point.label, point.version, point.layout.dense, e.tpot * 1e3, point.tpot_ms, 100.0 * (e.tpot * 1e3 / point.tpot_ms - 1.0),
+                        e.ttft * 1e3, point.ttft_ms, 100.0 * (e.ttft * 1e3 / point.ttft_ms - 1.0), e.batch,
+                        e.parts.map(|x| (x * 1e4).round() / 10.0), e.prefill * 1e3
+                    );
+                }
+            }
+            line(key, part, &tpot, &ttft);
+            all[usize::from(!fit)][0].extend(tpot);
+            all[usize::from(!fit)][1].extend(ttft);
+        }
+    }
+    line("all", "fit", &all[0][0], &all[0][1]);
+    line("all", "held out", &all[1][0], &all[1][1]);
+}
+
+fn line(key: &str, part: &str, tpot: &[f64], ttft: &[f64]) {
+    let (a, b) = (silicon::summary(tpot), silicon::summary(ttft));
+    println!(
+        "{key:<18} {part:<9} {:>5} |      {:>6.1}% {:>6.1}% {:>7.0}% |      {:>6.1}% {:>6.1}%",
+        a.3, 100.0 * a.0, 100.0 * a.1, 100.0 * a.2, 100.0 * b.0, 100.0 * b.1
+    );
+}

@@ -1,0 +1,410 @@
+//! Time per output token and time to first token of a serving instance.
+//!
+//! One decode step is a sum of rooflines: weights read once per step (of the experts
+//! that at least one token chose), keys and values of every request, products of the
+//! batch, collectives, and launch overheads. Prefills of arriving requests interrupt
+//! decoding, as continuous batching does. Requests beyond what the memory holds wait.
+//! One parameter set per GPU and backend, fitted in `examples/fit_serving.rs`.
+
+use crate::{
+    cluster::{Cluster, Generation},
+    collective::Collective,
+    error::PlanError,
+    memory::{FIXED_BUFFERS, Memory},
+    model::{Attention, FeedForward, LayerClass, ModelShape, matrices},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, sync::LazyLock};
+
+/// Storage format of weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightFormat {
+    /// 16 bits.
+    #[default]
+    Bf16,
+    /// 8 bits.
+    Fp8,
+    /// 8 bits with a scale per block.
+    Fp8Block,
+    /// 4-bit floats (NVFP4, MXFP4).
+    Fp4,
+    /// 4-bit integers, 16-bit arithmetic.
+    Int4,
+}
+
+impl WeightFormat {
+    /// Bytes of a weight, scales included.
+    pub fn bytes(self) -> f64 {
+        match self {
+            Self::Bf16 => 2.0,
+            Self::Fp8 => 1.0,
+            Self::Fp8Block => 1.0 + 4.0 / 16384.0,
+            Self::Fp4 => 0.5 + 1.0 / 16.0,
+            Self::Int4 => 0.5 + 2.0 / 32.0,
+        }
+    }
+
+    /// Bytes of an attention weight; four-bit checkpoints keep attention in 16 bits.
+    fn attention_bytes(self) -> f64 {
+        match self {
+            Self::Bf16 | Self::Fp4 | Self::Int4 => 2.0,
+            Self::Fp8 | Self::Fp8Block => self.bytes(),
+        }
+    }
+
+    fn peak(self, cluster: &Cluster) -> f64 {
+        let gpu = &cluster.gpu;
+        1e12 * match self {
+            Self::Bf16 | Self::Int4 => gpu.bf16_tflops,
+            Self::Fp8 | Self::Fp8Block => gpu.fp8_tflops.unwrap_or(gpu.bf16_tflops),
+            Self::Fp4 => gpu.fp4_tflops.unwrap_or(gpu.bf16_tflops),
+        }
+    }
+}
+
+/// Where and how a model is served.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ServeLayout {
+    /// Tensor-parallel ways of attention.
+    pub tp: u64,
+    /// Attention data-parallel ways.
+    pub dp: u64,
+    /// Expert-parallel ways; `tp x dp = etp x ep`.
+    pub ep: u64,
+    /// Tensor-parallel ways of experts.
+    pub etp: u64,
+    /// Format of dense weights.
+    pub dense: WeightFormat,
+    /// Format of expert weights.
+    pub experts: WeightFormat,
+}
+
+impl ServeLayout {
+    /// GPUs of the instance.
+    pub fn gpus(&self) -> u64 {
+        self.tp * self.dp
+    }
+}
+
+/// What is asked of an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Workload {
+    /// Prompt tokens.
+    pub input: f64,
+    /// Generated tokens.
+    pub output: f64,
+    /// Requests that clients keep open, on all ranks together.
+    pub concurrency: f64,
+}
+
+/// Parameters of one GPU and backend. Shares are of hardware peaks, in (0, 1].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ServeCalibration {
+    /// Share of memory bandwidth for dense weights.
+    pub dense_memory: f64,
+    /// Share of memory bandwidth for expert weights.
+    pub expert_memory: f64,
+    /// Share of memory bandwidth for keys and values.
+    pub cache_memory: f64,
+    /// Share of the peak of large dense products.
+    pub dense_flops: f64,
+    /// Share of the peak of large grouped products.
+    pub expert_flops: f64,
+    /// Rows per expert at which grouped products run at half rate.
+    pub expert_half_rows: f64,
+    /// Share of the bf16 peak that prefill attention reaches.
+    pub attention_flops: f64,
+    /// Exponent of the number of experts that a batch touches; below 1 routing repeats itself.
+    pub spread: f64,
+    /// Time of launches and small kernels per layer, microseconds.
+    pub layer_us: f64,
+    /// Further time of a routed layer, microseconds.
+    pub moe_layer_us: f64,
+    /// Further time of a latent- or linear-attention layer, microseconds.
+    pub special_attention_us: f64,
+    /// Scheduler and sampling time per step, microseconds.
+    pub step_us: f64,
+    /// Scheduler and sampling time per request and step, microseconds.
+    pub request_us: f64,
+    /// Latency of a collective of a layer, microseconds.
+    pub collective_us: f64,
+    /// The same per doubling of its ranks.
+    pub collective_rank_us: f64,
+    /// Share of the measured link rate that a layer's collectives reach.
+    pub link: f64,
+    /// Further latency of a layer's exchange over attention data-parallel ranks, microseconds.
+    pub exchange_us: f64,
+    /// How much of other requests' prefill time delays a decode step.
+    pub interference: f64,
+    /// Fixed time of a prefill, milliseconds.
+    pub prefill_ms: f64,
+    /// Time of a request outside the GPU until its first token, milliseconds.
+    pub first_token_ms: f64,
+    /// Share of the open requests of a rank that a new one waits for to be prefilled.
+    pub queue: f64,
+    /// Decode steps a new request waits before it is scheduled.
+    pub wait_steps: f64,
+    /// Bytes of a cached number.
+    pub cache_bytes: f64,
+    /// Share of memory that weights and cache may use.
+    pub memory_share: f64,
+    /// Tokens gained per step by speculative decoding, by backend version and model family; 1 is none.
+    #[serde(default)]
+    pub speculation: BTreeMap<String, f64>,
+}
+
+/// Parameter sets by `generation-or-GPU/backend`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ServeFile {
+    /// Sets by key such as `dgx-h200/vllm`.
+    pub sets: BTreeMap<String, ServeCalibration>,
+}
+
+static BUILT_IN: LazyLock<Result<ServeFile, String>> = LazyLock::new(|| {
+    serde_json::from_str(include_str!("../data/serve-calibration.json")).map_err(|e| format!("serve-calibration.json: {e}"))
+});
+
+impl ServeFile {
+    /// The parameter sets that ship with the crate.
+    ///
+    /// # Errors
+    /// `E0404` when the built-in file is damaged.
+    pub fn built_in() -> Result<&'static Self, PlanError> {
+        BUILT_IN.as_ref().map_err(|e| PlanError::cluster(e.clone(), "the calibration file of this build is damaged"))
+    }
+
+    /// The set measured on a cluster, or that of the same backend on the nearest generation.
+    ///
+    /// # Errors
+    /// `E0404` for an unknown backend, with the known ones.
+    pub fn set(&self, cluster: &Cluster, backend: &str) -> Result<&ServeCalibration, PlanError> {
+        if let Some(set) = self.sets.get(&format!("{}/{backend}", cluster.name)) {
+            return Ok(set);
+        }
+        let order = match cluster.gpu.generation {
+            Generation::Ampere | Generation::Hopper => ["dgx-h100", "dgx-h200", "dgx-b200"],
+            Generation::Blackwell | Generation::BlackwellUltra => ["dgx-b200", "dgx-h200", "dgx-h100"],
+        };
+        order.iter().find_map(|gpu| self.sets.get(&format!("{gpu}/{backend}"))).ok_or_else(|| {
+            let mut known: Vec<&str> = self.sets.keys().filter_map(|k| k.split('/').nth(1)).collect();
+            known.sort_unstable();
+            known.dedup();
+            PlanError::cluster(format!("`{backend}` is not a known serving backend"), format!("known: {}", known.join(", ")))
+        })
+    }
+}
+
+/// Prediction for an instance under a workload.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct ServeEstimate {
+    /// Mean time per output token, seconds.
+    pub tpot: f64,
+    /// Mean time to the first token with queueing, seconds.
+    pub ttft: f64,
+    /// Time to prefill one prompt, seconds.
+    pub prefill: f64,
+    /// One decode step without interruptions, seconds.
+    pub step: f64,
+    /// Requests decoded together per attention rank.
+    pub batch: f64,
+    /// Generated tokens per second and GPU.
+    pub tokens_per_s_per_gpu: f64,
+    /// Parts of a step, seconds: dense weights, experts, cache, collectives, overhead.
+    pub parts: [f64; 5],
+}
+
+/// Names of [`ServeEstimate::parts`].
+pub const PART_NAMES: [&str; 5] = ["dense", "experts", "attention", "collectives", "overhead"];
+
+/// A model on an instance, with what does not depend on the workload.
+pub struct ServeCx<'a> {
+    model: &'a ModelShape,
+    classes: Vec<LayerClass>,
+    cluster: &'a Cluster,
+    layout: ServeLayout,
+}
+
+impl<'a> ServeCx<'a> {
+    /// Prepares a model on an instance.
+    pub fn new(model: &'a ModelShape, cluster: &'a Cluster, layout: ServeLayout) -> Self {
+        Self { model, classes: model.classes(), cluster, layout }
+    }
+
+    /// Bytes of weights on one GPU.
+    pub fn weight_bytes(&self) -> f64 {
+        let l = &self.layout;
+        let hidden = self.model.hidden;
+        let layers = self.classes.iter().map(|c| {
+            let experts = c.layer.expert_parameters(hidden);
+            let dense = c.layer.ffn_parameters(hidden) - experts;
+            let per_layer = c.layer.attention_parameters(hidden) / l.tp as f64 * l.dense.attention_bytes()
+                + dense / l.tp as f64 * l.dense.bytes()
+                + experts / (l.ep * l.etp) as f64 * l.experts.bytes();
+            c.count as f64 * per_layer
+        });
+        let layers = layers.sum::<f64>();
+        layers + 2.0 * 2.0 * hidden as f64 * self.model.vocab as f64 / l.tp as f64
+    }
+
+    /// Bytes of cache on one GPU for one token of one request.
+    pub fn cache_bytes_per_token(&self, number: f64) -> f64 {
+        self.classes.iter().map(|c| c.count as f64 * self.layer_cache(c, number)).sum()
+    }
+
+    fn layer_cache(&self, class: &LayerClass, number: f64) -> f64 {
+        let tp = self.layout.tp as f64;
+        match class.layer.attention {
+            Attention::Gqa { kv_heads, head_dim, .. } => 2.0 * (kv_heads as f64 / tp).max(1.0) * head_dim as f64 * number,
+            // The compressed cache is kept by every tensor-parallel rank.
+            Attention::Mla { kv_lora_rank, qk_rope_head_dim, .. } => (kv_lora_rank + qk_rope_head_dim) as f64 * number,
+            Attention::Linear { .. } => 0.0,
+        }
+    }
+
+    /// Requests per attention rank that fit the memory at a mean length.
+    pub fn capacity(&self, p: &ServeCalibration, tokens: f64) -> f64 {
+        let free = self.cluster.gpu.hbm_bytes * p.memory_share - self.weight_bytes() - FIXED_BUFFERS;
+        let windowed: f64 = self.classes.iter().map(|c| c.count as f64 * self.layer_cache(c, p.cache_bytes) * window(c, tokens)).sum();
+        (free / windowed.max(1.0)).max(0.0)
+    }
+
+    /// Memory of one GPU with `batch` requests of `tokens` tokens.
+    pub fn memory(&self, p: &ServeCalibration, batch: f64, tokens: f64) -> Memory {
+        let cache: f64 = self.classes.iter().map(|c| c.count as f64 * self.layer_cache(c, p.cache_bytes) * window(c, tokens)).sum();
+        Memory {
+            weights: self.weight_bytes(),
+            kv_cache: cache * batch,
+            buffers: FIXED_BUFFERS,
+            fragmentation: 0.02 * self.cluster.gpu.hbm_bytes,
+            ..Memory::default()
+        }
+    }
+
+    /// Seconds of one pass over `tokens` tokens per attention rank; in decoding each attends to `context` tokens.
+    fn pass(&self, p: &ServeCalibration, tokens: f64, context: f64, prefill: bool) -> [f64; 5] {
+        let l = &self.layout;
+        let (h, tp) = (self.model.hidden as f64, l.tp as f64);
+        let hbm = self.cluster.hbm();
+        let mut parts = [0.0; 5];
+        for class in &self.classes {
+            let n = class.count as f64;
+            let layer = &class.layer;
+            let attention = layer.attention_parameters(self.model.hidden) / tp;
+            parts[0] += n * self.dense_seconds(p, tokens, attention, attention * l.dense.attention_bytes());
+            parts[2] += n * self.attention_seconds(p, class, tokens, context, prefill);
+            let special = match layer.attention {
+                Attention::Gqa { .. } => 0.0,
+                Attention::Mla { .. } | Attention::Linear { .. } => p.special_attention_us,
+            };
+            let mut overhead = p.layer_us + special;
+            match layer.feed_forward {
+                FeedForward::Dense { intermediate, gated } => {
+                    let weights = matrices(gated) * h * intermediate as f64 / tp;
+                    parts[0] += n * self.dense_seconds(p, tokens, weights, weights * l.dense.bytes());
+                }
+                FeedForward::Moe { experts, top_k, expert_intermediate, shared_intermediate, gated } => {
+                    let shared = (matrices(gated) * h * shared_intermediate as f64 + h * experts as f64) / tp;
+                    parts[0] += n * self.dense_seconds(p, tokens, shared, shared * l.dense.bytes());
+                    let all = tokens * l.dp as f64;
+                    let (e, k) = (experts as f64, top_k as f64);
+                    let touched = e * (1.0 - (1.0 - k / e).powf(all.powf(p.spread).max(1.0)));
+                    let one = matrices(gated) * h * expert_intermediate as f64 / l.etp as f64;
+                    let local = touched / l.ep as f64;
+                    let rows = all * k / l.ep as f64;
+                    let share = p.expert_flops * (rows / local) / (rows / local + p.expert_half_rows);
+                    let read = local * one * l.experts.bytes() / (hbm * p.expert_memory);
+                    let compute = 2.0 * rows * one / (l.experts.peak(self.cluster) * share);
+                    parts[1] += n * read.max(compute);
+                    overhead += p.moe_layer_us;
+                }
+            }
+            parts[3] += n * self.collective_seconds(p, tokens);
+            parts[4] += n * overhead * 1e-6;
+        }
+        let head = h * self.model.vocab as f64 / tp;
+        let rows = if prefill { 1.0 } else { tokens };
+        parts[0] += self.dense_seconds(p, rows, head, head * 2.0);
+        parts
+    }
+
+    fn dense_seconds(&self, p: &ServeCalibration, rows: f64, weights: f64, bytes: f64) -> f64 {
+        let share = p.dense_flops * rows / (rows + 64.0);
+        let compute = 2.0 * rows * weights / (self.layout.dense.peak(self.cluster) * share);
+        (bytes / (self.cluster.hbm() * p.dense_memory)).max(compute)
+    }
+
+    fn attention_seconds(&self, p: &ServeCalibration, class: &LayerClass, tokens: f64, context: f64, prefill: bool) -> f64 {
+        let tp = self.layout.tp as f64;
+        let hbm = self.cluster.hbm() * p.cache_memory;
+        let peak = self.cluster.gpu.bf16_tflops * 1e12 * p.attention_flops;
+        if prefill {
+            let flops = tokens * (class.layer.core_flops_per_context() * class.layer.mean_context(tokens) + class.layer.state_flops());
+            return flops / tp / peak;
+        }
+        match class.layer.attention {
+            Attention::Gqa { .. } => tokens * window(class, context) * self.layer_cache(class, p.cache_bytes) / hbm,
+            Attention::Mla { heads, kv_lora_rank, qk_rope_head_dim, .. } => {
+                let read = tokens * context * self.layer_cache(class, p.cache_bytes) / hbm;
+                // Absorbed form: every head scores and sums the compressed cache.
+                let flops = tokens * context * heads as f64 / tp * 2.0 * (2 * kv_lora_rank + qk_rope_head_dim) as f64;
+                read.max(flops / peak)
+            }
+            // The state of every request is read and written.
+            Attention::Linear { value_heads, key_dim, value_dim, .. } => {
+                tokens * (value_heads * key_dim * value_dim) as f64 / tp * 4.0 * 2.0 / hbm
+            }
+        }
+    }
+
+    /// Two all-reduces over tensor ranks, or the exchange over attention data-parallel ranks.
+    fn collective_seconds(&self, p: &ServeCalibration, tokens: f64) -> f64 {
+        let l = &self.layout;
+        let bytes = tokens * self.model.hidden as f64 * 2.0;
+        let rate = self.cluster.gpu.nvlink_gbps * 1e9 * p.link;
+        let mut seconds = 0.0;
+        if l.tp > 1 {
+            let n = l.tp as f64;
+            let calls = if l.dp > 1 { 1.0 } else { 2.0 };
+            let latency = (p.collective_us + p.collective_rank_us * n.log2()) * 1e-6;
+            seconds += calls * (latency + bytes * Collective::AllReduce.wire_factor(n) / rate);
+        }
+        if l.dp > 1 {
+            let n = l.dp as f64;
+            let latency = (p.exchange_us + p.collective_rank_us * n.log2()) * 1e-6;
+            seconds += 2.0 * latency + 2.0 * bytes * n * Collective::AllGather.wire_factor(n) / rate;
+        }
+        seconds
+    }
+
+    /// Predicts an instance under a workload.
+    pub fn estimate(&self, p: &ServeCalibration, w: &Workload, speculation: f64) -> ServeEstimate {
+        let ranks = self.layout.dp as f64;
+        let open = (w.concurrency / ranks).max(1.0);
+        let capacity = self.capacity(p, w.input + 0.5 * w.output).max(1.0);
+        let batch = open.min(capacity);
+        let mean = w.input + 0.5 * w.output;
+        let step_overhead = (p.step_us + p.request_us * batch) * 1e-6;
+        let mut parts = self.pass(p, batch, mean, false);
+        parts[4] += step_overhead;
+        let step = parts.iter().sum::<f64>() / speculation;
+        let prefill = self.pass(p, w.input, 0.0, true).iter().sum::<f64>() + p.prefill_ms * 1e-3;
+        // Over one request's lifetime every other request of the rank is replaced once.
+        let interrupted = p.interference * (batch - 1.0).max(0.0) / w.output.max(1.0) * prefill;
+        let tpot = step + interrupted;
+        let waiting = (open - batch).max(0.0) / batch * w.output * tpot;
+        let ttft = p.first_token_ms * 1e-3 + prefill * (1.0 + p.queue * (open - 1.0).min(batch)) + p.wait_steps * tpot + waiting;
+        let lifetime = tpot * w.output + (ttft - waiting).max(0.0);
+        let tokens = batch * ranks * w.output / lifetime;
+        ServeEstimate { tpot, ttft, prefill, step, batch, tokens_per_s_per_gpu: tokens / self.layout.gpus() as f64, parts }
+    }
+}
+
+/// Tokens of the context that a layer looks at.
+fn window(class: &LayerClass, context: f64) -> f64 {
+    match class.layer.attention {
+        Attention::Gqa { window: Some(window), .. } => context.min(window as f64),
+        Attention::Gqa { window: None, .. } | Attention::Mla { .. } => context,
+        Attention::Linear { .. } => 0.0,
+    }
+}
