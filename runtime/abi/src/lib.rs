@@ -6,9 +6,12 @@
 
 use serde::{Deserialize, Serialize};
 
+mod encode;
 mod expr;
+pub mod format;
 mod weights;
 
+pub use encode::{EncodeError, cpu_level, dtype_number, encode, fingerprint, weight_offsets};
 pub use expr::Expr;
 pub use weights::{Layout, Matrix, Packing, Slot, Source, View};
 
