@@ -7,7 +7,8 @@ use crate::{
 };
 use moec_ir::{Code, Diagnostic, Span};
 
-fn at(error: Diagnostic, span: Option<Span>, text: impl Into<String>) -> Diagnostic {
+/// Adds the place of a key, if it has one.
+pub(crate) fn at(error: Diagnostic, span: Option<Span>, text: impl Into<String>) -> Diagnostic {
     match span {
         Some(span) if error.labels.iter().any(|l| l.primary) => error.secondary(span, text),
         Some(span) => error.primary(span, text),

@@ -27,7 +27,10 @@ pub fn read_config(text: &str, file: &str) -> Result<Model, Vec<Diagnostic>> {
     let mut keys = Keys::new(members, &model_type);
     not_finite(&mut keys, &root);
     let draft = read_family(&mut keys, family, members);
-    check::unused(&mut keys);
+    // A model without mixture is refused for that alone; its readers stop early.
+    if !keys.errors.iter().any(|e| e.code.0 == "E0215") {
+        check::unused(&mut keys);
+    }
     let Keys { mut errors, warnings, dtype, .. } = keys;
     let (draft, facts) = match draft {
         Ok(read) if errors.is_empty() => read,

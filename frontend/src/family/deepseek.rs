@@ -65,7 +65,7 @@ fn form(keys: &mut Keys<'_>) -> Result<(Form, Sizes, Num, Num), Refused> {
     let sizes = Sizes { hidden, layers, experts, top_k };
     let inner = inner(keys, &["moe_intermediate_size"], &sizes).value;
     let act = act(keys, &["hidden_act"]);
-    let groups = keys.size_or(&["n_group"], 1, 1, limits::SIZE);
+    let groups = keys.size_or(&["n_group", "num_expert_group"], 1, 1, limits::SIZE);
     let kept = keys.size_or(&["topk_group"], 1, 1, limits::SIZE);
     let scale = keys.factor(&["routed_scaling_factor"], 1.0);
     let shared = keys.size_or(&["n_shared_experts", "num_shared_experts"], 0, 0, limits::EXPERTS).value;
@@ -160,9 +160,9 @@ pub(crate) fn read_v3(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
         _ => 0,
     };
     let sparse = layers::first_dense(keys, &sizes.layers, &["first_k_dense_replace"], dense);
-    form.renormalise = keys.flag(&["norm_topk_prob"], kind != "dots1");
+    form.renormalise = keys.flag(&["norm_topk_prob", "moe_renormalize"], kind != "dots1");
     // dots1 writes its selection method under this name.
-    keys.choice(&["scoring_func"], (), &[("sigmoid", ()), ("noaux_tc", ())]);
+    keys.choice(&["scoring_func", "moe_router_activation_func"], (), &[("sigmoid", ()), ("noaux_tc", ())]);
     keys.choice(&["topk_method"], (), &[("noaux_tc", ())]);
     form.groups = several(keys, &sizes, &groups, &kept);
     if matches!(kind.as_str(), "glm5_next" | "glm5_next_text" | "hy_v4") {
@@ -179,6 +179,7 @@ pub(crate) fn read_v3(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
     let prefix = match kind.as_str() {
         "kimi_k25" => "language_model.model.layers.{i}.mlp.",
         "glm4v_moe" | "glm5_next" => "model.language_model.layers.{i}.mlp.",
+        "kimi_linear" => "model.layers.{i}.block_sparse_moe.",
         _ => "model.layers.{i}.mlp.",
     };
     Ok(build(form.hidden, &sparse, prefix, |_, prefix| {
@@ -196,8 +197,42 @@ pub(crate) fn read_v3(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
         let norm = form.renormalise.then_some(WeighNorm::Sum);
         let eps = if form.renormalise { 1e-20 } else { 0.0 };
         let route = b.weigh(chosen, scores, Weigh { norm, eps, scale: form.scale, ..RAW });
-        let glu = if kind == "hy_v4" { layout::fused(form.inner) } else { layout::split() };
+        let glu = match kind.as_str() {
+            "hy_v4" => layout::fused(form.inner),
+            "kimi_linear" => layout::w123("{p}experts.{e}"),
+            _ => layout::split(),
+        };
         experts(b, &form, glu, route, logits)
+    }))
+}
+
+/// Mistral 4: softmax in the model's type, groups by their two best, dropped ones score 0.
+pub(crate) fn read_mistral4(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
+    let (mut form, sizes, groups, kept) = form(keys)?;
+    let sparse = layers::first_dense(keys, &sizes.layers, &["first_k_dense_replace"], 0);
+    form.renormalise = keys.flag(&["norm_topk_prob"], true);
+    form.groups = several(keys, &sizes, &groups, &kept);
+    keys.checked()?;
+    Ok(build(form.hidden, &sparse, "model.layers.{i}.mlp.", |_, prefix| {
+        let mut b = Block::new(keys, form.hidden, prefix);
+        let logits = b.logits("gate.weight", form.experts);
+        let scores = b.softmax(logits);
+        b.rounded(scores);
+        let rule = match form.groups {
+            Some(g) => SelectRule::GroupLimited {
+                groups: g.groups,
+                group_top: 2,
+                keep_groups: g.kept,
+                k: form.top_k,
+                dropped: Some(0.0),
+            },
+            None => SelectRule::Topk { k: form.top_k },
+        };
+        let chosen = b.select(scores, rule);
+        let norm = form.renormalise.then_some(WeighNorm::Sum);
+        let eps = if form.renormalise { 1e-20 } else { 0.0 };
+        let route = b.weigh_rounded(chosen, scores, Weigh { norm, eps, scale: form.scale, ..RAW });
+        experts(b, &form, layout::fused(form.inner), route, logits)
     }))
 }
 

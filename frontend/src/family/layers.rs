@@ -7,6 +7,10 @@ use crate::{
 };
 use moec_ir::{Code, Diagnostic};
 
+/// Most layers, as a length.
+#[expect(clippy::cast_possible_truncation, reason = "4096 fits")]
+pub(crate) const MOST: usize = limits::LAYERS as usize;
+
 /// Kinds of entries of a list of layers.
 const SPARSE: &[&str] = &["sparse", "moe", "hash_moe"];
 

@@ -1,9 +1,37 @@
 //! The model families: one reader and one composition each.
 
-pub(crate) mod deepseek;
-pub(crate) mod layers;
-pub(crate) mod mixtral;
-pub(crate) mod qwen;
+mod afmoe;
+mod aria;
+mod cohere;
+mod dbrx;
+mod deepseek;
+mod deepseek_v4;
+mod doge;
+mod ernie;
+mod gemma;
+mod gpt_oss;
+mod granite;
+mod hunyuan;
+mod hy_v3;
+mod inkling;
+mod jamba;
+mod laguna;
+mod layers;
+mod lfm2;
+mod llama4;
+mod longcat;
+mod minimax_m2;
+mod mixtral;
+mod nemotron;
+mod nllb;
+mod pangu;
+mod phimoe;
+mod qwen;
+mod sigmoid;
+mod smallthinker;
+mod step;
+mod switch;
+mod zaya;
 
 use crate::{
     block::MoeLayer,
@@ -73,6 +101,48 @@ pub(crate) static FAMILIES: &[Family] = &[
     family(&["exaone_moe"], &["ExaoneMoe"], deepseek::read_v3),
     family(&["axk1"], &["AXK1"], deepseek::read_v3),
     family(&["axk2"], &["AXK2"], deepseek::read_v3),
+    family(&["kimi_linear"], &["KimiLinear"], deepseek::read_v3),
+    family(&["mistral4"], &["Mistral4"], deepseek::read_mistral4),
+    family(&["deepseek_v4"], &["DeepseekV4"], deepseek_v4::read),
+    family(&["jamba"], &["Jamba"], jamba::read),
+    family(&["hunyuan_v1_moe"], &["HunYuanMoEV1"], hunyuan::read),
+    family(&["dbrx"], &["Dbrx"], dbrx::read),
+    family(&["gpt_oss"], &["GptOss"], gpt_oss::read),
+    family(&["openai_privacy_filter"], &["OpenAIPrivacyFilter"], gpt_oss::read),
+    family(&["granitemoe"], &["GraniteMoe"], granite::read),
+    family(&["granitemoeshared"], &["GraniteMoeShared"], granite::read),
+    family(&["granitemoehybrid"], &["GraniteMoeHybrid"], granite::read),
+    family(&["granitemoe_swa"], &["GraniteMoeSwa"], granite::read),
+    family(&["jetmoe"], &["JetMoe"], granite::read),
+    family(&["aria", "aria_text"], &["Aria", "AriaText"], aria::read),
+    family(&["cohere2_moe"], &["Cohere2Moe"], cohere::read),
+    family(&["smallthinker"], &["SmallThinker"], smallthinker::read),
+    family(&["minimax_m2"], &["MiniMaxM2"], minimax_m2::read),
+    family(
+        &["minimax_m3_vl", "minimax_m3_vl_text"],
+        &["MiniMaxM3VL", "MiniMaxM3SparseForConditionalGeneration"],
+        minimax_m2::read,
+    ),
+    family(&["step3p7", "step3p5"], &["Step3p7", "Step3p5"], step::read),
+    family(&["hy_v3"], &["HYV3"], hy_v3::read),
+    family(&["afmoe"], &["Afmoe"], afmoe::read),
+    family(&["laguna"], &["Laguna"], laguna::read),
+    family(&["lfm2_moe"], &["Lfm2Moe"], lfm2::read),
+    family(&["inkling_mm_model", "inkling_text"], &["Inkling"], inkling::read),
+    family(&["ernie4_5_moe"], &["Ernie4_5_Moe"], ernie::read),
+    family(&["ernie4_5_vl_moe", "ernie4_5_vl_moe_text"], &["Ernie4_5_VLMoe"], ernie::read),
+    family(&["longcat_flash"], &["LongcatFlash"], longcat::read),
+    family(&["PanguProMoE", "pangu_pro_moe"], &["PanguProMoE"], pangu::read),
+    family(&["llama4", "llama4_text"], &["Llama4"], llama4::read),
+    family(&["phimoe"], &["Phimoe", "PhiMoE"], phimoe::read),
+    family(&["gemma4_text"], &["Gemma4"], gemma::read),
+    family(&["gemma4"], &["Gemma4"], gemma::read),
+    family(&["diffusion_gemma"], &["DiffusionGemma"], gemma::read),
+    family(&["zaya"], &["Zaya"], zaya::read),
+    family(&["doge"], &["Doge"], doge::read),
+    family(&["switch_transformers"], &["SwitchTransformers"], switch::read),
+    family(&["nllb-moe", "nllb_moe"], &["NllbMoe"], nllb::read),
+    family(&["nemotron_h"], &["NemotronH"], nemotron::read),
 ];
 
 /// The sizes that almost every family has, checked against each other.
@@ -132,9 +202,14 @@ pub(crate) fn inner(keys: &mut Keys<'_>, names: &[&str], sizes: &Sizes) -> Num {
 
 /// Reads the activation of the experts.
 pub(crate) fn act(keys: &mut Keys<'_>, names: &[&str]) -> UnaryFn {
+    act_or(keys, names, UnaryFn::Silu)
+}
+
+/// Reads the activation of the experts, with the default of the family.
+pub(crate) fn act_or(keys: &mut Keys<'_>, names: &[&str], default: UnaryFn) -> UnaryFn {
     keys.choice(
         names,
-        UnaryFn::Silu,
+        default,
         &[
             ("silu", UnaryFn::Silu),
             ("swish", UnaryFn::Silu),
