@@ -178,9 +178,14 @@ impl Graph {
         self.dag[id.raw()].round = round;
     }
 
-    /// Connects a value as operand `position` of a node.
-    pub(crate) fn connect(&mut self, from: NodeId, to: NodeId, position: u32) {
-        self.dag.add_edge(from.raw(), to.raw(), position);
+    /// Names a node; a taken name gets a number appended.
+    pub fn rename(&mut self, id: NodeId, name: impl Into<String>) {
+        let old = std::mem::take(&mut self.dag[id.raw()].name);
+        if let Some(names) = &mut self.names {
+            names.remove(&old);
+        }
+        let name = self.free_name(name.into());
+        self.dag[id.raw()].name = name;
     }
 
     /// Whether the node is still part of the graph.

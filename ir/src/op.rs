@@ -38,7 +38,7 @@ macro_rules! ops {
             /// When a number has no JSON form (NaN, infinity).
             pub fn attributes(&self) -> Result<serde_json::Value, serde_json::Error> {
                 match self {
-                    $(Self::$variant(op) => serde_json::to_value(op),)*
+                    $(Self::$variant(op) => serde_json::to_value(op).and_then(finite),)*
                     Self::Kernel(_) => Ok(serde_json::Value::Null),
                 }
             }
@@ -56,6 +56,9 @@ macro_rules! ops {
             /// # Errors
             /// When an attribute is unknown, missing or of the wrong kind.
             pub fn from_attributes(name: &str, attributes: serde_json::Value) -> Option<Result<Self, serde_json::Error>> {
+                if let Some(error) = unit_rule(name, &attributes) {
+                    return Some(Err(error));
+                }
                 match name {
                     $($name => Some(serde_json::from_value::<$ty>(attributes).map(Self::$variant)),)*
                     _ => None,
@@ -63,6 +66,32 @@ macro_rules! ops {
             }
         }
     };
+}
+
+/// Attributes that are absent are left out, so `null` can only be a number without a JSON form.
+fn finite(value: serde_json::Value) -> Result<serde_json::Value, serde_json::Error> {
+    fn has_null(value: &serde_json::Value) -> bool {
+        match value {
+            serde_json::Value::Null => true,
+            serde_json::Value::Array(items) => items.iter().any(has_null),
+            serde_json::Value::Object(map) => map.values().any(has_null),
+            serde_json::Value::Bool(_) | serde_json::Value::Number(_) | serde_json::Value::String(_) => false,
+        }
+    }
+    if has_null(&value) {
+        return Err(serde::ser::Error::custom("an attribute is NaN or infinite"));
+    }
+    Ok(value)
+}
+
+/// Serde takes any fields beside the tag of a variant without fields, so `rule: all` is checked here.
+fn unit_rule(name: &str, attributes: &serde_json::Value) -> Option<serde_json::Error> {
+    let map = attributes.as_object()?;
+    if name != "select" || map.get("rule")?.as_str()? != "all" {
+        return None;
+    }
+    let other = map.keys().find(|key| *key != "rule")?;
+    Some(serde::de::Error::custom(format!("unknown field `{other}`, the rule `all` has none")))
 }
 
 ops! {
@@ -121,6 +150,38 @@ ops! {
 }
 
 impl Op {
+    /// Whether results of a row depend on the other rows of the batch; a kernel's by its body.
+    pub fn is_batch_dependent(&self) -> bool {
+        match self {
+            Self::Transport(_) | Self::Limit(_) => true,
+            Self::Select(select) => matches!(select.rule, crate::ops::SelectRule::ExpertChoice { .. }),
+            Self::Kernel(op) => op.body.ids().into_iter().any(|n| op.body.node(n).op.is_batch_dependent()),
+            Self::Input(_)
+            | Self::Param(_)
+            | Self::Linear(_)
+            | Self::Unary(_)
+            | Self::Binary(_)
+            | Self::Norm(_)
+            | Self::Softmax(_)
+            | Self::Einsum(_)
+            | Self::Reduce(_)
+            | Self::Shape(_)
+            | Self::Gather(_)
+            | Self::Attention(_)
+            | Self::Adjust(_)
+            | Self::ProductKey(_)
+            | Self::Weigh(_)
+            | Self::Override(_)
+            | Self::Count(_)
+            | Self::Dispatch(_)
+            | Self::Experts(_)
+            | Self::Combine(_)
+            | Self::Ffn(_)
+            | Self::Plan(_)
+            | Self::Described(_) => false,
+        }
+    }
+
     /// Names of the weights that the operation reads, in the order of its attributes; a kernel's are its body's.
     pub fn weights(&self) -> Vec<&WeightName> {
         match self {

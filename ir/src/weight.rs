@@ -131,7 +131,11 @@ pub enum View {
 ///
 /// These are values, not orders of computation: a compiler may keep factors apart.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, deny_unknown_fields)]
+#[serde(
+    untagged,
+    deny_unknown_fields,
+    expecting = "a tensor name, or one of {mul, group}, {base, a, b, scale}, {codes, scale}, {codes, scale, zero, group_size[, bits]}, {slice, axis, n}, {take, ids, axis}"
+)]
 pub enum WeightSpec {
     /// The weight itself.
     Plain(WeightName),

@@ -33,7 +33,7 @@ pub struct BankPart {
 
 /// What the experts of a part compute.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum PartKind {
     /// Feed-forward network.
     Ffn(Box<Ffn>),
