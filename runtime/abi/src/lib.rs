@@ -6,9 +6,11 @@
 
 use serde::{Deserialize, Serialize};
 
+pub mod embed;
 mod encode;
 mod expr;
 pub mod format;
+pub mod header;
 mod weights;
 
 pub use encode::{EncodeError, cpu_level, dtype_number, encode, fingerprint, weight_offsets};

@@ -4,6 +4,7 @@ use crate::{
     format,
     status::{Result, Status},
 };
+use core::num::NonZeroU64;
 
 /// An encoded program whose every position was checked.
 #[derive(Clone, Copy)]
@@ -302,7 +303,9 @@ impl<'a> Program<'a> {
         let words = self.words.get(self.size(at).ok()?..)?;
         // SAFETY: a slice of words is a slice of eight times as many bytes.
         let bytes = unsafe { core::slice::from_raw_parts(words.as_ptr().cast::<u8>(), size_of_val(words)) };
-        core::ffi::CStr::from_bytes_until_nul(bytes).ok()
+        let end = bytes.iter().position(|&byte| byte == 0)?;
+        // SAFETY: the slice ends with its first zero.
+        Some(unsafe { core::ffi::CStr::from_bytes_with_nul_unchecked(bytes.get(..=end)?) })
     }
 
     /// Value of the expression at `at`.
@@ -330,9 +333,10 @@ impl<'a> Program<'a> {
                     }
                 }
                 4 => {
-                    let divisor = code.next().filter(|&d| d > 0).ok_or(Status::BAD_PROGRAM)?;
+                    let divisor = code.next().and_then(NonZeroU64::new).ok_or(Status::BAD_PROGRAM)?;
                     depth = depth.checked_sub(1).ok_or(Status::BAD_PROGRAM)?;
-                    stack.get(depth).ok_or(Status::BAD_PROGRAM)?.div_ceil(divisor)
+                    let value = *stack.get(depth).ok_or(Status::BAD_PROGRAM)?;
+                    value / divisor + u64::from(value % divisor != 0)
                 }
                 _ => return Err(Status::BAD_PROGRAM),
             };

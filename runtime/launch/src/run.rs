@@ -111,6 +111,22 @@ pub unsafe fn run(
     pool: &Pool,
     call: &Call<'_>,
     table: &mut [u64],
+    times: Option<&mut [u64]>,
+) -> Result<()> {
+    // SAFETY: as the caller vouches; the table is borrowed exclusively.
+    unsafe { run_raw(program, kernels, pool, call, table, times) }
+}
+
+/// As [`run`], with a table that only the call that holds the pool touches.
+///
+/// # Safety
+/// As for [`run`], and the table is valid and belongs to this pool.
+pub(crate) unsafe fn run_raw(
+    program: &Program<'_>,
+    kernels: &[CpuKernel],
+    pool: &Pool,
+    call: &Call<'_>,
+    table: *mut [u64],
     mut times: Option<&mut [u64]>,
 ) -> Result<()> {
     if call.tokens == 0 {
@@ -124,6 +140,8 @@ pub unsafe fn run(
         return Err(Status::BAD_PROGRAM);
     }
     let session = pool.enter()?;
+    // SAFETY: whoever holds the pool has the table for itself.
+    let table = unsafe { &mut *table };
     for i in 0..program.buffers() {
         let buffer = program.buffer(i)?;
         if buffer.zeroed && buffer.kind == Kind::Workspace {

@@ -66,6 +66,17 @@ pub struct MatrixAccess {
     pub column_stride: u64,
 }
 
+/// Entry `axis`, without a way to panic; the launcher is linked into programs that must not stop.
+fn at(axes: &[u64; MAX_RANK], axis: usize) -> u64 {
+    axes.get(axis).copied().unwrap_or(1)
+}
+
+fn set(axes: &mut [u64; MAX_RANK], axis: usize, value: u64) {
+    if let Some(entry) = axes.get_mut(axis) {
+        *entry = value;
+    }
+}
+
 impl Access {
     /// All elements of a tensor, in row-major order.
     ///
@@ -137,13 +148,15 @@ impl Access {
                 self.slice(usize::try_from(axis).map_err(|_| ViewError::Rank)?, start, len, step)
             }
             Step::Transpose => {
-                let rank = self.rank;
-                if rank < 2 {
-                    return Err(ViewError::Rank);
-                }
-                self.sizes.swap(rank - 2, rank - 1);
-                self.strides.swap(rank - 2, rank - 1);
-                Ok(())
+                let swap = |axes: &mut [u64; MAX_RANK]| match axes.get_mut(..self.rank) {
+                    Some([.., rows, columns]) => {
+                        core::mem::swap(rows, columns);
+                        Ok(())
+                    }
+                    Some(_) | None => Err(ViewError::Rank),
+                };
+                swap(&mut self.sizes)?;
+                swap(&mut self.strides)
             }
             Step::Reshape(shape) => self.reshape(shape),
         }
@@ -158,8 +171,11 @@ impl Access {
             return Err(ViewError::Range);
         }
         self.offset += index * stride;
-        self.sizes.copy_within(1.., 0);
-        self.strides.copy_within(1.., 0);
+        for axes in [&mut self.sizes, &mut self.strides] {
+            for axis in 0..MAX_RANK - 1 {
+                set(axes, axis, at(axes, axis + 1));
+            }
+        }
         self.rank -= 1;
         Ok(())
     }
@@ -198,8 +214,8 @@ impl Access {
         let (mut sizes, mut strides, mut count) = ([1; MAX_RANK], [0; MAX_RANK], 0);
         for (&size, &stride) in self.shape().iter().zip(self.strides()) {
             if size != 1 {
-                sizes[count] = size;
-                strides[count] = stride;
+                set(&mut sizes, count, size);
+                set(&mut strides, count, stride);
                 count += 1;
             }
         }
@@ -208,23 +224,23 @@ impl Access {
         let (mut old, mut new) = (0, 0);
         while old < count && new < next.rank {
             let (mut old_end, mut new_end) = (old + 1, new + 1);
-            let (mut old_product, mut new_product) = (sizes[old], next.sizes[new]);
-            while old_product != new_product {
+            let (mut old_product, mut new_product) = (at(&sizes, old), at(&next.sizes, new));
+            while old_product != new_product && old_end <= MAX_RANK && new_end <= MAX_RANK {
                 if new_product < old_product {
-                    new_product *= next.sizes[new_end];
+                    new_product *= at(&next.sizes, new_end);
                     new_end += 1;
                 } else {
-                    old_product *= sizes[old_end];
+                    old_product *= at(&sizes, old_end);
                     old_end += 1;
                 }
             }
-            if (old..old_end - 1).any(|axis| strides[axis] != sizes[axis + 1] * strides[axis + 1]) {
+            if (old..old_end - 1).any(|axis| at(&strides, axis) != at(&sizes, axis + 1) * at(&strides, axis + 1)) {
                 return Err(ViewError::Copy);
             }
-            let mut stride = strides[old_end - 1];
+            let mut stride = at(&strides, old_end - 1);
             for axis in (new..new_end).rev() {
-                next.strides[axis] = stride;
-                stride = stride.saturating_mul(next.sizes[axis]);
+                set(&mut next.strides, axis, stride);
+                stride = stride.saturating_mul(at(&next.sizes, axis));
             }
             (old, new) = (old_end, new_end);
         }
@@ -239,10 +255,9 @@ impl Access {
     /// when one does but the elements lie irregularly.
     pub fn matrix(&self, rows: u64, columns: u64) -> Result<MatrixAccess, ViewError> {
         let shape = self.shape();
-        let fits = (0..=shape.len()).any(|split| {
-            let (outer, inner) = shape.split_at(split);
-            outer.iter().product::<u64>() == rows && inner.iter().product::<u64>() == columns
-        });
+        let product = |sizes: Option<&[u64]>| sizes.map(|s| s.iter().product::<u64>());
+        let fits = (0..=shape.len())
+            .any(|split| product(shape.get(..split)) == Some(rows) && product(shape.get(split..)) == Some(columns));
         if !fits {
             return Err(ViewError::Size);
         }
