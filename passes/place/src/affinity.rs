@@ -93,28 +93,28 @@ pub(crate) fn exact(
         .map(|_| (0..experts).map(|_| (0..gpus).map(|_| problem.add_binary_var(0.0)).collect()).collect())
         .collect();
     for row in &x {
+        let mut held = vec![Vec::new(); gpus];
         for of_expert in row {
+            of_expert.iter().zip(&mut held).for_each(|(&v, on_gpu)| on_gpu.push((v, 1.0)));
             let one: Vec<_> = of_expert.iter().map(|&v| (v, 1.0)).collect();
             problem.add_constraint(&one, ComparisonOp::Eq, 1.0);
         }
-        for gpu in 0..gpus {
-            let held: Vec<_> = row.iter().map(|of_expert| (of_expert[gpu], 1.0)).collect();
-            problem.add_constraint(&held, ComparisonOp::Eq, (experts / gpus) as f64);
+        for on_gpu in &held {
+            problem.add_constraint(on_gpu, ComparisonOp::Eq, (experts / gpus) as f64);
         }
     }
     // GPUs are interchangeable: the first experts of layer 0 open them in order.
     for (e, of_expert) in x[0].iter().enumerate() {
         for &variable in of_expert.iter().skip(e + 1) {
-            problem.add_constraint(&[(variable, 1.0)], ComparisonOp::Le, 0.0);
+            problem.add_constraint([(variable, 1.0)], ComparisonOp::Le, 0.0);
         }
     }
     for (layer, between) in flow.between.iter().enumerate() {
         for (index, &tokens) in between.iter().enumerate().filter(|(_, n)| **n > 0) {
             let (a, b) = (index / experts, index % experts);
             let cost = problem.add_var(tokens as f64 / total, (0.0, 1.0));
-            for gpu in 0..gpus {
-                let (from, to) = (x[layer][a][gpu], x[layer + 1][b][gpu]);
-                problem.add_constraint(&[(cost, 1.0), (from, -1.0), (to, 1.0)], ComparisonOp::Ge, 0.0);
+            for (&from, &to) in x[layer][a].iter().zip(&x[layer + 1][b]) {
+                problem.add_constraint([(cost, 1.0), (from, -1.0), (to, 1.0)], ComparisonOp::Ge, 0.0);
             }
         }
     }

@@ -60,9 +60,9 @@ impl Flow {
     ) -> Vec<i64> {
         let mut gain = vec![0; parts];
         if layer > 0 && sides.before {
-            for a in 0..self.experts {
-                if let Some(p) = part[layer - 1][a] {
-                    gain[p] += self.between[layer - 1][a * self.experts + e];
+            for (a, of_a) in part[layer - 1].iter().enumerate() {
+                if let Some(p) = of_a {
+                    gain[*p] += self.between[layer - 1][a * self.experts + e];
                 }
             }
         }

@@ -138,7 +138,12 @@ fn from_object(map: &Map<String, Value>) -> Result<Input, PlaceError> {
             given.lambda = given.lambda.or(Some(0.0));
             match load {
                 Value::Array(items) if items.iter().any(Value::is_number) => vec![row(load, 0)?],
-                _ => matrix(load)?,
+                Value::Null
+                | Value::Bool(_)
+                | Value::Number(_)
+                | Value::String(_)
+                | Value::Array(_)
+                | Value::Object(_) => matrix(load)?,
             }
         }
         (Some(_), Some(_)) => {

@@ -137,9 +137,9 @@ fn plan(old: &Layout, new: &Layout, device_of_gpu: Vec<usize>) -> Result<MovePla
     }
     for (layer, (have, want)) in old.layers.iter().zip(&new.layers).enumerate() {
         let mut sent = vec![0_usize; devices];
-        for device in 0..devices {
+        for (device, gpu) in gpu_of_device.iter().enumerate() {
             let held = have.get(device).unwrap_or(&nothing);
-            let wanted = gpu_of_device[device].and_then(|gpu| want.get(gpu)).unwrap_or(&nothing);
+            let wanted = gpu.and_then(|gpu| want.get(gpu)).unwrap_or(&nothing);
             kept += held.intersection(wanted).count();
             drops.extend(held.difference(wanted).map(|&expert| (layer, expert, device)));
             for &expert in wanted.difference(held) {

@@ -15,8 +15,8 @@ pub(crate) type Parts = Vec<Vec<Option<usize>>>;
 const SEED_LAYERS: usize = 4;
 /// Passes over all pairs of parts.
 const PAIR_PASSES: usize = 4;
-/// Pairs of parts in one pass, above which pairs are not refined.
-const MAX_PAIRS: usize = 2_100;
+/// Pairs of parts (of 16 parts) above which pairs are not refined: the time grows with pairs times layers.
+const MAX_PAIRS: usize = 120;
 
 /// Splits `members[layer]` into `parts` equal parts; needs `members[layer].len()` divisible by `parts`.
 pub(crate) fn split(flow: &Flow, members: &[Vec<usize>], parts: usize) -> Parts {
@@ -34,28 +34,30 @@ pub(crate) fn split(flow: &Flow, members: &[Vec<usize>], parts: usize) -> Parts 
                 };
                 let pair: Vec<Vec<usize>> = best.iter().map(of_pair).collect();
                 let halves = quick_split(flow, &pair, 2);
-                let mut next = best.clone();
-                for (layer, half) in halves.iter().enumerate() {
-                    for (e, side) in half.iter().enumerate() {
-                        match side {
-                            Some(0) => next[layer][e] = Some(p),
-                            Some(_) => next[layer][e] = Some(q),
-                            None => {}
-                        }
-                    }
+                let current = only(&best, p, q);
+                if flow.local(&halves) <= flow.local(&current) {
+                    continue;
                 }
-                sweep(flow, members, parts, &mut next);
-                let found = flow.local(&next);
-                if found > local {
-                    (best, local) = (next, found);
+                for (row, half) in best.iter_mut().zip(&halves) {
+                    for (part, side) in row.iter_mut().zip(half) {
+                        *part = side.map_or(*part, |side| Some(if side == 0 { p } else { q }));
+                    }
                 }
             }
         }
+        sweep(flow, members, parts, &mut best);
+        local = flow.local(&best);
         if local == before {
             break;
         }
     }
     best
+}
+
+/// The layout with all parts but `p` and `q` left out.
+fn only(part: &Parts, p: usize, q: usize) -> Parts {
+    let keep = |of: &Option<usize>| of.filter(|&of| of == p || of == q);
+    part.iter().map(|row| row.iter().map(keep).collect()).collect()
 }
 
 /// The best of the contiguous start and of clusters grown from a few layers, each swept to rest.
