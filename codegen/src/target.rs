@@ -7,6 +7,9 @@ pub enum Target {
     X86V3,
     /// x86-64 with AVX-512.
     X86V4,
+    /// x86-64 with AVX-512 and the AMX matrix unit for bf16. A process must ask the kernel for the unit's
+    /// state once before it runs such code (`arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`).
+    X86V4Amx,
     /// 64-bit Arm with NEON.
     Aarch64,
     /// NVIDIA Ampere (A100).
@@ -19,13 +22,15 @@ pub enum Target {
 
 impl Target {
     /// Every target, in the order of `moec list targets`.
-    pub const ALL: [Self; 6] = [Self::X86V3, Self::X86V4, Self::Aarch64, Self::Sm80, Self::Sm89, Self::Sm90a];
+    pub const ALL: [Self; 7] =
+        [Self::X86V3, Self::X86V4, Self::X86V4Amx, Self::Aarch64, Self::Sm80, Self::Sm89, Self::Sm90a];
 
     /// Name on the command line and in manifests.
     pub const fn name(self) -> &'static str {
         match self {
             Self::X86V3 => "x86-64-v3",
             Self::X86V4 => "x86-64-v4",
+            Self::X86V4Amx => "x86-64-v4-amx",
             Self::Aarch64 => "aarch64",
             Self::Sm80 => "sm_80",
             Self::Sm89 => "sm_89",
@@ -41,7 +46,7 @@ impl Target {
     /// Whether kernels are PTX.
     pub const fn is_gpu(self) -> bool {
         match self {
-            Self::X86V3 | Self::X86V4 | Self::Aarch64 => false,
+            Self::X86V3 | Self::X86V4 | Self::X86V4Amx | Self::Aarch64 => false,
             Self::Sm80 | Self::Sm89 | Self::Sm90a => true,
         }
     }
@@ -49,7 +54,7 @@ impl Target {
     /// LLVM triple.
     pub const fn triple(self) -> &'static str {
         match self {
-            Self::X86V3 | Self::X86V4 => "x86_64-unknown-linux-gnu",
+            Self::X86V3 | Self::X86V4 | Self::X86V4Amx => "x86_64-unknown-linux-gnu",
             Self::Aarch64 => "aarch64-unknown-linux-gnu",
             Self::Sm80 | Self::Sm89 | Self::Sm90a => "nvptx64-nvidia-cuda",
         }
@@ -59,6 +64,7 @@ impl Target {
     pub const fn cpu(self) -> &'static str {
         match self {
             Self::Aarch64 => "generic",
+            Self::X86V4Amx => Self::X86V4.name(),
             Self::X86V3 | Self::X86V4 | Self::Sm80 | Self::Sm89 | Self::Sm90a => self.name(),
         }
     }
@@ -68,6 +74,7 @@ impl Target {
         match self {
             // LLVM avoids 512-bit registers on this level unless told otherwise; explicit vectors use them anyway.
             Self::X86V3 | Self::X86V4 => "",
+            Self::X86V4Amx => "+amx-tile,+amx-bf16,+avx512bf16",
             Self::Aarch64 => "+neon",
             Self::Sm80 => "+ptx78",
             Self::Sm89 => "+ptx81",
@@ -78,7 +85,7 @@ impl Target {
     /// Floats in a vector register (CPU) or 1.
     pub const fn lanes(self) -> usize {
         match self {
-            Self::X86V4 => 16,
+            Self::X86V4 | Self::X86V4Amx => 16,
             Self::X86V3 => 8,
             Self::Aarch64 => 4,
             Self::Sm80 | Self::Sm89 | Self::Sm90a => 1,
@@ -88,7 +95,7 @@ impl Target {
     /// Vector registers (CPU), or 0.
     pub const fn vector_registers(self) -> usize {
         match self {
-            Self::X86V4 | Self::Aarch64 => 32,
+            Self::X86V4 | Self::X86V4Amx | Self::Aarch64 => 32,
             Self::X86V3 => 16,
             Self::Sm80 | Self::Sm89 | Self::Sm90a => 0,
         }

@@ -81,7 +81,7 @@ pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
     let tiles = match target {
         Target::Sm89 => vec![tile(16, 32, 5, 1), tile(64, 32, 4, 2), tile(128, 32, 3, 2)],
         Target::Sm90a => vec![tile(16, 64, 6, 1), tile(64, 64, 4, 2), tile(128, 64, 3, 2)],
-        Target::X86V3 | Target::X86V4 | Target::Aarch64 | Target::Sm80 => {
+        Target::X86V3 | Target::X86V4 | Target::X86V4Amx | Target::Aarch64 | Target::Sm80 => {
             vec![tile(16, 64, 4, 1), tile(64, 32, 5, 2), tile(128, 32, 4, 2)]
         }
     };

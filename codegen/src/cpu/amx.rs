@@ -1,0 +1,120 @@
+//! The matrix-unit kernel: 32 x 32 sums in four tile registers.
+
+use super::{Kernel, Tile};
+use crate::mlir::V;
+
+/// Tile registers: sums 0 to 3 (row tile times 2 plus column tile), operand 4 and 5, weights 6 and 7.
+const OPERAND: u8 = 4;
+const WEIGHTS: u8 = 6;
+
+impl<'c> Kernel<'_, 'c> {
+    fn tile_number(&self, register: u8) -> V<'c> {
+        self.b.op("arith.constant", &[], "i8", &[("value", &format!("{register} : i8"))])
+    }
+
+    fn load_tile(&self, register: u8, from: V<'c>, stride: u64) {
+        self.b.intrinsic0("llvm.x86.tileloadd64", &[self.tile_number(register), from, self.c(stride)]);
+    }
+
+    /// Runs `body` with all tile registers set to 16 rows of 64 bytes.
+    pub(super) fn with_tiles(&self, body: impl FnOnce()) {
+        let b = self.b;
+        // The first bytes of the scratch serve as the configuration before anything is packed there.
+        for (i, word) in [1_i32, 0, 0, 0].iter().enumerate() {
+            b.store(b.i32(*word), self.at(self.scratch, i as u64 * 4), 4);
+        }
+        for i in 0..4 {
+            b.store(b.i32(0x0040_0040), self.at(self.scratch, 16 + i * 4), 4);
+            b.store(b.i32(0), self.at(self.scratch, 32 + i * 4), 4);
+        }
+        for i in 0..2 {
+            b.store(b.i32(0x1010_1010), self.at(self.scratch, 48 + i * 4), 4);
+            b.store(b.i32(0), self.at(self.scratch, 56 + i * 4), 4);
+        }
+        b.intrinsic0("llvm.x86.ldtilecfg", &[self.scratch]);
+        body();
+        b.intrinsic0("llvm.x86.tilerelease", &[]);
+    }
+
+    /// Runs a tile of up to 32 rows: 16 rows at a time when there are no more.
+    pub(super) fn matrix_tile(&self, tile: Tile<'c>) {
+        let b = self.b;
+        let both = b.cmpi("sgt", tile.rows, self.c(16));
+        b.if_else(
+            both,
+            &[],
+            || {
+                self.tile_sums(tile, 2);
+                Vec::new()
+            },
+            || {
+                self.tile_sums(tile, 1);
+                Vec::new()
+            },
+        );
+    }
+
+    /// Address and stride of the sums of row tile `i` and column tile `j`.
+    fn sums_of(&self, tile: Tile<'c>, i: u64, j: u64) -> (V<'c>, u64) {
+        let (at, stride) = match self.spec.matrices {
+            // Two matrices: one plane of 32 x 16 sums each.
+            2 => (j * 32 * 64 + i * 16 * 64, 64),
+            _ => (i * 16 * 128 + j * 64, 128),
+        };
+        (self.at(tile.sums, at), stride)
+    }
+
+    fn tile_sums(&self, tile: Tile<'c>, row_tiles: u8) {
+        let (b, s) = (self.b, self.schedule);
+        let sums = |run: &dyn Fn(u8, V<'c>, u64)| {
+            for i in 0..row_tiles {
+                for j in 0..2 {
+                    let (at, stride) = self.sums_of(tile, u64::from(i), u64::from(j));
+                    run(i * 2 + j, at, stride);
+                }
+            }
+        };
+        let zero = || sums(&|register, _, _| b.intrinsic0("llvm.x86.tilezero", &[self.tile_number(register)]));
+        if s.k_blocks(self.spec) == 1 {
+            zero();
+        } else {
+            let continued = || sums(&|register, at, stride| self.load_tile(register, at, stride));
+            b.if_else(
+                tile.fresh,
+                &[],
+                || {
+                    zero();
+                    Vec::new()
+                },
+                || {
+                    continued();
+                    Vec::new()
+                },
+            );
+        }
+        b.each(self.c(0), tile.steps, |step| {
+            let skip = b.mulc(step, 1024);
+            for i in 0..row_tiles {
+                let strip = self.at(tile.a, u64::from(i) * s.k_block * 32);
+                self.load_tile(OPERAND + i, b.gep(strip, "i8", skip), 64);
+            }
+            for (j, w) in [(0, tile.w), (1, tile.w1)] {
+                let w = b.gep(w, "i8", skip);
+                self.load_tile(WEIGHTS + j, w, 64);
+                if row_tiles == 1 {
+                    for line in 0..16 {
+                        self.fetch(self.at(w, s.prefetch + line * 64));
+                    }
+                }
+                for i in 0..row_tiles {
+                    let registers = [i * 2 + j, OPERAND + i, WEIGHTS + j].map(|r| self.tile_number(r));
+                    b.intrinsic0("llvm.x86.tdpbf16ps", &registers);
+                }
+            }
+        });
+        let number = |register| self.tile_number(register);
+        sums(&|register, at, stride| {
+            b.intrinsic0("llvm.x86.tilestored64", &[number(register), at, self.c(stride)]);
+        });
+    }
+}

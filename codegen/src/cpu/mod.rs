@@ -1,0 +1,253 @@
+//! CPU emitter of grouped products.
+//!
+//! One kernel serves every row count. Work is cut into items, each a block of output columns of
+//! one expert (or of some rows of a dense product). An item goes through its rows in chunks that
+//! stay in the second-level cache: a chunk is packed once, then every unit of columns runs over it
+//! in register tiles, and the epilogue turns the sums into results.
+//!
+//! The order of the sums over `k` is the same for every tile height, so a row's result does not
+//! depend on which other rows are present, nor on threads and grain.
+//!
+//! - [`schedule`] picks tile sizes; [`Schedule::layout`] and [`Schedule::grid`] say what packing and
+//!   launch they imply.
+//! - `tile` holds the vector kernel, `amx` the matrix-unit kernel, `pack` the copying of rows,
+//!   `finish` the epilogue.
+
+mod amx;
+mod finish;
+mod pack;
+mod schedule;
+mod tile;
+
+use crate::{
+    grouped::{Grouped, RowScale, RowSource},
+    mlir::{Builder, FuncKind, V},
+    target::Target,
+};
+pub use schedule::{Engine, Schedule, operand_type, schedule};
+
+/// Type of addresses.
+const PTR: &str = "!llvm.ptr";
+
+/// What the parts of one kernel share.
+struct Kernel<'b, 'c> {
+    b: &'b Builder<'c>,
+    spec: &'b Grouped,
+    schedule: &'b Schedule,
+    lanes: usize,
+    a: V<'c>,
+    w: V<'c>,
+    bias: Option<V<'c>>,
+    offsets: Option<V<'c>>,
+    map: Option<V<'c>>,
+    scale: Option<V<'c>>,
+    out: V<'c>,
+    tokens: V<'c>,
+    scratch: V<'c>,
+}
+
+/// The rows and columns of one item.
+#[derive(Clone, Copy)]
+struct Item<'c> {
+    expert: V<'c>,
+    /// Rows in sorted order.
+    first: V<'c>,
+    last: V<'c>,
+    /// Units of columns.
+    begin: V<'c>,
+    end: V<'c>,
+}
+
+/// Some rows of an item that are packed together.
+#[derive(Clone, Copy)]
+struct Chunk<'c> {
+    /// First row in sorted order.
+    first: V<'c>,
+    rows: V<'c>,
+}
+
+/// A register tile: rows of a chunk times a unit of columns.
+#[derive(Clone, Copy)]
+struct Tile<'c> {
+    /// Rows of the tile, at most the schedule's `mr`.
+    rows: V<'c>,
+    /// Operand at the first row and the first column of the block of `k`.
+    a: V<'c>,
+    /// Packed weights of the unit at the block of `k`.
+    w: V<'c>,
+    /// Weights of the second of two tiles side by side (matrix unit).
+    w1: V<'c>,
+    /// Steps over `k`.
+    steps: V<'c>,
+    /// Where the sums are kept.
+    sums: V<'c>,
+    /// Whether the sums start from zero.
+    fresh: V<'c>,
+}
+
+/// Appends the kernel of `spec`: a function of the C type [`moec_abi::CpuKernel`] named `spec.symbol`.
+pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target) {
+    let pointer = ("!llvm.ptr", "{llvm.noalias}");
+    let number = ("i64", "{}");
+    b.func(&spec.symbol, FuncKind::Plain, &[pointer, number, number, pointer], |f| {
+        let kernel = Kernel::new(b, spec, schedule, target, f[0], f[3]);
+        match schedule.engine {
+            Engine::Vector => kernel.items(f[1], f[2]),
+            Engine::Matrix => kernel.with_tiles(|| kernel.items(f[1], f[2])),
+        }
+    });
+}
+
+impl<'b, 'c> Kernel<'b, 'c> {
+    fn new(
+        b: &'b Builder<'c>,
+        spec: &'b Grouped,
+        schedule: &'b Schedule,
+        target: Target,
+        args: V<'c>,
+        scratch: V<'c>,
+    ) -> Self {
+        let mut next = 0;
+        let mut argument = |ty: &str| {
+            let value = b.load(b.gepc(args, "i64", next), ty, 8);
+            next += 1;
+            value
+        };
+        let a = argument(PTR);
+        let w = argument(PTR);
+        let bias = spec.bias.then(|| argument(PTR));
+        let offsets = match spec.rows {
+            RowSource::Dense => None,
+            RowSource::Gathered | RowSource::Sorted => Some(argument(PTR)),
+        };
+        let map = match spec.rows {
+            RowSource::Gathered => Some(argument(PTR)),
+            RowSource::Dense | RowSource::Sorted => None,
+        };
+        let scale = match spec.scale {
+            RowScale::None => None,
+            RowScale::Input | RowScale::Output => Some(argument(PTR)),
+        };
+        let out = argument(PTR);
+        let tokens = argument("i64");
+        Self { b, spec, schedule, lanes: target.lanes(), a, w, bias, offsets, map, scale, out, tokens, scratch }
+    }
+
+    fn c(&self, value: u64) -> V<'c> {
+        self.b.i64(value.cast_signed())
+    }
+
+    /// `pointer` plus a constant number of bytes.
+    fn at(&self, pointer: V<'c>, bytes: u64) -> V<'c> {
+        if bytes == 0 { pointer } else { self.b.gep(pointer, "i8", self.c(bytes)) }
+    }
+
+    fn items(&self, begin: V<'c>, end: V<'c>) {
+        let (b, s) = (self.b, self.schedule);
+        let blocks = s.blocks(self.spec);
+        b.each(begin, end, |item| {
+            let block = b.remui(item, self.c(blocks));
+            let part = b.divui(item, self.c(blocks));
+            let (expert, first, last) = match self.offsets {
+                None => {
+                    let first = b.mulc(part, s.dense_rows.cast_signed());
+                    (self.c(0), first, b.minsi(b.addc(first, s.dense_rows.cast_signed()), self.tokens))
+                }
+                Some(offsets) => {
+                    let at = b.gep(offsets, "i32", part);
+                    let load = |i| b.cast("arith.extsi", b.load(b.gepc(at, "i32", i), "i32", 4), "i64");
+                    (part, load(0), load(1))
+                }
+            };
+            let rows = b.subi(last, first);
+            // With many rows packing counts, so that one item does the columns of its neighbours as well.
+            let many = b.cmpi("sge", rows, self.c(s.merge_rows));
+            let merged = b.select(many, self.c(s.merge), self.c(1));
+            let leads = b.cmpi("eq", b.remui(block, merged), self.c(0));
+            let some = b.cmpi("sgt", rows, self.c(0));
+            b.if_(b.andi(some, leads), || {
+                let begin = b.mulc(block, s.units_per_item.cast_signed());
+                let end = b.mulc(b.addi(block, merged), s.units_per_item.cast_signed());
+                let end = b.minsi(end, self.c(s.units(self.spec)));
+                self.chunks(Item { expert, first, last, begin, end });
+            });
+        });
+    }
+
+    fn chunks(&self, item: Item<'c>) {
+        let (b, s) = (self.b, self.schedule);
+        // Chunks of about equal size, so that no last chunk reads all weights for a few rows.
+        let rows = b.subi(item.last, item.first);
+        let count = b.ceil_div(rows, self.c(s.chunk_rows));
+        let size = b.mulc(b.ceil_div(b.ceil_div(rows, count), self.c(s.mr as u64)), s.mr as i64);
+        b.for_(item.first, item.last, size, &[], |first, _| {
+            let rows = b.minsi(size, b.subi(item.last, first));
+            let chunk = Chunk { first, rows };
+            match s.k_blocks(self.spec) {
+                1 => self.block(item, chunk, None),
+                blocks => b.each(self.c(0), self.c(blocks), |index| self.block(item, chunk, Some(index))),
+            }
+            Vec::new()
+        });
+    }
+
+    /// One block of `k`: the only one, or the one with this index.
+    fn block(&self, item: Item<'c>, chunk: Chunk<'c>, index: Option<V<'c>>) {
+        let (b, s, spec) = (self.b, self.schedule, self.spec);
+        let zero = self.c(0);
+        let k0 = index.map_or(zero, |i| b.mulc(i, s.k_block.cast_signed()));
+        let blocks = s.k_blocks(spec);
+        let columns = match index {
+            None => self.c(s.padded_k(spec)),
+            Some(_) => b.minsi(self.c(s.k_block), b.subi(self.c(s.padded_k(spec)), k0)),
+        };
+        let steps = b.divui(columns, self.c(s.k_step()));
+        let fresh = index.map_or_else(|| b.bool(true), |i| b.cmpi("eq", i, zero));
+        let complete = index.map_or_else(|| b.bool(true), |i| b.cmpi("eq", i, self.c(blocks - 1)));
+        if !s.direct {
+            self.pack(chunk, k0, columns);
+        }
+        let slots = self.at(self.scratch, s.pack_bytes(spec));
+        let tiles = s.chunk_rows.div_ceil(s.mr as u64);
+        b.each(item.begin, item.end, |unit| {
+            let (w, w1) = self.weights(item.expert, unit, k0);
+            let slot0 = b.mulc(b.subi(unit, item.begin), tiles.cast_signed());
+            b.for_(zero, chunk.rows, self.c(s.mr as u64), &[], |row, _| {
+                let rows = b.minsi(b.subi(chunk.rows, row), self.c(s.mr as u64));
+                let sums = if blocks == 1 {
+                    slots
+                } else {
+                    let slot = b.addi(slot0, b.divui(row, self.c(s.mr as u64)));
+                    b.gep(slots, "i8", b.mulc(slot, s.slot_bytes(spec).cast_signed()))
+                };
+                let a = self.operand(chunk, row, k0);
+                let tile = Tile { rows, a, w, w1, steps, sums, fresh };
+                match s.engine {
+                    Engine::Vector => self.vector_tile(tile),
+                    Engine::Matrix => self.matrix_tile(tile),
+                }
+                let finish = || self.finish(item.expert, b.addi(chunk.first, row), rows, unit, sums);
+                if blocks == 1 {
+                    finish();
+                } else {
+                    b.if_(complete, finish);
+                }
+                Vec::new()
+            });
+        });
+    }
+
+    /// Address of the packed weights of a unit at column `k0`, and of the tile beside it.
+    fn weights(&self, expert: V<'c>, unit: V<'c>, k0: V<'c>) -> (V<'c>, V<'c>) {
+        let (b, s, spec) = (self.b, self.schedule, self.spec);
+        let panel = s.panel_bytes(spec);
+        let panels = s.panels(spec) * spec.matrices as u64;
+        let first = b.mulc(unit, s.panels_per_unit(spec).cast_signed());
+        let base = b.gep(self.w, "i8", b.mulc(expert, (panels * panel).cast_signed()));
+        // Places of one column of the packed weights: `panel` rows.
+        let skip = b.mulc(k0, (s.panel() * spec.w.bytes()).cast_signed());
+        let at = |index| b.gep(b.gep(base, "i8", b.mulc(index, panel.cast_signed())), "i8", skip);
+        // The last unit may lack its second tile: it repeats the first, and the result is dropped.
+        (at(first), at(b.minsi(b.addc(first, 1), self.c(panels - 1))))
+    }
+}

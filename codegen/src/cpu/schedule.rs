@@ -1,0 +1,230 @@
+//! Tile sizes and the packing and launch that follow from them.
+
+use crate::{
+    grouped::{Grouped, RowSource},
+    target::Target,
+};
+use moec_abi::{CpuGrid, DType, Expr, Layout};
+
+/// Bytes of packed rows that stay in the second-level cache beside the weights of a unit.
+const CHUNK_BYTES: u64 = 768 << 10;
+
+/// What multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// Vector multiply-add in f32.
+    Vector,
+    /// The matrix unit (AMX): tiles of 16 x 16 sums over 32 bf16 products.
+    Matrix,
+}
+
+/// How a grouped product is laid out and spread on a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    /// What multiplies.
+    pub engine: Engine,
+    /// Rows of a register tile.
+    pub mr: usize,
+    /// Vectors of columns that a tile is wide, per matrix.
+    pub nv: usize,
+    /// Places of a vector.
+    pub lanes: usize,
+    /// Neighbouring inputs of one output in the packed weights.
+    pub depth: u64,
+    /// Units of columns of one item. A unit is what one register tile spans.
+    pub units_per_item: u64,
+    /// Items that become one when an expert has at least [`Self::merge_rows`] rows.
+    pub merge: u64,
+    /// See [`Self::merge`].
+    pub merge_rows: u64,
+    /// Rows that are packed together.
+    pub chunk_rows: u64,
+    /// Inputs that are packed together.
+    pub k_block: u64,
+    /// Rows of one item of a dense product.
+    pub dense_rows: u64,
+    /// Rows are read where they lie instead of being packed.
+    pub direct: bool,
+    /// Bytes that weights are fetched ahead.
+    pub prefetch: u64,
+}
+
+/// The type of the left operand with which products with weights of type `w` are fastest.
+pub fn operand_type(target: Target, w: DType) -> DType {
+    match (target, w) {
+        (Target::X86V4Amx, DType::Bf16) => DType::Bf16,
+        _ => DType::F32,
+    }
+}
+
+/// Picks a schedule.
+pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
+    if target == Target::X86V4Amx && spec.a == DType::Bf16 && spec.w == DType::Bf16 {
+        return matrix(spec);
+    }
+    vector(spec, target)
+}
+
+fn vector(spec: &Grouped, target: Target) -> Schedule {
+    let lanes = target.lanes();
+    let depth = if spec.w == DType::Bf16 { 2 } else { 1 };
+    // Heights that fit the registers beside the weights of one step and one broadcast, widest first.
+    let shapes: &[(usize, usize)] = match (target.vector_registers(), depth) {
+        (32, _) => &[(8, 3), (6, 4), (12, 2), (16, 1)],
+        (_, 1) => &[(6, 2), (4, 3), (10, 1)],
+        _ => &[(5, 2), (8, 1)],
+    };
+    // Columns that are computed for nothing cost as much as others.
+    let padded = |nv: usize| spec.n.next_multiple_of((nv * lanes) as u64);
+    let (mr, nv) = shapes.iter().copied().min_by_key(|&(_, nv)| padded(nv)).unwrap_or((1, 1));
+    let mut s = Schedule {
+        engine: Engine::Vector,
+        mr,
+        nv,
+        lanes,
+        depth,
+        units_per_item: 1,
+        merge: 1,
+        merge_rows: 2 * mr as u64,
+        chunk_rows: 0,
+        k_block: spec.k.next_multiple_of(depth).min(4096),
+        dense_rows: 0,
+        direct: spec.a == DType::F32 && spec.rows != RowSource::Gathered && spec.k.is_multiple_of(depth),
+        prefetch: 1024,
+    };
+    s.chunk_rows = (CHUNK_BYTES / (s.packed_stride() * 4)).max(1).next_multiple_of(mr as u64).max(2 * mr as u64);
+    // About 128 columns per item, 512 when there are many rows.
+    let width = s.unit_width(spec) * spec.matrices as u64;
+    s.units_per_item = (128 / width).clamp(1, s.units(spec));
+    s.merge = (512 / (width * s.units_per_item)).max(1);
+    s.dense_rows = s.chunk_rows;
+    s
+}
+
+fn matrix(spec: &Grouped) -> Schedule {
+    let mut s = Schedule {
+        engine: Engine::Matrix,
+        mr: 32,
+        nv: 2 / spec.matrices,
+        lanes: 16,
+        depth: 2,
+        units_per_item: 1,
+        merge: 1,
+        merge_rows: 33,
+        chunk_rows: 0,
+        k_block: spec.k.next_multiple_of(32).min(2048),
+        dense_rows: 0,
+        direct: false,
+        prefetch: 4096,
+    };
+    s.chunk_rows = (CHUNK_BYTES / (s.k_block * 2)).max(1).next_multiple_of(32).min(512);
+    let width = s.unit_width(spec) * spec.matrices as u64;
+    s.units_per_item = (128 / width).clamp(1, s.units(spec));
+    s.merge = (512 / (width * s.units_per_item)).max(1);
+    s.dense_rows = s.chunk_rows;
+    s
+}
+
+impl Schedule {
+    /// Order of the packed weights.
+    pub fn layout(&self, _spec: &Grouped) -> Layout {
+        Layout::Panels { panel: self.panel(), depth: self.depth, columns: self.k_step() }
+    }
+
+    /// How the launch spreads.
+    pub fn grid(&self, spec: &Grouped) -> CpuGrid {
+        let parts = match spec.rows {
+            RowSource::Dense => Expr::Tokens.ceil_div(self.dense_rows),
+            RowSource::Gathered | RowSource::Sorted => Expr::Const(spec.experts),
+        };
+        CpuGrid { items: parts.times(self.blocks(spec)), grain: 1, scratch: self.scratch(spec) }
+    }
+
+    /// Bytes of scratch: packed rows, then sums.
+    fn scratch(&self, spec: &Grouped) -> u64 {
+        let slots = match self.k_blocks(spec) {
+            1 => 1,
+            _ => self.merge * self.units_per_item * self.chunk_rows.div_ceil(self.mr as u64),
+        };
+        self.pack_bytes(spec) + slots * self.slot_bytes(spec)
+    }
+
+    /// Output rows of a panel of packed weights.
+    pub(super) fn panel(&self) -> u64 {
+        match self.engine {
+            Engine::Vector => (self.nv * self.lanes) as u64,
+            Engine::Matrix => 16,
+        }
+    }
+
+    /// Outputs of a unit.
+    pub(super) fn unit_width(&self, _spec: &Grouped) -> u64 {
+        (self.nv * self.lanes) as u64
+    }
+
+    /// Units of columns of one matrix.
+    pub(super) fn units(&self, spec: &Grouped) -> u64 {
+        spec.n.div_ceil(self.unit_width(spec))
+    }
+
+    /// Panels of one matrix.
+    pub(super) fn panels(&self, spec: &Grouped) -> u64 {
+        spec.n.div_ceil(self.panel())
+    }
+
+    /// Panels of all matrices that a unit spans.
+    pub(super) fn panels_per_unit(&self, spec: &Grouped) -> u64 {
+        match self.engine {
+            Engine::Vector => spec.matrices as u64,
+            Engine::Matrix => 2,
+        }
+    }
+
+    /// Blocks of units, which are the items of one expert.
+    pub(super) fn blocks(&self, spec: &Grouped) -> u64 {
+        self.units(spec).div_ceil(self.units_per_item)
+    }
+
+    /// Inputs that one step of the innermost loop takes.
+    pub(super) const fn k_step(&self) -> u64 {
+        match self.engine {
+            Engine::Vector => self.depth,
+            Engine::Matrix => 32,
+        }
+    }
+
+    /// Inputs with padding.
+    pub(super) const fn padded_k(&self, spec: &Grouped) -> u64 {
+        spec.k.next_multiple_of(self.k_step())
+    }
+
+    /// Blocks of inputs.
+    pub(super) const fn k_blocks(&self, spec: &Grouped) -> u64 {
+        self.padded_k(spec).div_ceil(self.k_block)
+    }
+
+    /// Bytes of a panel.
+    pub(super) fn panel_bytes(&self, spec: &Grouped) -> u64 {
+        self.padded_k(spec) * self.panel() * spec.w.bytes()
+    }
+
+    /// Elements between packed rows. One vector more than needed keeps rows off the same cache sets.
+    pub(super) const fn packed_stride(&self) -> u64 {
+        self.k_block.next_multiple_of(self.lanes as u64) + 16
+    }
+
+    /// Bytes of packed rows.
+    pub(super) const fn pack_bytes(&self, _spec: &Grouped) -> u64 {
+        let bytes = match self.engine {
+            Engine::Vector if self.direct => 0,
+            Engine::Vector => self.chunk_rows * self.packed_stride() * 4,
+            Engine::Matrix => self.chunk_rows * self.k_block * 2,
+        };
+        bytes.next_multiple_of(64)
+    }
+
+    /// Bytes of the sums of a tile.
+    pub(super) const fn slot_bytes(&self, spec: &Grouped) -> u64 {
+        ((spec.matrices * self.mr * self.nv * self.lanes * 4) as u64).next_multiple_of(64)
+    }
+}

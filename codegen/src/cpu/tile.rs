@@ -1,0 +1,111 @@
+//! The vector kernel: a register tile of f32 sums.
+
+use super::{Kernel, Tile};
+use crate::mlir::V;
+use moec_abi::DType;
+
+/// Tiles with at most this many rows wait for memory: they fetch weights ahead.
+const FETCHING_ROWS: usize = 4;
+
+impl<'c> Kernel<'_, 'c> {
+    /// Runs a tile of any height: one loop for each.
+    pub(super) fn vector_tile(&self, tile: Tile<'c>) {
+        self.heights(tile, self.schedule.mr);
+    }
+
+    fn heights(&self, tile: Tile<'c>, rows: usize) {
+        let b = self.b;
+        if rows == 1 {
+            return self.matrices(tile, 1);
+        }
+        let full = b.cmpi("eq", tile.rows, self.c(rows as u64));
+        b.if_else(
+            full,
+            &[],
+            || {
+                self.matrices(tile, rows);
+                Vec::new()
+            },
+            || {
+                self.heights(tile, rows - 1);
+                Vec::new()
+            },
+        );
+    }
+
+    fn matrices(&self, tile: Tile<'c>, rows: usize) {
+        let (b, s) = (self.b, self.schedule);
+        let panel = s.panel_bytes(self.spec);
+        let sums = (s.mr * s.nv * s.lanes * 4) as u64;
+        b.each(self.c(0), self.c(self.spec.matrices as u64), |m| {
+            let w = b.gep(tile.w, "i8", b.mulc(m, panel.cast_signed()));
+            let sums = b.gep(tile.sums, "i8", b.mulc(m, sums.cast_signed()));
+            self.sums(Tile { w, sums, ..tile }, rows);
+        });
+    }
+
+    /// Sums of one matrix.
+    fn sums(&self, tile: Tile<'c>, rows: usize) {
+        let (b, s) = (self.b, self.schedule);
+        let lanes = self.lanes;
+        let floats = format!("vector<{lanes}xf32>");
+        let place = |i: usize| self.at(tile.sums, (i * lanes * 4) as u64);
+        let zeros = || (0..rows * s.nv).map(|_| b.f32s(0.0, lanes)).collect::<Vec<_>>();
+        let init = if s.k_blocks(self.spec) == 1 {
+            zeros()
+        } else {
+            let types = vec![floats.as_str(); rows * s.nv];
+            b.if_else(tile.fresh, &types, zeros, || (0..rows * s.nv).map(|i| b.load(place(i), &floats, 4)).collect())
+        };
+        let sums = b.for_(self.c(0), tile.steps, self.c(1), &init, |step, sums| {
+            let width = s.panel() * s.depth * self.spec.w.bytes();
+            let w = b.gep(tile.w, "i8", b.mulc(step, width.cast_signed()));
+            let a = b.gep(tile.a, "f32", b.mulc(step, s.depth.cast_signed()));
+            if rows <= FETCHING_ROWS {
+                for line in (0..width).step_by(64) {
+                    self.fetch(self.at(w, s.prefetch + line));
+                }
+            }
+            let mut sums = sums.to_vec();
+            match self.spec.w {
+                DType::Bf16 => {
+                    let pairs: Vec<_> = (0..s.nv)
+                        .map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &format!("vector<{lanes}xi32>"), 4))
+                        .collect();
+                    let low: Vec<_> = pairs.iter().map(|p| b.bitcast(b.shli(*p, b.i32s(16, lanes)), &floats)).collect();
+                    self.multiply(a, 0, &low, &mut sums);
+                    let high: Vec<_> =
+                        pairs.iter().map(|p| b.bitcast(b.andi(*p, b.i32s(-65536, lanes)), &floats)).collect();
+                    self.multiply(a, 1, &high, &mut sums);
+                }
+                _ => {
+                    let w: Vec<_> = (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &floats, 4)).collect();
+                    self.multiply(a, 0, &w, &mut sums);
+                }
+            }
+            sums
+        });
+        for (i, sum) in sums.iter().enumerate() {
+            b.store(*sum, place(i), 4);
+        }
+    }
+
+    /// Adds input `place` of every row times `w`.
+    fn multiply(&self, a: V<'c>, place: u64, w: &[V<'c>], sums: &mut [V<'c>]) {
+        let b = self.b;
+        let stride = self.operand_stride();
+        for (row, sums) in sums.chunks_mut(w.len()).enumerate() {
+            let x = b.load(self.at(a, row as u64 * stride + place * 4), "f32", 4);
+            let x = b.splat(x, &format!("vector<{}xf32>", self.lanes));
+            for (sum, w) in sums.iter_mut().zip(w) {
+                *sum = b.fma(x, *w, *sum);
+            }
+        }
+    }
+
+    /// Asks for a cache line that is read soon. An address outside the weights does no harm.
+    pub(super) fn fetch(&self, address: V<'c>) {
+        let attributes = [("rw", "0 : i32"), ("hint", "3 : i32"), ("cache", "1 : i32")];
+        self.b.op0("llvm.intr.prefetch", &[address], &attributes);
+    }
+}
