@@ -3,7 +3,7 @@
 use crate::{DType, Op, Type, Weight, WeightName};
 use indexmap::IndexMap;
 use petgraph::{Direction, stable_graph::NodeIndex, stable_graph::StableDiGraph, visit::EdgeRef};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A node, which is also the value that it computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -68,7 +68,14 @@ pub struct Graph {
     pub batch_dependent: bool,
     dag: StableDiGraph<Node, u32>,
     /// Names of all nodes; absent after a node was handed out to change, made again when needed.
-    names: Option<BTreeSet<String>>,
+    names: Option<Names>,
+}
+
+/// Names in use, and where to go on when a name is asked for again.
+#[derive(Clone, Debug, Default)]
+struct Names {
+    taken: BTreeSet<String>,
+    next: BTreeMap<String, u64>,
 }
 
 impl PartialEq for Graph {
@@ -116,19 +123,22 @@ impl Graph {
 
     /// The name, with a number appended when it is taken.
     fn free_name(&mut self, name: String) -> String {
-        let taken = match self.names.take() {
-            Some(names) => names,
-            None => self.dag.node_weights().map(|n| n.name.clone()).collect(),
-        };
-        let name = if !name.is_empty() && !taken.contains(&name) {
+        let dag = &self.dag;
+        let names = self.names.get_or_insert_with(|| Names {
+            taken: dag.node_weights().map(|n| n.name.clone()).collect(),
+            next: BTreeMap::new(),
+        });
+        let name = if !name.is_empty() && !names.taken.contains(&name) {
             name
         } else {
-            let stem = if name.is_empty() { "v" } else { &name };
-            (1u64..).map(|i| format!("{stem}_{i}")).find(|n| !taken.contains(n)).unwrap_or_default()
+            let stem = if name.is_empty() { "v".to_owned() } else { name };
+            let next = names.next.entry(stem.clone()).or_insert(1);
+            while names.taken.contains(&format!("{stem}_{next}")) {
+                *next += 1;
+            }
+            format!("{stem}_{next}")
         };
-        let mut taken = taken;
-        taken.insert(name.clone());
-        self.names = Some(taken);
+        names.taken.insert(name.clone());
         name
     }
 
@@ -178,12 +188,17 @@ impl Graph {
         self.dag[id.raw()].round = round;
     }
 
-    /// Names a node; a taken name gets a number appended.
-    pub fn rename(&mut self, id: NodeId, name: impl Into<String>) {
+    /// Takes the name away until [`Graph::rename`] gives one, so that other nodes may have it.
+    pub(crate) fn unname(&mut self, id: NodeId) {
         let old = std::mem::take(&mut self.dag[id.raw()].name);
         if let Some(names) = &mut self.names {
-            names.remove(&old);
+            names.taken.remove(&old);
         }
+    }
+
+    /// Names a node; a taken name gets a number appended.
+    pub fn rename(&mut self, id: NodeId, name: impl Into<String>) {
+        self.unname(id);
         let name = self.free_name(name.into());
         self.dag[id.raw()].name = name;
     }

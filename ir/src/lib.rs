@@ -9,8 +9,10 @@
 //! This crate reads no file and knows no target.
 
 pub mod codes;
+mod cost;
 pub mod diag;
 mod dim;
+mod dot;
 mod dtype;
 mod graph;
 mod infer;
@@ -20,16 +22,20 @@ mod nearest;
 mod op;
 pub mod ops;
 mod outline;
+mod text;
 mod types;
 mod verify;
 mod weight;
 
+pub use cost::{Cost, cost};
 pub use diag::{Code, Diagnostic, Label, Severity, Span};
 pub use dim::Dim;
+pub use dot::dot;
 pub use dtype::DType;
 pub use graph::{Graph, Node, NodeId, Output, Part};
 pub use op::Op;
 pub use outline::OutlineError;
+pub use text::{parse, print};
 pub use types::{RaggedType, RouteType, TensorType, Type};
 pub use verify::{batch_dependent_nodes, verify};
 pub use weight::{Extent, Packing, Source, View, Weight, WeightName, WeightSpec};

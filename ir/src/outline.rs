@@ -164,7 +164,7 @@ impl Graph {
         }
         self.weights.extend(body.weights.iter().map(|(n, w)| (n.clone(), w.clone())));
         // The kernel's name is free for the body's nodes, which come from the graph.
-        self.rename(kernel, String::new());
+        self.unname(kernel);
         let mut places: indexmap::IndexMap<NodeId, NodeId> = inputs.into_iter().zip(operands).collect();
         for id in body.order() {
             if places.contains_key(&id) {
