@@ -1,0 +1,603 @@
+//! The module as written to decoded code: names become slots, labels become positions.
+
+#![allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "tables over the types and operands of PTX name what they know; the rest is refused with its line"
+)]
+
+mod alu;
+mod asynchronous;
+mod control;
+mod convert;
+mod float;
+mod half_float;
+mod memory;
+mod tensor;
+
+pub(crate) use half_float::combine as combine_half;
+
+use crate::Error;
+use crate::op::{Addr, Class, Code, FUNC_BASE, Func, Inst, NONE, Op, Reg, Slot, Special, Timer, Variable};
+use crate::syntax::{Ast, Function, Instr, Operand, Space, Stmt, Ty, Var};
+use std::collections::BTreeMap;
+
+/// Decodes every function of a module.
+///
+/// # Errors
+///
+/// [`Error::Parse`] for unknown names, [`Error::Unsupported`] for unknown instructions; both with the line.
+pub(crate) fn decode(ast: Ast) -> Result<Code, Error> {
+    let mut code = Code { target: ast.target, ..Code::default() };
+    let mut globals = BTreeMap::new();
+    for var in ast.vars {
+        let name = var.name.clone();
+        let index = add_var(&mut code, var);
+        globals.insert(name, index);
+    }
+    let names: BTreeMap<String, usize> = ast.functions.iter().enumerate().map(|(i, f)| (f.name.clone(), i)).collect();
+    let signatures: Vec<Signature> = ast.functions.iter().map(signature).collect();
+    for f in &ast.functions {
+        let func = function(&mut code, f, &globals, &names, &signatures)?;
+        code.funcs.push(func);
+    }
+    Ok(code)
+}
+
+fn add_var(code: &mut Code, var: Var) -> usize {
+    let mut const_offset = 0;
+    if var.space == Space::Const {
+        const_offset = code.const_bytes.next_multiple_of(u64::from(var.align.max(1)));
+        code.const_bytes = const_offset + var.bytes;
+    }
+    let dynamic = var.space == Space::Shared && var.bytes == 0;
+    code.vars.push(Variable { var, const_offset, dynamic });
+    code.vars.len() - 1
+}
+
+/// Offsets and sizes of parameters and results.
+#[derive(Clone, Debug, Default)]
+struct Signature {
+    params: Vec<(u32, u32)>,
+    rets: Vec<(u32, u32)>,
+    bytes: u32,
+}
+
+fn signature(f: &Function) -> Signature {
+    let mut at = 0u32;
+    let mut place = |vars: &[Var]| {
+        vars.iter()
+            .map(|v| {
+                at = at.next_multiple_of(v.align.max(1));
+                let o = at;
+                at += v.bytes as u32;
+                (o, v.bytes as u32)
+            })
+            .collect::<Vec<_>>()
+    };
+    let params = place(&f.params);
+    let rets = place(&f.rets);
+    Signature { params, rets, bytes: at }
+}
+
+/// What a name stands for.
+#[derive(Clone, Debug)]
+enum Symbol {
+    Reg(Reg, Ty),
+    Variable(usize),
+    KernelParam(u32),
+    FrameParam(u32),
+    Local(u64),
+    Targets(Vec<String>),
+}
+
+/// Decoder of one function.
+struct Decoder<'a> {
+    code: &'a mut Code,
+    globals: &'a BTreeMap<String, usize>,
+    names: &'a BTreeMap<String, usize>,
+    signatures: &'a [Signature],
+    slots: Vec<Slot>,
+    consts: BTreeMap<u64, Reg>,
+    others: Vec<(Slot, Reg)>,
+    scopes: Vec<(usize, BTreeMap<String, Symbol>)>,
+    labels: BTreeMap<(usize, String), u32>,
+    /// Branches whose label was not yet known: position, scopes around it, and the labels.
+    pending: Vec<(usize, Vec<usize>, Vec<String>)>,
+    local_bytes: u64,
+    area_bytes: u32,
+    calls: Vec<usize>,
+    indirect: bool,
+    shared_vars: Vec<usize>,
+    carry: Reg,
+    // Of the instruction at hand.
+    line: u32,
+    name: String,
+    guard: (Reg, bool),
+    emitted: bool,
+    uses: Vec<Reg>,
+    defs: Vec<Reg>,
+    class: Class,
+}
+
+fn function(
+    code: &mut Code,
+    f: &Function,
+    globals: &BTreeMap<String, usize>,
+    names: &BTreeMap<String, usize>,
+    signatures: &[Signature],
+) -> Result<Func, Error> {
+    let sig = signatures[names[&f.name]].clone();
+    let start = code.insts.len() as u32;
+    let mut d = Decoder {
+        code,
+        globals,
+        names,
+        signatures,
+        slots: Vec::new(),
+        consts: BTreeMap::new(),
+        others: Vec::new(),
+        scopes: vec![(0, BTreeMap::new())],
+        labels: BTreeMap::new(),
+        pending: Vec::new(),
+        local_bytes: 0,
+        area_bytes: if f.is_entry { 0 } else { sig.bytes },
+        calls: Vec::new(),
+        indirect: false,
+        shared_vars: Vec::new(),
+        carry: NONE,
+        line: 0,
+        name: String::new(),
+        guard: (NONE, false),
+        emitted: false,
+        uses: Vec::new(),
+        defs: Vec::new(),
+        class: Class::Other,
+    };
+    for (v, (offset, _)) in f.params.iter().zip(&sig.params).chain(f.rets.iter().zip(&sig.rets)) {
+        let s = if f.is_entry { Symbol::KernelParam(*offset) } else { Symbol::FrameParam(*offset) };
+        d.scopes[0].1.insert(v.name.clone(), s);
+    }
+    d.body(&f.body)?;
+    if f.has_body {
+        d.line =
+            f.body.iter().rev().find_map(|s| if let Stmt::Instr(i) = s { Some(i.line) } else { None }).unwrap_or(1);
+        d.name = "ret".into();
+        d.class = Class::Hidden;
+        d.guard = (NONE, false);
+        d.emit(Op::Ret);
+    }
+    d.patch()?;
+    let Decoder { slots, local_bytes, area_bytes, calls, indirect, shared_vars, .. } = d;
+    Ok(Func {
+        name: f.name.clone(),
+        is_entry: f.is_entry,
+        has_body: f.has_body,
+        start,
+        end: code.insts.len() as u32,
+        slots,
+        local_bytes,
+        area_bytes,
+        params: sig.params,
+        rets: sig.rets,
+        param_bytes: sig.bytes,
+        calls,
+        indirect,
+        shared_vars,
+        max_threads: f.max_threads.map(|t| t.iter().fold(1u32, |a, b| a.saturating_mul(*b))),
+        req_threads: f.req_threads,
+        req_cluster: f.req_cluster,
+        max_regs: f.max_regs,
+    })
+}
+
+impl Decoder<'_> {
+    fn body(&mut self, body: &[Stmt]) -> Result<(), Error> {
+        let mut next_scope = 0;
+        for s in body {
+            match s {
+                Stmt::Open => {
+                    next_scope += 1;
+                    self.scopes.push((next_scope, BTreeMap::new()));
+                }
+                Stmt::Close => {
+                    self.scopes.pop();
+                }
+                Stmt::Label(name) => {
+                    let scope = self.scopes.last().map_or(0, |s| s.0);
+                    self.labels.insert((scope, name.clone()), self.code.insts.len() as u32);
+                }
+                Stmt::Reg(ty, name, count) => match count {
+                    None => self.declare(name.clone(), *ty),
+                    Some(n) => (0..*n).for_each(|i| self.declare(format!("{name}{i}"), *ty)),
+                },
+                Stmt::Var(v) => self.local_var(v),
+                Stmt::Targets(name, list) => self.define(name.clone(), Symbol::Targets(list.clone())),
+                Stmt::Instr(i) => self.instruction(i)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn define(&mut self, name: String, s: Symbol) {
+        if let Some((_, scope)) = self.scopes.last_mut() {
+            scope.insert(name, s);
+        }
+    }
+
+    fn declare(&mut self, name: String, ty: Ty) {
+        let r = self.temp(ty);
+        self.define(name, Symbol::Reg(r, ty));
+    }
+
+    /// A new register.
+    fn temp(&mut self, ty: Ty) -> Reg {
+        self.slots.push(Slot::Register(ty));
+        (self.slots.len() - 1) as Reg
+    }
+
+    fn local_var(&mut self, v: &Var) {
+        let s = match v.space {
+            Space::Param => {
+                let at = self.area_bytes.next_multiple_of(v.align.max(1));
+                self.area_bytes = at + v.bytes as u32;
+                Symbol::FrameParam(at)
+            }
+            Space::Local => {
+                let at = self.local_bytes.next_multiple_of(u64::from(v.align.max(1)));
+                self.local_bytes = at + v.bytes;
+                Symbol::Local(at)
+            }
+            Space::Global | Space::Const | Space::Shared => Symbol::Variable(add_var(self.code, v.clone())),
+        };
+        self.define(v.name.clone(), s);
+    }
+
+    fn find(&self, name: &str) -> Option<Symbol> {
+        self.scopes
+            .iter()
+            .rev()
+            .find_map(|(_, s)| s.get(name).cloned())
+            .or_else(|| self.globals.get(name).map(|v| Symbol::Variable(*v)))
+    }
+
+    fn patch(&mut self) -> Result<(), Error> {
+        for (at, scopes, names) in std::mem::take(&mut self.pending) {
+            let line = self.code.insts[at].line;
+            let mut found = Vec::new();
+            for name in &names {
+                let to = scopes.iter().rev().find_map(|s| self.labels.get(&(*s, name.clone())));
+                found.push(*to.ok_or_else(|| Error::Parse { line, message: format!("no label `{name}`") })?);
+            }
+            match &mut self.code.insts[at].op {
+                Op::Bra { target } => *target = found[0],
+                Op::Brx { targets, .. } => *targets = found,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn parse_error<T>(&self, message: impl Into<String>) -> Result<T, Error> {
+        Err(Error::Parse { line: self.line, message: message.into() })
+    }
+
+    fn unsupported<T>(&self, message: impl Into<String>) -> Result<T, Error> {
+        Err(Error::Unsupported { line: self.line, instruction: self.name.clone(), message: message.into() })
+    }
+
+    fn instruction(&mut self, i: &Instr) -> Result<(), Error> {
+        self.line = i.line;
+        self.name.clone_from(&i.name);
+        self.emitted = false;
+        self.uses.clear();
+        self.defs.clear();
+        self.guard = (NONE, false);
+        if let Some((name, negate)) = &i.guard {
+            let r = self.source(&Operand::Word(name.clone()), Ty::Pred)?;
+            self.guard = (r, *negate);
+        }
+        let parts: Vec<&str> = i.name.split('.').collect();
+        self.class = class_of(&parts);
+        let before = self.code.insts.len();
+        self.any(&parts, &i.operands)?;
+        if self.code.insts.len() == before {
+            return self.unsupported("it decoded to nothing");
+        }
+        Ok(())
+    }
+
+    fn any(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
+        if self.control(p, o)?
+            || self.memory(p, o)?
+            || self.asynchronous(p, o)?
+            || self.tensor(p, o)?
+            || self.convert(p, o)?
+            || self.alu(p, o)?
+        {
+            return Ok(());
+        }
+        self.unsupported("no such instruction")
+    }
+
+    /// Appends an operation under the guard of the instruction at hand.
+    fn emit(&mut self, op: Op) {
+        let class = if self.emitted { Class::Hidden } else { self.class };
+        self.emitted = true;
+        self.code.insts.push(Inst { op, guard: self.guard.0, negate: self.guard.1, line: self.line, class });
+        let mut uses = self.uses.clone();
+        uses.sort_unstable();
+        uses.dedup();
+        let mut defs = self.defs.clone();
+        defs.sort_unstable();
+        defs.dedup();
+        self.code.uses.push(uses);
+        self.code.defs.push(defs);
+    }
+
+    fn alu_op(&mut self, k: crate::op::Kernel, d: Reg, s: [Reg; 3], imm: u64) {
+        let [a, b, c] = s.map(|r| if r == NONE { 0 } else { r });
+        let d = if d == NONE { self.temp(Ty::B64) } else { d };
+        self.emit(Op::Alu { k, d, a, b, c, imm });
+    }
+
+    fn literal(&mut self, v: u64) -> Reg {
+        if let Some(r) = self.consts.get(&v) {
+            return *r;
+        }
+        self.slots.push(Slot::Const(v));
+        let r = (self.slots.len() - 1) as Reg;
+        self.consts.insert(v, r);
+        r
+    }
+
+    fn slot(&mut self, s: Slot) -> Reg {
+        if let Some((_, r)) = self.others.iter().find(|(o, _)| *o == s) {
+            return *r;
+        }
+        self.slots.push(s);
+        let r = (self.slots.len() - 1) as Reg;
+        self.others.push((s, r));
+        r
+    }
+
+    fn variable(&mut self, v: usize, offset: i64) -> Reg {
+        let var = &self.code.vars[v];
+        match var.var.space {
+            Space::Const => {
+                let at = var.const_offset.wrapping_add(offset as u64);
+                self.literal(at)
+            }
+            Space::Shared | Space::Global | Space::Local | Space::Param => {
+                if var.var.space == Space::Shared && !self.shared_vars.contains(&v) {
+                    self.shared_vars.push(v);
+                }
+                self.slot(Slot::Variable(v, offset))
+            }
+        }
+    }
+
+    /// The slot of a source operand; literals are read as `ty`.
+    fn source(&mut self, o: &Operand, ty: Ty) -> Result<Reg, Error> {
+        match o {
+            Operand::Int(v) => Ok(self.literal(*v)),
+            Operand::Float(v) => {
+                let bits = match ty {
+                    Ty::F64 => v.to_bits(),
+                    _ => u64::from((*v as f32).to_bits()),
+                };
+                Ok(self.literal(bits))
+            }
+            Operand::Word(w) => self.named(w, 0),
+            Operand::Offset(w, offset) => self.named(w, *offset),
+            Operand::Not(_) | Operand::Pair(..) | Operand::Vector(_) | Operand::Mem(..) | Operand::Group(_) => {
+                self.parse_error(format!("`{}`: expected a register or a literal", self.name))
+            }
+        }
+    }
+
+    fn named(&mut self, w: &str, offset: i64) -> Result<Reg, Error> {
+        match self.find(w) {
+            Some(Symbol::Reg(r, _)) => {
+                self.uses.push(r);
+                Ok(r)
+            }
+            Some(Symbol::Variable(v)) => Ok(self.variable(v, offset)),
+            Some(Symbol::KernelParam(at)) => Ok(self.literal(u64::from(at).wrapping_add(offset as u64))),
+            Some(Symbol::Local(at)) => Ok(self.slot(Slot::Local(at as i64 + offset))),
+            Some(Symbol::FrameParam(_)) => self.unsupported(format!("address of the parameter `{w}`")),
+            Some(Symbol::Targets(_)) => self.parse_error(format!("`{w}` is a list of labels")),
+            None => self.special(w),
+        }
+    }
+
+    fn special(&mut self, w: &str) -> Result<Reg, Error> {
+        if let Some(f) = self.names.get(w) {
+            self.indirect = true;
+            return Ok(self.literal(FUNC_BASE + *f as u64));
+        }
+        let timer = match w {
+            "%clock" | "%clock_hi" | "%clock64" => Some(Timer::Clock),
+            "%globaltimer" | "%globaltimer_lo" | "%globaltimer_hi" => Some(Timer::GlobalTimer),
+            _ => None,
+        };
+        if let Some(which) = timer {
+            let d = self.temp(Ty::B64);
+            let was = self.emitted;
+            self.emit(Op::Timer { d, which });
+            if let Some(last) = self.code.insts.last_mut() {
+                last.class = Class::Hidden;
+            }
+            self.emitted = was;
+            return Ok(d);
+        }
+        let (base, axis) =
+            w.rsplit_once('.').map_or((w, None), |(b, a)| (b, ["x", "y", "z"].iter().position(|x| *x == a)));
+        let s = match (base, axis) {
+            ("%tid", Some(i)) => Special::Tid(i),
+            ("%ntid", Some(i)) => Special::Ntid(i),
+            ("%ctaid", Some(i)) => Special::Ctaid(i),
+            ("%nctaid", Some(i)) => Special::Nctaid(i),
+            ("%clusterid", Some(i)) => Special::Clusterid(i),
+            ("%nclusterid", Some(i)) => Special::Nclusterid(i),
+            ("%cluster_ctaid", Some(i)) => Special::ClusterCtaid(i),
+            ("%cluster_nctaid", Some(i)) => Special::ClusterNctaid(i),
+            _ => match w {
+                "%cluster_ctarank" => Special::ClusterCtarank,
+                "%cluster_nctarank" => Special::ClusterNctarank,
+                "%is_explicit_cluster" => Special::IsExplicitCluster,
+                "%laneid" => Special::Laneid,
+                "%warpid" => Special::Warpid,
+                "%nwarpid" => Special::Nwarpid,
+                "%smid" => Special::Smid,
+                "%nsmid" => Special::Nsmid,
+                "%gridid" => Special::Gridid,
+                "%lanemask_eq" => Special::LanemaskEq,
+                "%lanemask_le" => Special::LanemaskLe,
+                "%lanemask_lt" => Special::LanemaskLt,
+                "%lanemask_ge" => Special::LanemaskGe,
+                "%lanemask_gt" => Special::LanemaskGt,
+                "%dynamic_smem_size" => Special::DynamicSharedSize,
+                "%total_smem_size" | "%aggr_smem_size" => Special::TotalSharedSize,
+                "WARP_SZ" => return Ok(self.literal(32)),
+                _ => return self.parse_error(format!("unknown name `{w}`")),
+            },
+        };
+        Ok(self.slot(Slot::Special(s)))
+    }
+
+    /// A destination register; `_` is none.
+    fn dest(&mut self, o: &Operand) -> Result<Reg, Error> {
+        Ok(self.dest_ty(o)?.0)
+    }
+
+    fn dest_ty(&mut self, o: &Operand) -> Result<(Reg, Ty), Error> {
+        let Operand::Word(w) = o else {
+            return self.parse_error(format!("`{}`: expected a destination register", self.name));
+        };
+        if w == "_" {
+            return Ok((NONE, Ty::B64));
+        }
+        match self.find(w) {
+            Some(Symbol::Reg(r, ty)) => {
+                self.defs.push(r);
+                Ok((r, ty))
+            }
+            Some(_) | None => self.parse_error(format!("`{w}` is not a register")),
+        }
+    }
+
+    /// `d|p` or `d`.
+    fn dest_pair(&mut self, o: &Operand) -> Result<(Reg, Reg), Error> {
+        match o {
+            Operand::Pair(a, b) => Ok((self.dest(a)?, self.dest(b)?)),
+            Operand::Word(_) => Ok((self.dest(o)?, NONE)),
+            Operand::Int(_)
+            | Operand::Float(_)
+            | Operand::Not(_)
+            | Operand::Vector(_)
+            | Operand::Mem(..)
+            | Operand::Group(_)
+            | Operand::Offset(..) => self.parse_error("expected a destination"),
+        }
+    }
+
+    /// Registers of a vector operand, or of a single one.
+    fn dest_list(&mut self, o: &Operand) -> Result<Vec<Reg>, Error> {
+        match o {
+            Operand::Vector(v) => v.iter().map(|x| self.dest(x)).collect(),
+            Operand::Word(_)
+            | Operand::Int(_)
+            | Operand::Float(_)
+            | Operand::Not(_)
+            | Operand::Pair(..)
+            | Operand::Mem(..)
+            | Operand::Group(_)
+            | Operand::Offset(..) => Ok(vec![self.dest(o)?]),
+        }
+    }
+
+    fn source_list(&mut self, o: &Operand, ty: Ty) -> Result<Vec<Reg>, Error> {
+        match o {
+            Operand::Vector(v) => v.iter().map(|x| self.source(x, ty)).collect(),
+            Operand::Word(_)
+            | Operand::Int(_)
+            | Operand::Float(_)
+            | Operand::Not(_)
+            | Operand::Pair(..)
+            | Operand::Mem(..)
+            | Operand::Group(_)
+            | Operand::Offset(..) => Ok(vec![self.source(o, ty)?]),
+        }
+    }
+
+    /// A predicate source, perhaps negated.
+    fn pred(&mut self, o: &Operand) -> Result<(Reg, bool), Error> {
+        match o {
+            Operand::Not(inner) => Ok((self.source(inner, Ty::Pred)?, true)),
+            Operand::Word(_)
+            | Operand::Int(_)
+            | Operand::Float(_)
+            | Operand::Pair(..)
+            | Operand::Vector(_)
+            | Operand::Mem(..)
+            | Operand::Group(_)
+            | Operand::Offset(..) => Ok((self.source(o, Ty::Pred)?, false)),
+        }
+    }
+
+    /// An address in brackets (or a bare register, which some instructions allow).
+    fn address(&mut self, o: &Operand) -> Result<Addr, Error> {
+        match o {
+            Operand::Mem(base, offset, _) => {
+                let base = self.source(base, Ty::B64)?;
+                Ok(Addr { base, offset: *offset })
+            }
+            Operand::Word(_) | Operand::Int(_) | Operand::Offset(..) => {
+                Ok(Addr { base: self.source(o, Ty::B64)?, offset: 0 })
+            }
+            Operand::Float(_) | Operand::Not(_) | Operand::Pair(..) | Operand::Vector(_) | Operand::Group(_) => {
+                self.parse_error("expected an address")
+            }
+        }
+    }
+
+    fn need(&self, o: &[Operand], least: usize) -> Result<(), Error> {
+        if o.len() < least {
+            self.parse_error(format!("`{}` has {} operands and needs {least}", self.name, o.len()))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// The type at the end of an instruction's name.
+fn last_type(p: &[&str]) -> Option<Ty> {
+    p.last().and_then(|s| Ty::parse(s))
+}
+
+fn class_of(p: &[&str]) -> Class {
+    let float = matches!(p.last().copied(), Some("f32" | "f64" | "f16" | "bf16" | "f16x2" | "bf16x2"));
+    match p[0] {
+        "ld" | "ldu" | "ldmatrix" => Class::Load,
+        "st" | "stmatrix" => Class::Store,
+        "atom" | "red" => Class::Atomic,
+        "mov" | "selp" | "prmt" | "cvta" => Class::Move,
+        "cvt" => Class::Convert,
+        "bra" | "brx" | "call" | "ret" | "exit" | "trap" => Class::Control,
+        "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => Class::Warp,
+        "bar" | "barrier" | "mbarrier" | "fence" | "membar" => Class::Barrier,
+        "mma" | "wgmma" => Class::Tensor,
+        "cp" => Class::AsyncCopy,
+        "ex2" | "lg2" | "rcp" | "rsqrt" | "sqrt" | "sin" | "cos" | "tanh" => Class::Special,
+        "add" | "sub" | "mul" | "mad" | "fma" | "div" | "min" | "max" | "neg" | "abs" | "setp" | "set" => {
+            if float {
+                Class::Float
+            } else {
+                Class::Integer
+            }
+        }
+        "and" | "or" | "xor" | "not" | "shl" | "shr" | "shf" | "lop3" | "bfe" | "bfi" | "bfind" | "brev" | "clz"
+        | "popc" | "dp4a" | "dp2a" | "sad" | "mul24" | "mad24" | "rem" | "addc" | "subc" | "madc" => Class::Integer,
+        _ => Class::Other,
+    }
+}

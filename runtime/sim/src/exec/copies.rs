@@ -1,0 +1,504 @@
+//! Issue of asynchronous copies, and the waits for them.
+
+use super::access::{Spot, Toucher, addresses, get, shifted};
+use super::run::Flow;
+use super::state::{At, CpAsync, Flight, FlightKind, Source, Warp};
+use super::{Agent, Cluster, lanes};
+use crate::clock::{Scope, Touch};
+use crate::op::{Bulk, BulkKind, Inst, NONE, Op, Where};
+use crate::report::FindingKind;
+use crate::syntax::Ty;
+use crate::tensormap::TensorMapDesc;
+
+impl Cluster<'_> {
+    pub(super) fn copy_async(&mut self, at: At, warp: &mut Warp, frame: u32, inst: &Inst, m: u32, pc: u32) -> Flow {
+        match &inst.op {
+            Op::CpAsync { dst, src, size, src_size, ignore, .. } => {
+                let (to, from) = (addresses(warp, frame, *dst), addresses(warp, frame, *src));
+                let (mut wrote, mut read) = (super::access::Seen::default(), super::access::Seen::default());
+                for l in lanes(m) {
+                    let mut valid =
+                        if *src_size == NONE { *size } else { (get(warp, frame, *src_size, l) as u32).min(*size) };
+                    if *ignore != NONE && get(warp, frame, *ignore, l) & 1 == 1 {
+                        valid = 0;
+                    }
+                    self.issue_copy(at, warp, frame, l, pc, (to[l], from[l]), *size, valid, &mut wrote, &mut read);
+                }
+                self.count(&wrote, *size, true, false);
+                self.count(&read, *size, false, false);
+            }
+            Op::CpAsyncCommit => {
+                for l in lanes(m) {
+                    let c = &mut warp.copies[l];
+                    c.group_times.push(c.time + 1);
+                    c.time += 1;
+                    c.committed += 1;
+                }
+            }
+            Op::CpAsyncWait { pending, all } => {
+                for l in lanes(m) {
+                    if *all {
+                        let c = &mut warp.copies[l];
+                        c.group_times.push(c.time + 1);
+                        c.time += 1;
+                        c.committed += 1;
+                    }
+                    let complete = warp.copies[l].committed.saturating_sub(*pending);
+                    self.land_copies(warp, at, l, complete);
+                    if complete > 0 {
+                        let time = warp.copies[l].group_times[complete as usize - 1];
+                        let view = &mut warp.views[l];
+                        view.copied = view.copied.max(time);
+                    }
+                    if *all {
+                        // The wait for all takes no group of its own.
+                        let c = &mut warp.copies[l];
+                        c.committed -= 1;
+                        if let Some(t) = c.group_times.pop()
+                            && let Some(last) = c.group_times.last_mut()
+                        {
+                            *last = t;
+                        }
+                    }
+                }
+            }
+            _ => {}
+        }
+        Flow::Next
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one lane's copy")]
+    fn issue_copy(
+        &mut self,
+        at: At,
+        warp: &mut Warp,
+        frame: u32,
+        l: usize,
+        pc: u32,
+        (to, from): (u64, u64),
+        size: u32,
+        valid: u32,
+        wrote: &mut super::access::Seen,
+        read: &mut super::access::Seen,
+    ) {
+        let Some(dst) = self.resolve(Where::Shared, to, u64::from(size), warp, frame, at, l, pc) else { return };
+        let Spot::Shared(_, offset) = dst else { return };
+        if to % u64::from(size) != 0 || (valid > 0 && from % u64::from(size) != 0) {
+            self.report(
+                FindingKind::Misaligned,
+                pc,
+                at,
+                l,
+                Some(if to % u64::from(size) == 0 { from } else { to }),
+                format!("not a multiple of {size}"),
+                None,
+            );
+            return;
+        }
+        wrote.add(l, dst);
+        if valid > 0 {
+            let Some(src) = self.resolve(Where::Global, from, u64::from(valid), warp, frame, at, l, pc) else { return };
+            read.add(l, src);
+            let t = Toucher { at, lane: l, pc, touch: Touch::Plain, agent: (0, 0) };
+            self.touch(warp, t, src, valid, false, false);
+        }
+        let me = self.component(at, l);
+        let agent = (warp.views[l].threads + me, warp.copies[l].time + 1);
+        let t = Toucher { at, lane: l, pc, touch: Touch::Copy, agent };
+        self.touch(warp, t, dst, size, true, false);
+        self.guard_mbarriers(t, at.block, offset, u64::from(size));
+        let group = warp.copies[l].committed;
+        warp.copies[l].queue.push_back((group, CpAsync { dst: offset as u32, src: from, size, valid }));
+        if self.env.seed % 4 == 1 && self.random().is_multiple_of(8) {
+            self.land_copies(warp, at, l, group + 1);
+        }
+    }
+
+    /// Lands the copies of a lane whose group is below `complete`.
+    pub(super) fn land_copies(&mut self, warp: &mut Warp, at: At, l: usize, complete: u32) {
+        while let Some((g, c)) = warp.copies[l].queue.front().copied() {
+            if g >= complete {
+                break;
+            }
+            warp.copies[l].queue.pop_front();
+            self.effects += 1;
+            let src = self.global_spot(c.src, u64::from(c.valid.max(1)));
+            let mut done = 0;
+            while done < c.size {
+                let to = u64::from(c.dst + done);
+                match src {
+                    Some(Spot::Global(i, o)) if done < c.valid => {
+                        let a = &self.env.memory.allocs[i];
+                        let n = if c.valid - done >= 4 { 4 } else { 1 };
+                        let o = o + u64::from(done);
+                        self.blocks[at.block].smem.store(to, n, a.load(o, n));
+                        if !a.written(o, n, true) {
+                            (0..u64::from(n))
+                                .filter(|k| !a.written(o + k, 1, true))
+                                .for_each(|k| self.blocks[at.block].smem.taint(to + k));
+                        }
+                        done += n;
+                    }
+                    _ => {
+                        let n = if done % 4 == 0 { 4 } else { 1 };
+                        self.blocks[at.block].smem.store(to, n, 0);
+                        done += n;
+                    }
+                }
+            }
+        }
+    }
+
+    /// `cp.async.mbarrier.arrive`: an arrival that follows the copies of the thread.
+    pub(super) fn arrive_after_copies(
+        &mut self,
+        at: At,
+        warp: &mut Warp,
+        l: usize,
+        pc: u32,
+        key: (usize, u32),
+        no_increment: bool,
+    ) {
+        let all = warp.copies[l].committed + 1;
+        self.land_copies(warp, at, l, all);
+        let me = self.component(at, l);
+        let time = warp.copies[l].time + 1;
+        warp.copies[l].time = time;
+        let check = self.env.check;
+        let threads = warp.views[l].threads;
+        if let Some(m) = self.blocks[key.0].mbars.get_mut(&key.1) {
+            if check {
+                // The arrival tells of the copies alone: what the thread itself did before is not released.
+                m.sync.v.raise(threads + me, time);
+            }
+            if !no_increment {
+                m.pending += 1;
+            }
+        }
+        self.mbar_arrive(at, l, pc, key, 1);
+    }
+
+    pub(super) fn bulk(&mut self, at: At, warp: &mut Warp, frame: u32, b: &Bulk, m: u32, pc: u32) -> Flow {
+        self.effects += 1;
+        for l in lanes(m) {
+            match b.kind {
+                BulkKind::Prefetch => {}
+                BulkKind::Load => self.bulk_load(at, warp, frame, b, l, pc),
+                BulkKind::Store => self.bulk_store(at, warp, frame, b, l, pc),
+                BulkKind::Exchange => self.bulk_exchange(at, warp, frame, b, l, pc),
+            }
+        }
+        Flow::Next
+    }
+
+    /// The tensor map at an address, with the coordinates of the copy.
+    fn tensor(
+        &mut self,
+        at: At,
+        warp: &Warp,
+        frame: u32,
+        b: &Bulk,
+        l: usize,
+        pc: u32,
+    ) -> Option<(TensorMapDesc, Vec<i64>)> {
+        let addr = addresses(warp, frame, b.global)[l];
+        let spot = self.resolve(Where::Generic, addr, 128, warp, frame, at, l, pc)?;
+        let bytes: Vec<u8> =
+            (0..16).flat_map(|i| self.peek(warp, frame, l, shifted(spot, i * 8), 8).to_le_bytes()).collect();
+        let Some(map) = TensorMapDesc::decode(&bytes) else {
+            self.report(FindingKind::TensorMap, pc, at, l, Some(addr), "no tensor map at this address", None);
+            return None;
+        };
+        if map.dims.len() != b.coords.len() {
+            self.report(
+                FindingKind::TensorMap,
+                pc,
+                at,
+                l,
+                Some(addr),
+                format!("the map has {} dimensions, the copy {}", map.dims.len(), b.coords.len()),
+                None,
+            );
+            return None;
+        }
+        let coords = b.coords.iter().map(|r| i64::from(get(warp, frame, *r, l) as i32)).collect();
+        Some((map, coords))
+    }
+
+    /// The global side and the size of a copy.
+    fn side(&mut self, at: At, warp: &Warp, frame: u32, b: &Bulk, l: usize, pc: u32) -> Option<(Source, u32)> {
+        if !b.coords.is_empty() {
+            let (map, coords) = self.tensor(at, warp, frame, b, l, pc)?;
+            let bytes = map.box_bytes() as u32;
+            return Some((Source::Tensor(Box::new(map), coords), bytes));
+        }
+        let addr = addresses(warp, frame, b.global)[l];
+        let bytes = get(warp, frame, b.size, l) as u32;
+        if !addr.is_multiple_of(16) || !bytes.is_multiple_of(16) {
+            self.report(
+                FindingKind::Misaligned,
+                pc,
+                at,
+                l,
+                Some(addr),
+                format!("a bulk copy of {bytes} bytes; address and size are multiples of 16"),
+                None,
+            );
+            return None;
+        }
+        Some((Source::Linear(addr), bytes))
+    }
+
+    /// Registers an access to the global side, run by run.
+    fn touch_global(&mut self, warp: &Warp, t: Toucher, source: &Source, bytes: u32, write: bool) -> bool {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        match source {
+            Source::Linear(a) => runs.push((*a, u64::from(bytes))),
+            Source::Tensor(map, coords) => {
+                let size = u64::from(map.dtype.bytes());
+                map.each(coords, |_, a| {
+                    if let Some(a) = a {
+                        match runs.last_mut() {
+                            Some((start, len)) if *start + *len == a => *len += size,
+                            _ => runs.push((a, size)),
+                        }
+                    }
+                });
+            }
+        }
+        let mut moved = 0;
+        for (addr, len) in runs.into_iter().filter(|r| r.1 > 0) {
+            let Some(spot) = self.global_spot(addr, len) else {
+                self.report(
+                    FindingKind::OutOfBounds,
+                    t.pc,
+                    t.at,
+                    t.lane,
+                    Some(addr),
+                    format!("{len} bytes of a bulk copy outside global memory"),
+                    None,
+                );
+                return false;
+            };
+            moved += len;
+            self.touch(warp, t, spot, len as u32, write, false);
+        }
+        if write {
+            self.counts.global_bytes_written += moved;
+        } else {
+            self.counts.global_bytes_read += moved;
+        }
+        true
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a finding needs the thread")]
+    fn shared_side(
+        &mut self,
+        at: At,
+        warp: &Warp,
+        frame: u32,
+        addr: u64,
+        l: usize,
+        pc: u32,
+        place: Where,
+        bytes: u32,
+        align: u64,
+    ) -> Option<(usize, u32)> {
+        let Some(Spot::Shared(block, offset)) = self.resolve(place, addr, u64::from(bytes), warp, frame, at, l, pc)
+        else {
+            return None;
+        };
+        if offset % align != 0 {
+            self.report(
+                FindingKind::Misaligned,
+                pc,
+                at,
+                l,
+                Some(addr),
+                format!("the shared address of this copy is a multiple of {align}"),
+                None,
+            );
+            return None;
+        }
+        Some((block, offset as u32))
+    }
+
+    fn bulk_load(&mut self, at: At, warp: &mut Warp, frame: u32, b: &Bulk, l: usize, pc: u32) {
+        let Some((source, bytes)) = self.side(at, warp, frame, b, l, pc) else { return };
+        let align = if b.coords.is_empty() { 16 } else { 128 };
+        let dst = addresses(warp, frame, b.shared)[l];
+        let Some(first) = self.shared_side(at, warp, frame, dst, l, pc, b.shared_place, bytes, align) else { return };
+        let Some(mbar) = b.mbar else { return };
+        let bar = addresses(warp, frame, mbar)[l];
+        let Some((mb, mo)) = self.shared_side(at, warp, frame, bar, l, pc, Where::SharedCluster, 8, 8) else { return };
+        let (targets, bars): (Vec<_>, Vec<_>) = if b.mask == NONE {
+            (vec![first], vec![(mb, mo)])
+        } else {
+            let mask = get(warp, frame, b.mask, l) as u16;
+            let ranks: Vec<usize> = (0..16).filter(|r| mask >> r & 1 == 1).collect();
+            if ranks.iter().any(|r| *r >= self.blocks.len()) {
+                self.report(
+                    FindingKind::OutOfBounds,
+                    pc,
+                    at,
+                    l,
+                    Some(u64::from(mask)),
+                    "the multicast mask names blocks outside the cluster",
+                    None,
+                );
+                return;
+            }
+            (ranks.iter().map(|r| (*r, first.1)).collect(), ranks.iter().map(|r| (*r, mo)).collect())
+        };
+        for (i, ((tb, to), (mb, mo))) in targets.iter().zip(&bars).enumerate() {
+            let Some(agent) = self.mbar_agent(at, l, pc, *mb, *mo) else { return };
+            let strong = Toucher { at, lane: l, pc, touch: Touch::Strong(Scope::Cluster), agent: (0, 0) };
+            self.touch(warp, strong, Spot::Shared(*mb, u64::from(*mo)), 8, false, false);
+            let t = Toucher { at, lane: l, pc, touch: Touch::Bulk, agent };
+            if i == 0 && !self.touch_global(warp, t, &source, bytes, false) {
+                return;
+            }
+            self.touch(warp, t, Spot::Shared(*tb, u64::from(*to)), bytes, true, false);
+            self.guard_mbarriers(t, *tb, u64::from(*to), u64::from(bytes));
+            self.counts.shared_bytes_written += u64::from(bytes);
+        }
+        let what = FlightKind::Load { source, targets, mbar: bars, bytes };
+        self.flights.push(Flight { block: at.block, warp: at.warp, lane: l, pc, what });
+    }
+
+    fn bulk_store(&mut self, at: At, warp: &mut Warp, frame: u32, b: &Bulk, l: usize, pc: u32) {
+        let Some((dest, bytes)) = self.side(at, warp, frame, b, l, pc) else { return };
+        let align = if b.coords.is_empty() { 16 } else { 128 };
+        let src = addresses(warp, frame, b.shared)[l];
+        let Some(from) = self.shared_side(at, warp, frame, src, l, pc, Where::Shared, bytes, align) else { return };
+        let me = self.component(at, l);
+        let group = warp.bulk.get(&(l as u32)).map_or(0, |g| g.committed);
+        let (reads, writes) = (self.thread_agent(Agent::BulkRead(me)), self.thread_agent(Agent::BulkWrite(me)));
+        let read = Toucher { at, lane: l, pc, touch: Touch::Bulk, agent: (reads, group + 1) };
+        let fine = self.touch_source(warp, read, from, &dest, bytes);
+        let touch = if b.reduce.is_some() { Touch::Strong(Scope::Gpu) } else { Touch::Bulk };
+        let write = Toucher { at, lane: l, pc, touch, agent: (writes, group + 1) };
+        if !self.touch_global(warp, write, &dest, bytes, true) {
+            return;
+        }
+        let _ = fine;
+        self.counts.shared_bytes_read += u64::from(bytes);
+        let reduce = b.reduce.map(|(op, ty)| {
+            let of_map = match &dest {
+                Source::Tensor(map, _) => map.dtype.ty(),
+                Source::Linear(_) => Ty::U32,
+            };
+            (op, ty.filter(|_| b.coords.is_empty()).unwrap_or(of_map))
+        });
+        let what = FlightKind::Store { from, dest, bytes, group, reduce, data: None };
+        self.flights.push(Flight { block: at.block, warp: at.warp, lane: l, pc, what });
+    }
+
+    /// The shared bytes of a store that reach memory: those of elements out of range are not looked at.
+    fn touch_source(&mut self, warp: &Warp, t: Toucher, from: (usize, u32), dest: &Source, bytes: u32) -> bool {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        match dest {
+            Source::Linear(_) => runs.push((u64::from(from.1), u64::from(bytes))),
+            Source::Tensor(map, coords) => {
+                let size = u64::from(map.dtype.bytes());
+                map.each(coords, |o, a| {
+                    if a.is_some() {
+                        let s = map.swizzle.apply(u64::from(from.1) + o);
+                        match runs.last_mut() {
+                            Some((start, len)) if *start + *len == s => *len += size,
+                            _ => runs.push((s, size)),
+                        }
+                    }
+                });
+            }
+        }
+        let mut fine = true;
+        for (o, len) in runs {
+            let spot = Spot::Shared(from.0, o);
+            if self.touch(warp, t, spot, len as u32, false, false) {
+                let (mut at, end) = (o, o + len);
+                while at < end {
+                    let n = if at % 4 == 0 && end - at >= 4 { 4 } else { 1 };
+                    if !self.initialised(t, Spot::Shared(from.0, at), n, false) {
+                        fine = false;
+                        break;
+                    }
+                    at += u64::from(n);
+                }
+            } else {
+                fine = false;
+            }
+        }
+        fine
+    }
+
+    fn bulk_exchange(&mut self, at: At, warp: &mut Warp, frame: u32, b: &Bulk, l: usize, pc: u32) {
+        let bytes = get(warp, frame, b.size, l) as u32;
+        let (dst, src) = (addresses(warp, frame, b.global)[l], addresses(warp, frame, b.shared)[l]);
+        let Some(to) = self.shared_side(at, warp, frame, dst, l, pc, Where::SharedCluster, bytes, 16) else { return };
+        let Some(from) = self.shared_side(at, warp, frame, src, l, pc, Where::Shared, bytes, 16) else { return };
+        let Some(mbar) = b.mbar else { return };
+        let bar = addresses(warp, frame, mbar)[l];
+        let Some(mbar) = self.shared_side(at, warp, frame, bar, l, pc, Where::SharedCluster, 8, 8) else { return };
+        let Some(agent) = self.mbar_agent(at, l, pc, mbar.0, mbar.1) else { return };
+        let t = Toucher { at, lane: l, pc, touch: Touch::Bulk, agent };
+        self.touch(warp, t, Spot::Shared(from.0, u64::from(from.1)), bytes, false, false);
+        self.touch(warp, t, Spot::Shared(to.0, u64::from(to.1)), bytes, true, false);
+        let what = FlightKind::Exchange { from, to, mbar, bytes };
+        self.flights.push(Flight { block: at.block, warp: at.warp, lane: l, pc, what });
+    }
+
+    pub(super) fn bulk_wait(&mut self, at: At, warp: &mut Warp, pending: u32, read: bool, m: u32) -> Flow {
+        for l in lanes(m) {
+            let committed = warp.bulk.get(&(l as u32)).map_or(0, |g| g.committed);
+            let complete = committed.saturating_sub(pending);
+            if complete == 0 {
+                continue;
+            }
+            self.land_stores(at, l, complete, read);
+            if self.env.check {
+                let me = self.component(at, l);
+                let reads = self.thread_agent(Agent::BulkRead(me));
+                warp.views[l].learn(reads, complete);
+                if !read {
+                    let writes = self.thread_agent(Agent::BulkWrite(me));
+                    warp.views[l].learn(writes, complete);
+                }
+            }
+        }
+        Flow::Next
+    }
+
+    pub(super) fn replace_map(&mut self, at: At, warp: &mut Warp, frame: u32, inst: &Inst, m: u32, pc: u32) -> Flow {
+        let Op::TensormapReplace { place, addr, field, index, value, .. } = &inst.op else { return Flow::Next };
+        for l in lanes(m) {
+            let a = addresses(warp, frame, *addr)[l];
+            let Some(spot) = self.resolve(*place, a, 128, warp, frame, at, l, pc) else { continue };
+            let bytes: Vec<u8> =
+                (0..16).flat_map(|i| self.peek(warp, frame, l, shifted(spot, i * 8), 8).to_le_bytes()).collect();
+            // Addresses and strides have 64 bits, everything else 32.
+            let v = get(warp, frame, *value, l) & if matches!(field, 0 | 4) { u64::MAX } else { 0xffff_ffff };
+            let Some(mut map) = TensorMapDesc::decode(&bytes).filter(|map| map.replace(*field, *index, v).is_some())
+            else {
+                self.report(
+                    FindingKind::TensorMap,
+                    pc,
+                    at,
+                    l,
+                    Some(a),
+                    "no tensor map at this address, or a value it cannot take",
+                    None,
+                );
+                continue;
+            };
+            if let Some(new) = map.replace(*field, *index, v) {
+                map = new;
+            }
+            for (i, c) in map.raw().chunks_exact(8).enumerate() {
+                let v = c.iter().rev().fold(0, |x, b| x << 8 | u64::from(*b));
+                self.poke(warp, frame, l, shifted(spot, i as u64 * 8), 8, v);
+            }
+        }
+        Flow::Next
+    }
+}

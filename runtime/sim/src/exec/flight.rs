@@ -1,0 +1,208 @@
+//! The landing of copies in flight.
+
+use super::Cluster;
+use super::access::Spot;
+use super::atomics::combine;
+use super::state::{At, Flight, FlightKind, Source};
+use crate::op::Rmw;
+use crate::syntax::Ty;
+
+/// A byte with what is known of it: its value, and whether it was ever written.
+type Byte = (u8, bool);
+
+impl Cluster<'_> {
+    /// Lands one copy of those in flight, chosen by the seed.
+    pub(super) fn land_one(&mut self) -> bool {
+        if self.flights.is_empty() {
+            return false;
+        }
+        self.land_any();
+        true
+    }
+
+    pub(super) fn land_any(&mut self) {
+        let i = self.random() as usize % self.flights.len();
+        // The stores of one thread are read and written in order.
+        let (f, first) = (&self.flights[i], |g: &Flight| matches!(g.what, FlightKind::Store { .. }));
+        let key = (f.block, f.warp, f.lane);
+        let i = if first(f) {
+            self.flights.iter().position(|g| first(g) && (g.block, g.warp, g.lane) == key).unwrap_or(i)
+        } else {
+            i
+        };
+        let f = self.flights.remove(i);
+        self.land(f);
+    }
+
+    /// Lands the stores of a thread whose group is below `complete`; with `read`, only their source is read.
+    pub(super) fn land_stores(&mut self, at: At, lane: usize, complete: u32, read: bool) {
+        let mut i = 0;
+        while i < self.flights.len() {
+            let f = &self.flights[i];
+            let mine = f.block == at.block && f.warp == at.warp && f.lane == lane;
+            let due = matches!(&f.what, FlightKind::Store { group, .. } if *group < complete);
+            if !(mine && due) {
+                i += 1;
+                continue;
+            }
+            if read && self.env.seed.is_multiple_of(2) {
+                let mut f = self.flights[i].clone();
+                if let FlightKind::Store { from, bytes, data, .. } = &mut f.what
+                    && data.is_none()
+                {
+                    // The source has been read; the destination may still wait.
+                    *data = Some(
+                        self.shared_bytes(*from, *bytes).into_iter().flat_map(|(b, w)| [b, u8::from(w)]).collect(),
+                    );
+                }
+                self.flights[i] = f;
+                i += 1;
+            } else {
+                let f = self.flights.remove(i);
+                self.land(f);
+            }
+        }
+    }
+
+    fn shared_bytes(&self, from: (usize, u32), bytes: u32) -> Vec<Byte> {
+        let m = &self.blocks[from.0].smem;
+        (0..u64::from(bytes))
+            .map(|i| (m.load(u64::from(from.1) + i, 1) as u8, m.written(u64::from(from.1) + i, 1, true)))
+            .collect()
+    }
+
+    fn land(&mut self, f: Flight) {
+        self.effects += 1;
+        let at = At { block: f.block, warp: f.warp };
+        match f.what {
+            FlightKind::Load { source, targets, mbar, bytes } => {
+                self.land_load(&source, &targets, bytes);
+                for key in mbar {
+                    self.mbar_tx(at, f.lane, f.pc, key, -i64::from(bytes));
+                }
+            }
+            FlightKind::Exchange { from, to, mbar, bytes } => {
+                let data = self.shared_bytes(from, bytes);
+                self.put_shared(to.0, u64::from(to.1), &data);
+                self.mbar_tx(at, f.lane, f.pc, mbar, -i64::from(bytes));
+            }
+            FlightKind::Store { from, dest, bytes, reduce, data, .. } => {
+                let data = match data {
+                    Some(d) => d.chunks_exact(2).map(|c| (c[0], c[1] == 1)).collect(),
+                    None => self.shared_bytes(from, bytes),
+                };
+                self.land_store(from.1, &dest, reduce, &data);
+            }
+            FlightKind::Remote { to, values, ty, op, mbar } => {
+                let size = ty.bytes();
+                for (i, v) in values.iter().enumerate() {
+                    let o = u64::from(to.1) + i as u64 * u64::from(size);
+                    let old = self.blocks[to.0].smem.load(o, size);
+                    self.blocks[to.0].smem.store(o, size, combine(op, ty, old, *v, 0));
+                }
+                self.mbar_tx(at, f.lane, f.pc, mbar, -(values.len() as i64 * i64::from(size)));
+            }
+        }
+    }
+
+    fn put_shared(&mut self, block: usize, to: u64, data: &[Byte]) {
+        let m = &mut self.blocks[block].smem;
+        for (i, (b, written)) in data.iter().enumerate() {
+            m.store(to + i as u64, 1, u64::from(*b));
+            if !written {
+                m.taint(to + i as u64);
+            }
+        }
+    }
+
+    fn land_load(&mut self, source: &Source, targets: &[(usize, u32)], bytes: u32) {
+        match source {
+            Source::Linear(addr) => {
+                let Some(Spot::Global(i, at)) = self.global_spot(*addr, u64::from(bytes)) else { return };
+                let a = &self.env.memory.allocs[i];
+                for k in (0..u64::from(bytes)).step_by(4) {
+                    let (v, written) = (a.load(at + k, 4), a.written(at + k, 4, true));
+                    for (b, to) in targets {
+                        let to = u64::from(*to) + k;
+                        self.blocks[*b].smem.store(to, 4, v);
+                        if !written {
+                            (0..4)
+                                .filter(|j| !a.written(at + k + j, 1, true))
+                                .for_each(|j| self.blocks[*b].smem.taint(to + j));
+                        }
+                    }
+                }
+            }
+            Source::Tensor(map, coords) => {
+                let size = map.dtype.bytes();
+                let memory = self.env.memory;
+                let mut last = self.last_alloc;
+                let blocks = &mut self.blocks;
+                map.each(coords, |o, addr| {
+                    let (mut v, mut written) = (0, true);
+                    if let Some(addr) = addr {
+                        let inside = |i: usize| {
+                            memory
+                                .allocs
+                                .get(i)
+                                .is_some_and(|a| addr >= a.base && addr - a.base + u64::from(size) <= a.bytes)
+                        };
+                        if !inside(last) {
+                            match memory.find(addr) {
+                                Some(i) => last = i,
+                                None => return,
+                            }
+                        }
+                        let a = &memory.allocs[last];
+                        v = a.load(addr - a.base, size);
+                        written = a.written(addr - a.base, size, true);
+                    }
+                    for (b, to) in targets {
+                        let at = map.swizzle.apply(u64::from(*to) + o);
+                        blocks[*b].smem.store(at, size, v);
+                        if !written {
+                            (0..u64::from(size)).for_each(|j| blocks[*b].smem.taint(at + j));
+                        }
+                    }
+                });
+            }
+        }
+    }
+
+    fn land_store(&mut self, from: u32, dest: &Source, reduce: Option<(Rmw, Ty)>, data: &[Byte]) {
+        let value =
+            |o: u64, n: u32| (0..u64::from(n)).fold(0u64, |x, i| x | u64::from(data[(o + i) as usize].0) << (8 * i));
+        let written = |o: u64, n: u32| (0..u64::from(n)).all(|i| data[(o + i) as usize].1);
+        let put = |c: &mut Self, addr: u64, n: u32, v: u64, fine: bool| {
+            let Some(Spot::Global(i, at)) = c.global_spot(addr, u64::from(n)) else { return };
+            let a = &c.env.memory.allocs[i];
+            match reduce {
+                Some((op, ty)) => a.store(at, n, combine(op, ty, a.load(at, n), v, 0)),
+                None => a.store(at, n, v),
+            }
+            if !fine {
+                (0..u64::from(n)).for_each(|j| a.taint(at + j));
+            }
+        };
+        match dest {
+            Source::Linear(addr) => {
+                let n = reduce.map_or(4, |(_, ty)| ty.bytes());
+                for k in (0..data.len() as u64).step_by(n as usize) {
+                    put(self, addr + k, n, value(k, n), written(k, n));
+                }
+            }
+            Source::Tensor(map, coords) => {
+                let n = map.dtype.bytes();
+                let mut todo = Vec::new();
+                map.each(coords, |o, addr| {
+                    if let Some(addr) = addr {
+                        todo.push((addr, map.swizzle.apply(u64::from(from) + o) - u64::from(from)));
+                    }
+                });
+                for (addr, o) in todo {
+                    put(self, addr, n, value(o, n), written(o, n));
+                }
+            }
+        }
+    }
+}

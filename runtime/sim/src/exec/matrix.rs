@@ -1,0 +1,251 @@
+//! ldmatrix, stmatrix, movmatrix and mma.sync.
+//!
+//! Products are exact in f32 for 16-bit and 8-bit floats; sums are formed in f64 and rounded to f32 once for each
+//! instruction. Hardware truncates in ways that are not documented, so kernels agree up to the usual tolerance.
+
+use super::access::{Seen, Spot, Toucher, addresses};
+use super::run::Flow;
+use super::state::{At, Warp};
+use super::{Cluster, lanes};
+use crate::clock::Touch;
+use crate::num::{self, Round};
+use crate::op::{Elem, Inst, Mma, Op};
+use crate::report::FindingKind;
+
+impl Cluster<'_> {
+    pub(super) fn matrix(&mut self, at: At, warp: &mut Warp, gi: usize, inst: &Inst, m: u32) -> Flow {
+        let (pc, frame) = (warp.groups[gi].pc, warp.groups[gi].frame);
+        match &inst.op {
+            Op::Ldmatrix { d, addr, place, trans, .. } => {
+                let Some(rows) = self.rows(at, warp, frame, pc, (*addr, *place), d.len(), false) else {
+                    return Flow::Next;
+                };
+                for (i, r) in d.iter().enumerate() {
+                    let mut out = [0u64; 32];
+                    for (l, o) in out.iter_mut().enumerate() {
+                        let (g, t) = (l as u64 / 4, l as u64 % 4 * 2);
+                        let e = |r: u64, c: u64| match rows[i * 8 + r as usize] {
+                            Some((b, at)) => self.blocks[b].smem.load(at + c * 2, 2),
+                            None => 0,
+                        };
+                        *o = if *trans { e(t, g) | e(t + 1, g) << 16 } else { e(g, t) | e(g, t + 1) << 16 };
+                    }
+                    if *r != crate::op::NONE {
+                        super::run::blend(&mut warp.frames[frame as usize].regs[*r as usize], &out, m);
+                    }
+                }
+                Flow::Next
+            }
+            Op::Stmatrix { s, addr, place, trans, .. } => {
+                self.effects += 1;
+                let Some(rows) = self.rows(at, warp, frame, pc, (*addr, *place), s.len(), true) else {
+                    return Flow::Next;
+                };
+                for (i, r) in s.iter().enumerate() {
+                    let v = warp.frames[frame as usize].regs[*r as usize];
+                    for (l, v) in v.iter().enumerate() {
+                        let (g, t) = (l as u64 / 4, l as u64 % 4 * 2);
+                        for h in 0..2 {
+                            let (row, col) = if *trans { (t + h, g) } else { (g, t + h) };
+                            if let Some((b, at)) = rows[i * 8 + row as usize] {
+                                self.blocks[b].smem.store(at + col * 2, 2, v >> (16 * h));
+                            }
+                        }
+                    }
+                }
+                Flow::Next
+            }
+            Op::Movmatrix { d, a } => {
+                let v = warp.frames[frame as usize].regs[*a as usize];
+                let mut out = [0u64; 32];
+                for (l, o) in out.iter_mut().enumerate() {
+                    let (g, t) = (l / 4, l % 4 * 2);
+                    // Element (r, c) of the source is in lane 4r + c/2, half c%2.
+                    let e = |r: usize, c: usize| v[4 * r + c / 2] >> (16 * (c % 2)) & 0xffff;
+                    *o = e(t, g) | e(t + 1, g) << 16;
+                }
+                super::run::blend(&mut warp.frames[frame as usize].regs[*d as usize], &out, m);
+                Flow::Next
+            }
+            Op::Mma(op) => {
+                self.counts.tensor_flops += 2 * (op.m * op.n * op.k) as u64;
+                mma(warp, frame, op);
+                Flow::Next
+            }
+            Op::Wgmma(op) => self.wgmma(at, warp, gi, op, m),
+            Op::WgmmaFence => Flow::Next,
+            Op::WgmmaCommit => {
+                warp.wgmma.committed += 1;
+                self.effects += 1;
+                Flow::Next
+            }
+            Op::WgmmaWait { pending } => self.wgmma_wait(at, warp, *pending),
+            _ => Flow::Next,
+        }
+    }
+
+    /// Block and offset of the rows of `count` 8x8 matrices; the first lanes give the addresses.
+    #[expect(clippy::too_many_arguments, reason = "a warp's access")]
+    fn rows(
+        &mut self,
+        at: At,
+        warp: &mut Warp,
+        frame: u32,
+        pc: u32,
+        place: (crate::op::Addr, crate::op::Where),
+        count: usize,
+        write: bool,
+    ) -> Option<Vec<Option<(usize, u64)>>> {
+        let addrs = addresses(warp, frame, place.0);
+        let mut out = vec![None; count * 8];
+        let mut seen = Seen::default();
+        for l in 0..count * 8 {
+            let Some(spot) = self.resolve(place.1, addrs[l], 16, warp, frame, at, l, pc) else { continue };
+            let Spot::Shared(b, offset) = spot else {
+                self.report(FindingKind::Misuse, pc, at, l, Some(addrs[l]), "matrix rows lie in shared memory", None);
+                continue;
+            };
+            if offset % 16 != 0 {
+                self.report(
+                    FindingKind::Misaligned,
+                    pc,
+                    at,
+                    l,
+                    Some(addrs[l]),
+                    "a matrix row is a multiple of 16",
+                    None,
+                );
+                continue;
+            }
+            seen.add(l, spot);
+            let t = Toucher { at, lane: l, pc, touch: Touch::Plain, agent: (0, 0) };
+            let fine = self.touch(warp, t, spot, 16, write, false);
+            if write {
+                self.guard_mbarriers(t, b, offset, 16);
+            } else if fine {
+                for k in [0, 8] {
+                    if !self.initialised(t, Spot::Shared(b, offset + k), 8, false) {
+                        break;
+                    }
+                }
+            }
+            out[l] = Some((b, offset));
+        }
+        self.count(&seen, 16, write, false);
+        Some(out)
+    }
+
+    /// Lanes of a mask as a number, for messages.
+    pub(super) fn first_lane(m: u32) -> usize {
+        lanes(m).next().unwrap_or(0)
+    }
+}
+
+/// f32 (or exact integer) value of element bits.
+pub(super) fn value(e: Elem, bits: u64) -> f64 {
+    match e {
+        Elem::Bf16 => f64::from(num::bf16_to_f32(bits as u16)),
+        Elem::F16 => f64::from(num::f16_to_f32(bits as u16)),
+        // The lower 13 bits of a tf32 operand are ignored.
+        Elem::Tf32 => f64::from(f32::from_bits(bits as u32 & 0xffff_e000)),
+        Elem::F32 => f64::from(f32::from_bits(bits as u32)),
+        Elem::E4m3 => num::decode(bits as u32 & 0xff, num::E4M3),
+        Elem::E5m2 => num::decode(bits as u32 & 0xff, num::E5M2),
+        Elem::S8 => f64::from(bits as i8),
+        Elem::U8 => f64::from(bits as u8),
+        Elem::S32 => f64::from(bits as i32),
+        Elem::F64 => f64::from_bits(bits),
+    }
+}
+
+/// Row and column of element `i` of the registers of a lane, for an operand of `rows` x `k`: A (rows m) or B (rows n).
+/// `per` elements share a register of 32 bits.
+fn place(lane: usize, i: usize, per: usize, groups: usize) -> (usize, usize) {
+    let (g, t) = (lane / 4, lane % 4);
+    let (reg, e) = (i / per, i % per);
+    // Registers go through the groups of eight rows first, then along k.
+    (g + 8 * (reg % groups), t * per + e + 4 * per * (reg / groups))
+}
+
+fn mma(warp: &mut Warp, frame: u32, op: &Mma) {
+    let regs = &mut warp.frames[frame as usize].regs;
+    let (m, n, k) = (op.m, op.n, op.k);
+    let fetch = |list: &[u32], e: Elem, rows: usize, regs: &[crate::op::V]| {
+        let mut out = vec![0f64; rows * k];
+        let per = (4 / e.bytes() as usize).max(1);
+        for i in 0..list.len() * per {
+            for (lane, v) in regs[list[i / per] as usize].iter().enumerate() {
+                let bits = v >> (8 * e.bytes() as usize * (i % per));
+                let (r, c) = place(lane, i, per, rows / 8);
+                out[r * k + c] = value(e, bits);
+            }
+        }
+        out
+    };
+    let a = fetch(&op.a, op.a_ty, m, regs);
+    let b = fetch(&op.b, op.b_ty, n, regs);
+    let integer = op.c_ty == Elem::S32;
+    let results: Vec<[u64; 32]> = (0..op.d.len())
+        .map(|i| {
+            let mut out = [0u64; 32];
+            for (lane, o) in out.iter_mut().enumerate() {
+                let c = regs[op.c[i] as usize][lane];
+                let (g, t) = (lane / 4, lane % 4 * 2);
+                let dot = |row: usize, col: usize| (0..k).map(|x| a[row * k + x] * b[col * k + x]).sum::<f64>();
+                *o = match op.c_ty {
+                    Elem::F16 => {
+                        // Two columns share a register.
+                        let one = |h: usize| {
+                            let c = f64::from(num::f16_to_f32((c >> (16 * h)) as u16));
+                            u64::from(num::encode(c + dot(g + 8 * i, t + h), num::F16, Round::NearestEven, false))
+                                << (16 * h)
+                        };
+                        one(0) | one(1)
+                    }
+                    Elem::F64 => {
+                        let (row, col) = (g + 8 * (i / 2), t + i % 2);
+                        (0..k).fold(f64::from_bits(c), |s, x| a[row * k + x].mul_add(b[col * k + x], s)).to_bits()
+                    }
+                    _ => {
+                        let (row, col) = (g + 8 * (i / 2), t + i % 2);
+                        if integer {
+                            accumulate_int(c, dot(row, col) as i64, op.satfinite)
+                        } else {
+                            let s = f64::from(f32::from_bits(c as u32)) + dot(row, col);
+                            u64::from(num::canon(s as f32).to_bits())
+                        }
+                    }
+                };
+            }
+            out
+        })
+        .collect();
+    for (d, out) in op.d.iter().zip(results) {
+        if *d != crate::op::NONE {
+            regs[*d as usize] = out;
+        }
+    }
+}
+
+pub(super) fn accumulate_int(c: u64, dot: i64, saturate: bool) -> u64 {
+    let s = i64::from(c as i32) + dot;
+    u64::from(if saturate { s.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32 as u32 } else { s as u32 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::place;
+
+    #[test]
+    fn fragments_follow_the_manual() {
+        // A of m16n8k16, 16 bits: register 1 is row g + 8, register 2 is column + 8.
+        assert_eq!(place(5, 0, 2, 2), (1, 2));
+        assert_eq!(place(5, 3, 2, 2), (9, 3));
+        assert_eq!(place(5, 4, 2, 2), (1, 10));
+        // B: registers go along k.
+        assert_eq!(place(5, 2, 2, 1), (1, 10));
+        // 8-bit elements: four to a register; tf32: one.
+        assert_eq!(place(6, 5, 4, 2), (9, 9));
+        assert_eq!(place(6, 2, 1, 2), (1, 6));
+    }
+}

@@ -1,0 +1,217 @@
+//! Runs one cluster of blocks.
+//!
+//! A warp is a list of groups of lanes that execute together; the group with the lowest position runs first, deepest
+//! call first, and groups that meet at one position merge. Warps take turns in an order that the seed decides. A failed
+//! wait gives the turn to others. Asynchronous copies land when nothing else can happen (or earlier, by the seed), so
+//! a kernel that does not wait for them reads what was there before.
+
+#![allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "an arm for each operation that matters here; the rest was dispatched elsewhere"
+)]
+
+mod access;
+mod atomics;
+mod barrier;
+mod collective;
+mod copies;
+mod flight;
+mod matrix;
+mod mbar;
+mod run;
+mod setup;
+pub(crate) mod state;
+mod sync;
+mod wgmma;
+
+use crate::clock::{Clock, Memo, Snapshot};
+use crate::memory::Memory;
+use crate::op::Code;
+use crate::report::{Counts, Finding, FindingKind, Findings};
+use crate::shadow::Shadow;
+use state::{At, Block, Flight};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, OnceLock};
+
+/// Words of a page of the global shadow.
+pub(crate) const PAGE_WORDS: usize = 1024;
+
+/// Shadow cells of global memory for one launch, made as pages are touched.
+#[derive(Debug, Default)]
+pub(crate) struct GlobalShadow {
+    pub(crate) pages: Vec<Vec<OnceLock<Mutex<Shadow>>>>,
+}
+
+/// What all clusters of a launch share.
+pub(crate) struct Env<'a> {
+    pub(crate) code: &'a Code,
+    pub(crate) entry: usize,
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: [u32; 3],
+    pub(crate) cluster: [u32; 3],
+    pub(crate) params: Vec<u8>,
+    pub(crate) memory: &'a Memory,
+    pub(crate) shadow: GlobalShadow,
+    /// Address of each module variable in its space.
+    pub(crate) var_addr: Vec<u64>,
+    pub(crate) const_bank: Vec<u8>,
+    /// End of the shared memory of a block.
+    pub(crate) shared_end: u64,
+    pub(crate) dynamic_shared: u32,
+    pub(crate) check: bool,
+    pub(crate) seed: u64,
+    pub(crate) max_instructions: u64,
+    pub(crate) executed: AtomicU64,
+}
+
+impl Env<'_> {
+    pub(crate) fn threads(&self) -> u32 {
+        self.block.iter().product()
+    }
+
+    /// Components of the clock that a block takes.
+    pub(crate) fn block_size(&self) -> u32 {
+        self.threads().next_multiple_of(32)
+    }
+
+    pub(crate) fn cluster_size(&self) -> u32 {
+        self.cluster.iter().product()
+    }
+}
+
+/// Release clocks of global locations.
+pub(crate) type GlobalSync = Rc<RefCell<BTreeMap<u64, Rc<Snapshot>>>>;
+
+/// Asynchronous components of the clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Agent {
+    Mbarrier(usize, u32),
+    /// Reads of shared memory by the bulk groups of a thread, and their writes to global memory.
+    BulkRead(u32),
+    BulkWrite(u32),
+    /// Matrix operations of a warpgroup.
+    Mma(usize, usize),
+}
+
+/// What became of a cluster after its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    Done,
+    /// It has work left and did some.
+    Worked,
+    /// Every thread waits.
+    Idle,
+}
+
+/// A running cluster.
+pub(crate) struct Cluster<'e> {
+    env: &'e Env<'e>,
+    pub(crate) id: u32,
+    pub(crate) blocks: Vec<Block>,
+    flights: Vec<Flight>,
+    rng: u64,
+    memo: Memo,
+    agents: BTreeMap<Agent, (u32, u32)>,
+    next_component: u32,
+    sync: GlobalSync,
+    cluster_bar: ClusterBar,
+    pub(crate) findings: Findings,
+    pub(crate) counts: Counts,
+    /// Executions of each instruction by warps and by lanes.
+    pub(crate) executed: Vec<(u64, u64)>,
+    /// Grows with everything another thread could wait for.
+    effects: u64,
+    last_alloc: usize,
+    steps: u64,
+    order: Vec<(usize, usize)>,
+    idle: u32,
+    empty: Rc<Clock>,
+}
+
+/// The barrier of the cluster.
+#[derive(Debug, Default)]
+struct ClusterBar {
+    generation: u64,
+    arrived: u32,
+    sync: crate::clock::Sync,
+    done: Option<(Rc<Clock>, Rc<Clock>)>,
+}
+
+impl<'e> Cluster<'e> {
+    /// The code that runs.
+    pub(crate) fn code(&self) -> &'e Code {
+        self.env.code
+    }
+
+    /// Next pseudo-random number (xorshift64*).
+    fn random(&mut self) -> u64 {
+        self.rng ^= self.rng >> 12;
+        self.rng ^= self.rng << 25;
+        self.rng ^= self.rng >> 27;
+        self.rng.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    }
+
+    /// Component of a thread.
+    fn component(&self, at: At, lane: usize) -> u32 {
+        at.block as u32 * self.env.block_size() + at.warp as u32 * 32 + lane as u32
+    }
+
+    /// Component of an agent, made on first use, and its current time.
+    fn agent(&mut self, a: Agent) -> (u32, u32) {
+        if let Some(x) = self.agents.get(&a) {
+            return *x;
+        }
+        let c = self.next_component;
+        self.next_component = (c + 1).min(crate::clock::MAX_COMPONENTS - 1);
+        self.agents.insert(a, (c, 1));
+        (c, 1)
+    }
+
+    fn thread_index(&self, at: At, lane: usize) -> [u32; 3] {
+        let t = at.warp as u32 * 32 + lane as u32;
+        let [x, y, _] = self.env.block;
+        [t % x, t / x % y, t / x / y]
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a finding names all of these")]
+    fn report(
+        &mut self,
+        kind: FindingKind,
+        pc: u32,
+        at: At,
+        lane: usize,
+        address: Option<u64>,
+        message: impl Into<String>,
+        with: Option<u32>,
+    ) {
+        let env = self.env;
+        let inst = &env.code.insts[pc as usize];
+        self.findings.add(Finding {
+            kind,
+            kernel: env.code.funcs[env.entry].name.clone(),
+            line: inst.line,
+            other_line: with.map(|w| env.code.insts[w as usize].line),
+            block: self.blocks[at.block].ctaid,
+            thread: self.thread_index(at, lane),
+            address,
+            message: message.into(),
+            times: 1,
+        });
+    }
+}
+
+/// The set lanes of a mask, in order.
+pub(crate) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+    let mut rest = mask;
+    std::iter::from_fn(move || {
+        if rest == 0 {
+            return None;
+        }
+        let l = rest.trailing_zeros();
+        rest &= rest - 1;
+        Some(l as usize)
+    })
+}

@@ -1,0 +1,231 @@
+//! The state of a running cluster: blocks, warps, groups of lanes, frames and barriers.
+
+use crate::clock::{Clock, Snapshot, Sync, View};
+use crate::memory::Plain;
+use crate::op::{Rmw, V, Wgmma};
+use crate::shadow::Shadow;
+use crate::syntax::Ty;
+use crate::tensormap::TensorMapDesc;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// A thread: block in the cluster, warp in the block, lane.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At {
+    pub(crate) block: usize,
+    pub(crate) warp: usize,
+}
+
+/// Why a group does not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    Ready,
+    /// At an instruction that needs lanes which are elsewhere.
+    Gather,
+    /// At a barrier of the block, in this generation of it.
+    Barrier {
+        id: usize,
+        generation: u64,
+    },
+    /// At the wait of the cluster barrier.
+    Cluster {
+        generation: u64,
+        acquire: bool,
+    },
+    /// At a failed wait for an mbarrier (block, offset, phases completed then).
+    Mbar {
+        block: usize,
+        offset: u32,
+        phase: u64,
+    },
+    /// At `wgmma.wait_group`, for warps of the warpgroup that are behind.
+    Wgmma,
+    /// In a loop that reads the same value again and again.
+    Spin,
+}
+
+/// Lanes that execute together.
+#[derive(Clone, Debug)]
+pub(crate) struct Group {
+    pub(crate) pc: u32,
+    pub(crate) frame: u32,
+    pub(crate) depth: u32,
+    pub(crate) mask: u32,
+    pub(crate) state: State,
+    /// A wait that is to fail once, since nothing else can happen.
+    pub(crate) give_up: bool,
+}
+
+/// An activation of a function by some lanes of a warp.
+#[derive(Debug, Default)]
+pub(crate) struct Frame {
+    pub(crate) func: usize,
+    pub(crate) regs: Vec<V>,
+    pub(crate) parent: u32,
+    /// The call that made it; execution goes on behind it.
+    pub(crate) call_pc: u32,
+    pub(crate) local_base: u64,
+    /// Parameters, lane after lane.
+    pub(crate) area: Vec<u8>,
+    pub(crate) lanes: u32,
+}
+
+/// Copies of one thread that have not landed.
+#[derive(Debug, Default)]
+pub(crate) struct CopyQueue {
+    /// Group number and copy.
+    pub(crate) queue: VecDeque<(u32, CpAsync)>,
+    pub(crate) committed: u32,
+    /// Time of the thread's copies; it goes on at each commit and at each arrival that follows copies.
+    pub(crate) time: u32,
+    /// Time of the last copy of each group.
+    pub(crate) group_times: Vec<u32>,
+}
+
+/// A `cp.async`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CpAsync {
+    pub(crate) dst: u32,
+    pub(crate) src: u64,
+    pub(crate) size: u32,
+    pub(crate) valid: u32,
+}
+
+/// Matrix operations of a warp that have not run.
+#[derive(Debug, Default)]
+pub(crate) struct WgmmaQueue {
+    pub(crate) queue: VecDeque<PendingWgmma>,
+    pub(crate) committed: u32,
+    pub(crate) completed: u32,
+    /// Last group that writes (or, for A, reads) a register, by frame and register.
+    pub(crate) acc: BTreeMap<(u32, u32), u32>,
+    pub(crate) a_regs: BTreeMap<(u32, u32), u32>,
+}
+
+/// A `wgmma` as issued.
+#[derive(Clone, Debug)]
+pub(crate) struct PendingWgmma {
+    pub(crate) group: u32,
+    pub(crate) frame: u32,
+    pub(crate) op: Arc<Wgmma>,
+    pub(crate) a_desc: u64,
+    pub(crate) b_desc: u64,
+    pub(crate) scale_d: bool,
+}
+
+/// A warp.
+#[derive(Debug, Default)]
+pub(crate) struct Warp {
+    pub(crate) groups: Vec<Group>,
+    /// Lanes that exist, and those that have not exited.
+    pub(crate) lanes: u32,
+    pub(crate) live: u32,
+    pub(crate) views: Vec<View>,
+    pub(crate) frames: Vec<Frame>,
+    pub(crate) free_frames: Vec<u32>,
+    /// Local memory, lane after lane, and its size for one lane.
+    pub(crate) local: Vec<u8>,
+    pub(crate) local_size: u64,
+    pub(crate) copies: Vec<CopyQueue>,
+    pub(crate) wgmma: WgmmaQueue,
+    /// Bulk groups committed by each lane, and the groups it has waited for.
+    pub(crate) bulk: BTreeMap<u32, BulkGroups>,
+    /// For the detection of spinning: last strong read and how often it gave the same.
+    pub(crate) spin: (u32, u64, u32),
+    /// Cluster barrier: lanes that have arrived and not waited.
+    pub(crate) cluster_arrived: u32,
+    pub(crate) cluster_generation: u64,
+}
+
+/// Bulk groups of one thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BulkGroups {
+    pub(crate) committed: u32,
+}
+
+/// A named barrier of a block.
+#[derive(Debug, Default)]
+pub(crate) struct Bar {
+    pub(crate) generation: u64,
+    /// Lanes that have arrived, by warp.
+    pub(crate) arrived: BTreeMap<usize, u32>,
+    pub(crate) expected: Option<u32>,
+    pub(crate) sync: Sync,
+    pub(crate) popc: u32,
+    pub(crate) all: bool,
+    pub(crate) any: bool,
+    pub(crate) done: VecDeque<BarDone>,
+    pub(crate) line: u32,
+}
+
+/// What a completed generation of a barrier leaves to its waiters.
+#[derive(Clone, Debug)]
+pub(crate) struct BarDone {
+    pub(crate) generation: u64,
+    pub(crate) v: Rc<Clock>,
+    pub(crate) p: Rc<Clock>,
+    pub(crate) popc: u32,
+    pub(crate) all: bool,
+    pub(crate) any: bool,
+}
+
+/// An mbarrier object.
+#[derive(Debug)]
+pub(crate) struct Mbarrier {
+    pub(crate) count: u32,
+    pub(crate) pending: i64,
+    pub(crate) tx: i64,
+    pub(crate) phase: u64,
+    /// Arrivals of the current phase.
+    pub(crate) sync: Sync,
+    /// What completed phases have made known.
+    pub(crate) done: (Rc<Clock>, Rc<Clock>),
+    /// Component of its copies, and the time of the current phase in it.
+    pub(crate) agent: u32,
+    pub(crate) time: u32,
+}
+
+/// A block.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) ctaid: [u32; 3],
+    pub(crate) smem: Plain,
+    pub(crate) shadow: Shadow,
+    pub(crate) warps: Vec<Warp>,
+    pub(crate) bars: Vec<Bar>,
+    pub(crate) mbars: BTreeMap<u32, Mbarrier>,
+    /// Release clocks of shared locations.
+    pub(crate) sync: BTreeMap<u64, Rc<Snapshot>>,
+    pub(crate) exited: bool,
+}
+
+/// A copy in flight.
+#[derive(Clone, Debug)]
+pub(crate) struct Flight {
+    pub(crate) block: usize,
+    pub(crate) warp: usize,
+    pub(crate) lane: usize,
+    pub(crate) pc: u32,
+    pub(crate) what: FlightKind,
+}
+
+/// What a copy in flight will do.
+#[derive(Clone, Debug)]
+pub(crate) enum FlightKind {
+    /// Global to shared memory of the blocks of `targets` (block, offset); each has its mbarrier at `mbar`.
+    Load { source: Source, targets: Vec<(usize, u32)>, mbar: Vec<(usize, u32)>, bytes: u32 },
+    /// Shared to shared memory of the cluster.
+    Exchange { from: (usize, u32), to: (usize, u32), mbar: (usize, u32), bytes: u32 },
+    /// Shared to global memory, in a bulk group of the thread. `data` is there once the source has been read.
+    Store { from: (usize, u32), dest: Source, bytes: u32, group: u32, reduce: Option<(Rmw, Ty)>, data: Option<Vec<u8>> },
+    /// `st.async` and `red.async`.
+    Remote { to: (usize, u32), values: Vec<u64>, ty: Ty, op: Rmw, mbar: (usize, u32) },
+}
+
+/// The global side of a copy.
+#[derive(Clone, Debug)]
+pub(crate) enum Source {
+    Linear(u64),
+    Tensor(Box<TensorMapDesc>, Vec<i64>),
+}

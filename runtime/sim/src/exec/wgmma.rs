@@ -1,0 +1,406 @@
+//! Warpgroup matrix operations: descriptors, operands in shared memory, and their asynchrony.
+//!
+//! Each warp computes its own sixteen rows. Operations run when a wait completes them (or at once, by the seed), for
+//! all four warps together, since the completion of one warp's wait lets others overwrite the operands.
+
+use super::access::{Spot, Toucher};
+use super::matrix::{accumulate_int, value};
+use super::run::Flow;
+use super::state::{At, PendingWgmma, State, Warp};
+use super::{Agent, Cluster};
+use crate::clock::{Sync, Touch, View};
+use crate::num::{self, Round};
+use crate::op::{Elem, NONE, Op, Wgmma};
+use crate::report::FindingKind;
+use crate::tensormap::Swizzle;
+use std::rc::Rc;
+use std::sync::{Arc, OnceLock};
+
+/// A shared-memory matrix descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Descriptor {
+    start: u64,
+    leading: u64,
+    stride: u64,
+    base_offset: u64,
+    swizzle: Swizzle,
+}
+
+impl Descriptor {
+    fn decode(d: u64) -> Descriptor {
+        let field = |at: u32| (d >> at & 0x3fff) << 4;
+        let swizzle = match d >> 62 {
+            0 => Swizzle::None,
+            1 => Swizzle::B128,
+            2 => Swizzle::B64,
+            _ => Swizzle::B32,
+        };
+        Descriptor { start: field(0), leading: field(16), stride: field(32), base_offset: d >> 49 & 7, swizzle }
+    }
+
+    /// Address of the 16 bytes that hold (mn, k) and what follows it along the major dimension.
+    fn chunk(&self, mn: u64, k: u64, bytes: u64, mn_major: bool) -> u64 {
+        let span = match self.swizzle {
+            Swizzle::None => 16,
+            Swizzle::B32 => 32,
+            Swizzle::B64 => 64,
+            Swizzle::B128 => 128,
+        };
+        let linear = match (mn_major, self.swizzle) {
+            (false, Swizzle::None) => mn / 8 * self.stride + k * bytes / 16 * self.leading + mn % 8 * 16,
+            (false, Swizzle::B32 | Swizzle::B64 | Swizzle::B128) => mn / 8 * self.stride + mn % 8 * span + k * bytes,
+            (true, Swizzle::None) => mn / 8 * self.stride + k / 8 * self.leading + k % 8 * 16,
+            (true, Swizzle::B32 | Swizzle::B64 | Swizzle::B128) => {
+                let per = span / bytes;
+                mn / per * self.leading + k / 8 * self.stride + k % 8 * span + mn % per * bytes
+            }
+        };
+        self.swizzle.apply(self.start + linear)
+    }
+}
+
+/// An operand read from shared memory: values by row (mn) or by k, and the chunks it came from.
+struct Operand {
+    /// `values[k * rows + mn]`.
+    values: Vec<f32>,
+    chunks: Vec<u64>,
+    outside: Option<u64>,
+}
+
+fn table(e: Elem) -> Option<&'static [f32; 256]> {
+    static E4M3: OnceLock<[f32; 256]> = OnceLock::new();
+    static E5M2: OnceLock<[f32; 256]> = OnceLock::new();
+    let make = |e: Elem| std::array::from_fn(|i| value(e, i as u64) as f32);
+    match e {
+        Elem::E4m3 => Some(E4M3.get_or_init(|| make(e))),
+        Elem::E5m2 => Some(E5M2.get_or_init(|| make(e))),
+        Elem::Bf16 | Elem::F16 | Elem::Tf32 | Elem::S8 | Elem::U8 | Elem::F32 | Elem::S32 | Elem::F64 => None,
+    }
+}
+
+fn element(e: Elem, bits: u64) -> f32 {
+    match e {
+        Elem::Bf16 => num::bf16_to_f32(bits as u16),
+        Elem::F16 => num::f16_to_f32(bits as u16),
+        Elem::Tf32 => f32::from_bits(bits as u32 & 0xffff_e000),
+        Elem::S8 => f32::from(bits as i8),
+        Elem::U8 => f32::from(bits as u8),
+        Elem::E4m3 | Elem::E5m2 => table(e).map_or(0.0, |t| t[bits as usize & 255]),
+        Elem::F32 | Elem::S32 | Elem::F64 => value(e, bits) as f32,
+    }
+}
+
+impl Cluster<'_> {
+    #[expect(clippy::too_many_arguments, reason = "an operand is all of these")]
+    fn operand(
+        &self,
+        block: usize,
+        desc: u64,
+        rows: std::ops::Range<usize>,
+        k: usize,
+        e: Elem,
+        mn_major: bool,
+        read: bool,
+    ) -> Operand {
+        let d = Descriptor::decode(desc);
+        let bytes = u64::from(e.bytes());
+        let per = 16 / bytes as usize;
+        let n = rows.len();
+        let mut out =
+            Operand { values: if read { vec![0.0; n * k] } else { Vec::new() }, chunks: Vec::new(), outside: None };
+        let mut visit = |mn: usize, kk: usize| {
+            let at = d.chunk((rows.start + mn) as u64, kk as u64, bytes, mn_major);
+            if at < crate::space::SHARED_BASE || at + 16 > self.env.shared_end {
+                out.outside = out.outside.or(Some(at));
+                return;
+            }
+            if !read {
+                out.chunks.push(at);
+                return;
+            }
+            let m = &self.blocks[block].smem;
+            let words = [m.load(at, 8), m.load(at + 8, 8)];
+            for i in 0..per {
+                let bit = i * bytes as usize * 8;
+                let v = element(e, words[bit / 64] >> (bit % 64) & super::access::ones(bytes as u32));
+                let (mn, kk) = if mn_major { (mn + i, kk) } else { (mn, kk + i) };
+                out.values[kk * n + mn] = v;
+            }
+        };
+        if mn_major {
+            (0..k).for_each(|kk| (0..n).step_by(per).for_each(|mn| visit(mn, kk)));
+        } else {
+            (0..n).for_each(|mn| (0..k).step_by(per).for_each(|kk| visit(mn, kk)));
+        }
+        out
+    }
+
+    pub(super) fn wgmma(&mut self, at: At, warp: &mut Warp, gi: usize, op: &Wgmma, m: u32) -> Flow {
+        let (pc, frame) = (warp.groups[gi].pc, warp.groups[gi].frame);
+        let first = Self::first_lane(m);
+        let regs = &warp.frames[frame as usize].regs;
+        let same =
+            |r: u32| r == NONE || (0..32).all(|l| m >> l & 1 == 0 || regs[r as usize][l] == regs[r as usize][first]);
+        let uniform = same(op.a_desc) && same(op.b_desc) && same(op.scale_d);
+        let scalar = |r: u32| if r == NONE { 0 } else { regs[r as usize][first] };
+        let pending = PendingWgmma {
+            group: warp.wgmma.committed,
+            frame,
+            op: Arc::new(op.clone()),
+            a_desc: scalar(op.a_desc),
+            b_desc: scalar(op.b_desc),
+            scale_d: scalar(op.scale_d) & 1 == 1,
+        };
+        if !uniform || warp.lanes != u32::MAX {
+            self.report(
+                FindingKind::Misuse,
+                pc,
+                at,
+                first,
+                None,
+                "wgmma needs the same descriptors in all lanes of a full warp",
+                None,
+            );
+        }
+        let (a, b) = (Descriptor::decode(pending.a_desc), Descriptor::decode(pending.b_desc));
+        if b.base_offset != 0 || (op.a_desc != NONE && a.base_offset != 0) {
+            self.report(
+                FindingKind::Misuse,
+                pc,
+                at,
+                first,
+                None,
+                "a descriptor with a base offset; tiles that start on the swizzle's period need none",
+                None,
+            );
+        }
+        self.counts.tensor_flops += 2 * 16 * (op.n * op.k) as u64;
+        self.counts.shared_bytes_read +=
+            (if op.a_desc == NONE { 0 } else { 16 * op.k } + op.n * op.k / 4) as u64 * u64::from(op.a_ty.bytes());
+        if self.env.check {
+            self.check_operands(at, warp, pc, first, &pending);
+        }
+        for r in &op.d {
+            warp.wgmma.acc.insert((frame, *r), pending.group);
+        }
+        for r in &op.a {
+            warp.wgmma.a_regs.insert((frame, *r), pending.group);
+        }
+        warp.wgmma.queue.push_back(pending);
+        if self.env.seed % 4 == 1 {
+            self.run_wgmma(at, warp, u32::MAX);
+        }
+        Flow::Next
+    }
+
+    /// Registers the reads of shared memory with the race detector.
+    fn check_operands(&mut self, at: At, warp: &mut Warp, pc: u32, lane: usize, w: &PendingWgmma) {
+        let rank = at.warp % 4;
+        let agent = (self.agent(Agent::Mma(at.block, at.warp / 4)).0, w.group + 1);
+        let op = w.op.clone();
+        let mut parts = Vec::new();
+        if op.a_desc != NONE {
+            parts.push(self.operand(at.block, w.a_desc, 16 * rank..16 * rank + 16, op.k, op.a_ty, op.trans_a, false));
+        }
+        // B is the same for the four warps; one of them registers it.
+        if rank == 0 {
+            parts.push(self.operand(at.block, w.b_desc, 0..op.n, op.k, op.b_ty, op.trans_b, false));
+        }
+        // The operation comes after everything that each of its threads has done.
+        let mut sync = Sync::default();
+        let base = self.component(at, 0);
+        for l in super::lanes(warp.live) {
+            sync.add(base + l as u32, &warp.views[l]);
+        }
+        let (v, p) = sync.share();
+        let joined = View { v, p, ..warp.views[lane].clone() };
+        let old = std::mem::replace(&mut warp.views[lane], joined);
+        let t = Toucher { at, lane, pc, touch: Touch::Mma, agent };
+        for part in parts {
+            if let Some(o) = part.outside {
+                self.report(
+                    FindingKind::OutOfBounds,
+                    pc,
+                    at,
+                    lane,
+                    Some(o),
+                    "an operand of wgmma reaches outside shared memory",
+                    None,
+                );
+            }
+            for o in part.chunks {
+                let spot = Spot::Shared(at.block, o);
+                if self.touch(warp, t, spot, 16, false, false) {
+                    for k in [0, 8] {
+                        if !self.initialised(t, Spot::Shared(at.block, o + k), 8, false) {
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+        warp.views[lane] = old;
+    }
+
+    pub(super) fn wgmma_wait(&mut self, at: At, warp: &mut Warp, pending: u32) -> Flow {
+        let complete = warp.wgmma.committed.saturating_sub(pending);
+        if complete <= warp.wgmma.completed {
+            return Flow::Next;
+        }
+        let first = at.warp / 4 * 4;
+        let peers: Vec<usize> =
+            (first..first + 4).filter(|w| *w != at.warp && *w < self.blocks[at.block].warps.len()).collect();
+        // The operations are those of four warps; the wait ends when all of them have issued theirs.
+        if peers.iter().any(|w| {
+            self.blocks[at.block].warps[*w].wgmma.committed < complete && self.blocks[at.block].warps[*w].live != 0
+        }) {
+            return Flow::Stay(State::Wgmma);
+        }
+        self.run_wgmma(at, warp, complete);
+        for w in peers {
+            let mut peer = std::mem::take(&mut self.blocks[at.block].warps[w]);
+            self.run_wgmma(At { warp: w, ..at }, &mut peer, complete);
+            self.blocks[at.block].warps[w] = peer;
+        }
+        self.effects += 1;
+        let q = &mut warp.wgmma;
+        q.completed = complete;
+        q.acc.retain(|_, g| *g >= complete);
+        q.a_regs.retain(|_, g| *g >= complete);
+        if self.env.check {
+            let agent = self.agent(Agent::Mma(at.block, at.warp / 4)).0;
+            // Lanes of a warp mostly share their clocks; learning is done once for each.
+            let mut memo: Vec<(Rc<_>, Rc<_>, View)> = Vec::new();
+            for view in &mut warp.views {
+                match memo.iter().find(|(v, p, _)| Rc::ptr_eq(v, &view.v) && Rc::ptr_eq(p, &view.p)) {
+                    Some((_, _, done)) => {
+                        view.v = done.v.clone();
+                        view.p = done.p.clone();
+                    }
+                    None => {
+                        let key = (view.v.clone(), view.p.clone());
+                        view.learn(agent, complete);
+                        memo.push((key.0, key.1, view.clone()));
+                    }
+                }
+            }
+        }
+        Flow::Next
+    }
+
+    /// Runs the operations of a warp whose group is below `complete`.
+    fn run_wgmma(&mut self, at: At, warp: &mut Warp, complete: u32) {
+        while warp.wgmma.queue.front().is_some_and(|w| w.group < complete) {
+            if let Some(w) = warp.wgmma.queue.pop_front() {
+                self.execute_wgmma(at, warp, &w);
+            }
+        }
+    }
+
+    fn execute_wgmma(&mut self, at: At, warp: &mut Warp, w: &PendingWgmma) {
+        let op = &*w.op;
+        let rank = at.warp % 4;
+        let (n, k) = (op.n, op.k);
+        let b = self.operand(at.block, w.b_desc, 0..n, k, op.b_ty, op.trans_b, true).values;
+        // A by rows: a[row * k + kk].
+        let mut a = vec![0f32; 16 * k];
+        if op.a_desc == NONE {
+            let per = 4 / op.a_ty.bytes() as usize;
+            let bits = 8 * op.a_ty.bytes() as usize;
+            for (i, r) in op.a.iter().enumerate() {
+                for lane in 0..32 {
+                    let v = warp.frames[w.frame as usize].regs[*r as usize][lane];
+                    for e in 0..per {
+                        let (row, col) = (lane / 4 + 8 * (i % 2), lane % 4 * per + e + 4 * per * (i / 2));
+                        a[row * k + col] = element(op.a_ty, v >> (bits * e) & super::access::ones(op.a_ty.bytes()));
+                    }
+                }
+            }
+        } else {
+            let v = self.operand(at.block, w.a_desc, 16 * rank..16 * rank + 16, k, op.a_ty, op.trans_a, true).values;
+            (0..16).for_each(|row| (0..k).for_each(|kk| a[row * k + kk] = v[kk * 16 + row]));
+        }
+        if op.negate_a != op.negate_b {
+            a.iter_mut().for_each(|x| *x = -*x);
+        }
+        let mut dots = vec![0f32; 16 * n];
+        multiply(&a, &b, &mut dots, n, k);
+        let regs = &mut warp.frames[w.frame as usize].regs;
+        for (i, r) in op.d.iter().enumerate() {
+            let out = &mut regs[*r as usize];
+            for (lane, o) in out.iter_mut().enumerate() {
+                let at = |i: usize| dots[(lane / 4 + 8 * (i / 2 % 2)) * n + i / 4 * 8 + lane % 4 * 2 + i % 2];
+                let c = if w.scale_d { *o } else { 0 };
+                *o = match op.d_ty {
+                    Elem::S32 => accumulate_int(c, at(i) as i64, op.satfinite),
+                    Elem::F16 => {
+                        let one = |h: usize| {
+                            let c = f64::from(num::f16_to_f32((c >> (16 * h)) as u16));
+                            u64::from(num::encode(c + f64::from(at(2 * i + h)), num::F16, Round::NearestEven, false))
+                                << (16 * h)
+                        };
+                        one(0) | one(1)
+                    }
+                    _ => u64::from(num::canon(f32::from_bits(c as u32) + at(i)).to_bits()),
+                };
+            }
+        }
+    }
+
+    /// Registers of matrix operations in flight that an instruction touches.
+    pub(super) fn watch_registers(&mut self, at: At, warp: &mut Warp, frame: u32, pc: u32) {
+        let env = self.env;
+        let (uses, defs) = (&env.code.uses[pc as usize], &env.code.defs[pc as usize]);
+        let own: &[u32] = match &env.code.insts[pc as usize].op {
+            Op::Wgmma(w) => &w.d,
+            _ => &[],
+        };
+        let q = &warp.wgmma;
+        let acc = uses.iter().chain(defs).find(|r| !own.contains(r) && q.acc.contains_key(&(frame, **r)));
+        let a = defs.iter().find(|r| !own.contains(r) && q.a_regs.contains_key(&(frame, **r)));
+        if acc.is_some() || a.is_some() {
+            let what = if acc.is_some() { "an accumulator" } else { "an operand" };
+            let lane = Self::first_lane(warp.live);
+            self.report(
+                FindingKind::MissingWait,
+                pc,
+                at,
+                lane,
+                None,
+                format!("{what} register of a wgmma in flight is used before wgmma.wait_group"),
+                None,
+            );
+        }
+    }
+}
+
+/// `dots[i][j] = sum over k of a[i][k] * b[k][j]` for sixteen rows. Sums of integers of eight bits stay exact in f32
+/// only up to 2^24, which products over 32 steps do not reach.
+fn multiply(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
+    for (row, out) in dots.chunks_exact_mut(n).enumerate() {
+        for kk in 0..k {
+            let x = a[row * k + kk];
+            for (o, y) in out.iter_mut().zip(&b[kk * n..(kk + 1) * n]) {
+                *o += x * y;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_find_rows_and_chunks() {
+        let d = Descriptor::decode(0x1000 >> 4 | 1 << 16 | 64 << 32 | 1 << 62);
+        assert_eq!((d.start, d.leading, d.stride, d.swizzle), (0x1000, 16, 1024, Swizzle::B128));
+        // Row 9, k 8 of bf16: second group of rows, first row of it plus one, chunk 1 swizzled by row 1.
+        assert_eq!(d.chunk(9, 8, 2, false), (0x1000 + 1024 + 128));
+        // MN-major: k picks the row of 128 bytes.
+        let t = Descriptor::decode(0x1000 >> 4 | 128 << 16 | 64 << 32 | 1 << 62);
+        assert_eq!(t.chunk(64, 3, 2, true), 0x1000 + 2048 + 3 * 128 + (3 << 4));
+        let none = Descriptor::decode(0x1000 >> 4 | 8 << 16 | 16 << 32);
+        assert_eq!(none.chunk(9, 8, 2, false), 0x1000 + 256 + 128 + 16);
+    }
+}

@@ -1,0 +1,377 @@
+//! Happens-before race detection on one piece of memory.
+//!
+//! Every four bytes have a cell with their last write and their reads since (FastTrack, Flanagan and Freund 2009, with
+//! the lanes of a warp that read at one time as one reader). Bytes of a word that are touched singly get cells of
+//! their own. Asynchronous operations are components of the clock like threads are; touching what one of them has
+//! written, or is still reading, without knowing of its completion is a missing wait rather than a race.
+
+use crate::clock::{Clock, Epoch, Scope, Touch, View};
+
+/// One access, as the detector sees it.
+pub(crate) struct Access<'a> {
+    pub(crate) view: &'a View,
+    /// Cluster, component, block in the cluster and threads of a block of the issuing thread.
+    pub(crate) cluster: u32,
+    pub(crate) me: u32,
+    /// First component of the warp of the issuing thread.
+    pub(crate) warp: u32,
+    pub(crate) block_size: u32,
+    pub(crate) touch: Touch,
+    /// For asynchronous accesses: the agent and its time.
+    pub(crate) agent: u32,
+    pub(crate) agent_time: u32,
+    pub(crate) pc: u32,
+}
+
+/// Why two accesses are in conflict; `with` is the instruction of the earlier one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Conflict {
+    Race { with: u32 },
+    MissingWait { with: u32 },
+    MissingFence { with: u32 },
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Cell {
+    w: Epoch,
+    r: Epoch,
+    /// Lanes of the warp `r` that have read; zero with a reader present means `r` is in `lists[list - 1]`.
+    lanes: u32,
+    wpc: u32,
+    rpc: u32,
+    list: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Reader {
+    e: Epoch,
+    lanes: u32,
+    pc: u32,
+}
+
+/// The cells of a piece of memory.
+#[derive(Debug, Default)]
+pub(crate) struct Shadow {
+    cells: Vec<Cell>,
+    /// Index into `bytes` plus one for words whose bytes are tracked singly.
+    split: Vec<u32>,
+    bytes: Vec<[Cell; 4]>,
+    lists: Vec<Vec<Reader>>,
+    free: Vec<u32>,
+}
+
+impl Access<'_> {
+    fn known(&self, clock: &Clock, own: u32, copied: u32, e: Epoch, lane: u32) -> bool {
+        let c = e.component() + lane;
+        if e.cluster() != self.cluster & 0x3f_ffff {
+            return clock.foreign.get(&e.cluster()).is_some_and(|f| f.get(c as usize).is_some_and(|t| *t >= e.time()));
+        }
+        if c == self.me {
+            return e.time() <= own;
+        }
+        if c == self.me + self.view.threads {
+            return e.time() <= copied;
+        }
+        clock.get(c) >= e.time()
+    }
+
+    fn ordered(&self, e: Epoch, lane: u32) -> bool {
+        self.known(&self.view.v, u32::MAX, self.view.copied, e, lane)
+    }
+
+    fn fenced(&self, e: Epoch) -> bool {
+        self.known(&self.view.p, self.view.p_own, self.view.p_copied, e, 0)
+    }
+
+    fn all_ordered(&self, e: Epoch, lanes: u32) -> bool {
+        let mut rest = lanes;
+        while rest != 0 {
+            let l = rest.trailing_zeros();
+            rest &= rest - 1;
+            if !self.ordered(e, l) {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn epoch(&self) -> Epoch {
+        if self.touch.is_async() {
+            Epoch::new(self.touch, self.cluster, self.agent, self.agent_time)
+        } else {
+            Epoch::new(self.touch, self.cluster, self.me, self.view.own)
+        }
+    }
+
+    fn reader(&self) -> (Epoch, u32) {
+        if self.touch.is_async() {
+            (Epoch::new(self.touch, self.cluster, self.agent, self.agent_time), 1)
+        } else {
+            (Epoch::new(self.touch, self.cluster, self.warp, self.view.own), 1 << (self.me - self.warp))
+        }
+    }
+
+    /// Two strong accesses do not race when the scope of each takes in the other thread.
+    fn both_strong(&self, e: Epoch, lane: u32) -> bool {
+        let (Touch::Strong(a), Touch::Strong(b)) = (self.touch, e.touch()) else { return false };
+        match a.min(b) {
+            Scope::Gpu => true,
+            Scope::Cluster => e.cluster() == self.cluster & 0x3f_ffff,
+            Scope::Cta => {
+                e.cluster() == self.cluster & 0x3f_ffff
+                    && (e.component() + lane) / self.block_size == self.me / self.block_size
+            }
+        }
+    }
+
+    /// Whether the last write of a place is in the way of this access.
+    fn after_write(&self, c: &Cell, same: bool) -> Option<Conflict> {
+        if c.w.is_none() {
+            return None;
+        }
+        let with = c.wpc;
+        if !self.ordered(c.w, 0) {
+            if c.w.touch().is_async() {
+                return Some(Conflict::MissingWait { with });
+            }
+            return (!same && !self.both_strong(c.w, 0)).then_some(Conflict::Race { with });
+        }
+        let needs_fence = self.touch.in_async_proxy() && !c.w.touch().in_async_proxy();
+        (needs_fence && !self.fenced(c.w)).then_some(Conflict::MissingFence { with })
+    }
+
+    /// Whether a reader of a place is in the way of this write.
+    fn after_read(&self, r: &Reader) -> Option<Conflict> {
+        let mut rest = r.lanes;
+        while rest != 0 {
+            let l = rest.trailing_zeros();
+            rest &= rest - 1;
+            if !self.ordered(r.e, l) {
+                if r.e.touch().is_async() {
+                    return Some(Conflict::MissingWait { with: r.pc });
+                }
+                if !self.both_strong(r.e, l) {
+                    return Some(Conflict::Race { with: r.pc });
+                }
+            }
+        }
+        None
+    }
+}
+
+impl Shadow {
+    /// Cells for `bytes` bytes.
+    pub(crate) fn new(bytes: usize) -> Shadow {
+        let words = bytes.div_ceil(4);
+        Shadow { cells: vec![Cell::default(); words], split: Vec::new(), ..Shadow::default() }
+    }
+
+    /// Registers an access to the bytes of `mask` (four bits) of a word and tells what is wrong with it. `same` says
+    /// that a write does not change the bytes, which is no race of writes.
+    pub(crate) fn touch(&mut self, word: usize, mask: u8, write: bool, same: bool, a: &Access<'_>) -> Option<Conflict> {
+        let split = self.split.get(word).copied().unwrap_or(0);
+        if split == 0 && mask == 0xf {
+            let mut cell = self.cells[word];
+            let found = self.cell(&mut cell, write, same, a);
+            self.cells[word] = cell;
+            return found;
+        }
+        let index = if split == 0 { self.split_word(word) } else { split as usize - 1 };
+        let mut found = None;
+        for b in 0..4 {
+            if mask >> b & 1 == 1 {
+                let mut cell = self.bytes[index][b];
+                found = self.cell(&mut cell, write, same, a).or(found);
+                self.bytes[index][b] = cell;
+            }
+        }
+        found
+    }
+
+    fn split_word(&mut self, word: usize) -> usize {
+        if self.split.is_empty() {
+            self.split = vec![0; self.cells.len()];
+        }
+        let cell = self.cells[word];
+        let mut four = [cell; 4];
+        if cell.list != 0 {
+            for c in &mut four[1..] {
+                let copy = self.lists[cell.list as usize - 1].clone();
+                c.list = self.new_list(copy);
+            }
+        }
+        self.bytes.push(four);
+        self.split[word] = self.bytes.len() as u32;
+        self.bytes.len() - 1
+    }
+
+    fn new_list(&mut self, readers: Vec<Reader>) -> u32 {
+        match self.free.pop() {
+            Some(i) => {
+                self.lists[i as usize - 1] = readers;
+                i
+            }
+            None => {
+                self.lists.push(readers);
+                self.lists.len() as u32
+            }
+        }
+    }
+
+    fn cell(&mut self, c: &mut Cell, write: bool, same: bool, a: &Access<'_>) -> Option<Conflict> {
+        let mut found = a.after_write(c, same);
+        if !write {
+            self.add_reader(c, a);
+            return found;
+        }
+        if c.list != 0 {
+            let mut list = std::mem::take(&mut self.lists[c.list as usize - 1]);
+            found = found.or_else(|| list.iter().find_map(|r| a.after_read(r)));
+            list.clear();
+            self.lists[c.list as usize - 1] = list;
+            self.free.push(c.list);
+            c.list = 0;
+        } else if c.lanes != 0 {
+            found = found.or_else(|| a.after_read(&Reader { e: c.r, lanes: c.lanes, pc: c.rpc }));
+        }
+        c.r = Epoch::default();
+        c.lanes = 0;
+        c.w = a.epoch();
+        c.wpc = a.pc;
+        found
+    }
+
+    fn add_reader(&mut self, c: &mut Cell, a: &Access<'_>) {
+        let (e, lanes) = a.reader();
+        if c.list == 0 {
+            if c.lanes == 0 || (c.r != e && a.all_ordered(c.r, c.lanes)) {
+                c.r = e;
+                c.lanes = lanes;
+                c.rpc = a.pc;
+                return;
+            }
+            if c.r == e {
+                c.lanes |= lanes;
+                return;
+            }
+            let first = Reader { e: c.r, lanes: c.lanes, pc: c.rpc };
+            c.list = self.new_list(vec![first]);
+            c.lanes = 0;
+        }
+        let list = &mut self.lists[c.list as usize - 1];
+        if let Some(r) = list.iter_mut().find(|r| r.e == e) {
+            r.lanes |= lanes;
+            return;
+        }
+        list.retain(|r| !a.all_ordered(r.e, r.lanes));
+        list.push(Reader { e, lanes, pc: a.pc });
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::needless_range_loop, reason = "the index is the thread")]
+mod tests {
+    use super::*;
+    use crate::clock::{Memo, Sync};
+    use std::rc::Rc;
+
+    fn access(view: &View, me: u32, touch: Touch) -> Access<'_> {
+        Access { view, cluster: 0, me, warp: me & !31, block_size: 64, touch, agent: 140, agent_time: 1, pc: me }
+    }
+
+    fn views() -> Vec<View> {
+        let empty = Rc::new(Clock::default());
+        (0..64).map(|_| View::new(&empty, 64)).collect()
+    }
+
+    fn barrier(views: &mut [View]) {
+        let mut s = Sync::default();
+        for (i, v) in views.iter_mut().enumerate() {
+            v.release_into(i as u32, &mut s);
+        }
+        let (v, p) = s.share();
+        let mut memo = Memo::default();
+        for w in views {
+            w.acquire(&mut memo, &v, &p);
+        }
+    }
+
+    #[test]
+    fn unordered_read_after_write_races_and_a_barrier_orders_it() {
+        let mut views = views();
+        let mut s = Shadow::new(16);
+        assert_eq!(s.touch(0, 15, true, false, &access(&views[0], 0, Touch::Plain)), None);
+        assert_eq!(s.touch(0, 15, false, false, &access(&views[1], 1, Touch::Plain)), Some(Conflict::Race { with: 0 }));
+        barrier(&mut views);
+        assert_eq!(s.touch(0, 15, false, false, &access(&views[2], 2, Touch::Plain)), None);
+    }
+
+    #[test]
+    fn write_after_reads_of_many_threads_races_with_the_unordered_one() {
+        let mut views = views();
+        let mut s = Shadow::new(16);
+        for i in 0..64 {
+            assert_eq!(s.touch(1, 15, false, false, &access(&views[i], i as u32, Touch::Plain)), None);
+        }
+        assert!(s.touch(1, 15, true, false, &access(&views[0], 0, Touch::Plain)).is_some());
+        for i in 0..64 {
+            s.touch(2, 15, false, false, &access(&views[i], i as u32, Touch::Plain));
+        }
+        barrier(&mut views);
+        assert_eq!(s.touch(2, 15, true, false, &access(&views[0], 0, Touch::Plain)), None);
+    }
+
+    #[test]
+    fn neighbouring_bytes_do_not_race() {
+        let views = views();
+        let mut s = Shadow::new(16);
+        for i in 0..4 {
+            assert_eq!(s.touch(0, 1 << i, true, false, &access(&views[i], i as u32, Touch::Plain)), None);
+        }
+        assert!(s.touch(0, 1, true, false, &access(&views[5], 5, Touch::Plain)).is_some());
+    }
+
+    #[test]
+    fn atomics_do_not_race_inside_their_scope() {
+        let views = views();
+        let mut s = Shadow::new(16);
+        let strong = Touch::Strong(Scope::Gpu);
+        assert_eq!(s.touch(0, 15, true, false, &access(&views[0], 0, strong)), None);
+        assert_eq!(s.touch(0, 15, true, false, &access(&views[1], 1, strong)), None);
+        assert!(s.touch(0, 15, false, false, &access(&views[2], 2, Touch::Plain)).is_some());
+    }
+
+    #[test]
+    fn async_proxy_needs_a_fence_that_precedes_the_barrier_or_follows_it() {
+        let mut views = views();
+        let mut s = Shadow::new(16);
+        let mut memo = Memo::default();
+        s.touch(0, 15, true, false, &access(&views[3], 3, Touch::Plain));
+        s.touch(1, 15, true, false, &access(&views[4], 4, Touch::Plain));
+        views[4].proxy_fence(&mut memo);
+        barrier(&mut views);
+        assert_eq!(
+            s.touch(0, 15, false, false, &access(&views[0], 0, Touch::Bulk)),
+            Some(Conflict::MissingFence { with: 3 })
+        );
+        assert_eq!(s.touch(1, 15, false, false, &access(&views[0], 0, Touch::Bulk)), None);
+        views[1].proxy_fence(&mut memo);
+        assert_eq!(s.touch(0, 15, false, false, &access(&views[1], 1, Touch::Bulk)), None);
+    }
+
+    #[test]
+    fn data_of_a_copy_in_flight_is_a_missing_wait() {
+        let mut views = views();
+        let mut s = Shadow::new(16);
+        s.touch(0, 15, true, false, &access(&views[0], 0, Touch::Bulk));
+        barrier(&mut views);
+        assert_eq!(
+            s.touch(0, 15, false, false, &access(&views[1], 1, Touch::Plain)),
+            Some(Conflict::MissingWait { with: 0 })
+        );
+        let mut done = Clock::default();
+        done.raise(140, 1);
+        views[1].v = Memo::default().join(&views[1].v.clone(), &Rc::new(done));
+        assert_eq!(s.touch(0, 15, false, false, &access(&views[1], 1, Touch::Plain)), None);
+    }
+}
