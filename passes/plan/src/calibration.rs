@@ -5,7 +5,7 @@
 //! is always in (0, 1], so no fitted value can beat the hardware's limits.
 
 use crate::{
-    cluster::{Generation, Precision},
+    cluster::{Cluster, Generation, Precision},
     collective::LinkEfficiency,
     error::PlanError,
 };
@@ -203,6 +203,19 @@ impl TrainCalibration {
             let known = self.software.keys().cloned().collect::<Vec<_>>().join(", ");
             PlanError::cluster(format!("`{name}` is not a known training software"), format!("known: {known}"))
         })
+    }
+
+    /// A release by name; `auto` is the release that the measurements of a generation come from:
+    /// Megatron-Core 0.9 up to Hopper, Megatron-Bridge 26.08 from Blackwell.
+    ///
+    /// # Errors
+    /// `E0404` with the known releases.
+    pub fn software_for(&self, cluster: &Cluster, name: &str) -> Result<Software, PlanError> {
+        match (name, cluster.gpu.generation) {
+            ("auto", Generation::Ampere | Generation::Hopper) => self.software("mcore-0.9"),
+            ("auto", Generation::Blackwell | Generation::BlackwellUltra) => self.software("bridge-26.08"),
+            (name, _) => self.software(name),
+        }
     }
 
     /// Share of the peak of large matrix products.

@@ -191,7 +191,8 @@ pub struct Request {
     pub capacity_factor: Option<f64>,
     /// Memory of a GPU that may be used, GiB; `None` is all of it.
     pub memory_limit_gib: Option<f64>,
-    /// Training release or serving backend; see the calibration files.
+    /// Training release or serving backend, see the calibration files; `auto` takes what was measured
+    /// on the GPU's generation, and vLLM for serving.
     pub software: String,
     /// Overrides the release's figures.
     pub software_override: Option<Software>,
@@ -219,7 +220,7 @@ impl Request {
             routing: Routing::Balanced,
             capacity_factor: None,
             memory_limit_gib: None,
-            software: "mcore-0.9".to_owned(),
+            software: "auto".to_owned(),
             software_override: None,
             top: 5,
         }
@@ -227,6 +228,6 @@ impl Request {
 
     /// A serving request: `seq` prompt tokens and `output` generated tokens.
     pub fn serve(objective: Objective, gpus: u64, seq: u64, output: u64) -> Self {
-        Self { objective, output, software: "vllm".to_owned(), ..Self::train(gpus, seq, 0) }
+        Self { objective, output, ..Self::train(gpus, seq, 0) }
     }
 }

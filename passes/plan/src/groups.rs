@@ -214,6 +214,39 @@ pub fn generators(gpus: u64, mapping: &Mapping, order: &str) -> Result<(Generato
     Ok((attention, experts, dp, edp))
 }
 
+/// Distances between neighbouring ranks on each axis, which decide what links a group uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Strides {
+    pub(crate) tp: u64,
+    pub(crate) cp: u64,
+    pub(crate) dp: u64,
+    pub(crate) pp: u64,
+    pub(crate) etp: u64,
+    pub(crate) ep: u64,
+    pub(crate) edp: u64,
+}
+
+impl Strides {
+    /// Strides of a mapping, or `None` when the order refuses it.
+    pub(crate) fn new(gpus: u64, mapping: &Mapping, order: &str) -> Option<Self> {
+        let (attention, experts, ..) = generators(gpus, mapping, order).ok()?;
+        Some(Self {
+            tp: attention.stride(Axis::Tp),
+            cp: attention.stride(Axis::Cp),
+            dp: attention.stride(Axis::Dp),
+            pp: attention.stride(Axis::Pp),
+            etp: experts.stride(Axis::Tp),
+            ep: experts.stride(Axis::Ep),
+            edp: experts.stride(Axis::Dp),
+        })
+    }
+
+    /// Strides in the default order, where they are products of the sizes before.
+    pub(crate) fn in_default_order(gpus: u64, m: &Mapping) -> Self {
+        Self { tp: 1, cp: m.tp, dp: m.tp * m.cp, pp: gpus / m.pp, etp: 1, ep: m.etp, edp: m.etp * m.ep }
+    }
+}
+
 /// Rank groups of both layer kinds.
 ///
 /// # Errors

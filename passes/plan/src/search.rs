@@ -190,6 +190,12 @@ pub(crate) fn search(cx: &TrainCx<'_>, keep: usize) -> Result<Found, PlanError> 
                         for &pp in &pps {
                             let mapping = Mapping { tp, cp, pp, ep, etp };
                             let Some((dp, edp)) = fits(request, &mapping, mbs) else { continue };
+                            if !cx.default_order() {
+                                if crate::groups::generators(request.gpus, &mapping, &request.order).is_err() {
+                                    continue;
+                                }
+                                set = None;
+                            }
                             let set = set.get_or_insert_with(|| cx.layer_set(&mapping, mbs));
                             let micro_batches = request.global_batch / (dp * mbs);
                             let full = found.best.len() >= keep;
@@ -298,7 +304,7 @@ pub fn search_training(
     crate::mapping::check_gpus(request.gpus)?;
     let software = match request.software_override {
         Some(software) => software,
-        None => calibration.software(&request.software)?,
+        None => calibration.software_for(cluster, &request.software)?,
     };
     search(&TrainCx::new(model, cluster, calibration, software, request), keep)
 }

@@ -8,7 +8,7 @@
 
 use crate::{
     cluster::{Cluster, Generation},
-    collective::Collective,
+    collective::{Collective, Span},
     error::PlanError,
     memory::{FIXED_BUFFERS, Memory},
     model::{Attention, FeedForward, LayerClass, ModelShape, matrices},
@@ -361,17 +361,28 @@ impl<'a> ServeCx<'a> {
     fn collective_seconds(&self, p: &ServeCalibration, tokens: f64) -> f64 {
         let l = &self.layout;
         let bytes = tokens * self.model.hidden as f64 * 2.0;
-        let rate = self.cluster.gpu.nvlink_gbps * 1e9 * p.link;
+        let domain = self.cluster.gpus_per_domain;
+        // Measured instances sit in one NVLink domain; beyond it the adapters of a domain work together.
+        let link = |span: Span| {
+            if span.is_local() {
+                (self.cluster.gpu.nvlink_gbps * 1e9 * p.link, 0.0)
+            } else {
+                let hops = (span.ranks as f64 / span.per_domain as f64).log2().max(1.0);
+                (self.cluster.nic_gbps * 1e9 * p.link * span.per_domain as f64, 2.0 * hops * self.cluster.latency_us.network)
+            }
+        };
         let mut seconds = 0.0;
         if l.tp > 1 {
             let n = l.tp as f64;
             let calls = if l.dp > 1 { 1.0 } else { 2.0 };
-            let latency = (p.collective_us + p.collective_rank_us * n.log2()) * 1e-6;
+            let (rate, hops) = link(Span::new(l.tp, 1, domain));
+            let latency = (p.collective_us + p.collective_rank_us * n.log2() + hops) * 1e-6;
             seconds += calls * (latency + bytes * Collective::AllReduce.wire_factor(n) / rate);
         }
         if l.dp > 1 {
             let n = l.dp as f64;
-            let latency = (p.exchange_us + p.collective_rank_us * n.log2()) * 1e-6;
+            let (rate, hops) = link(Span::new(l.dp, l.tp, domain));
+            let latency = (p.exchange_us + p.collective_rank_us * n.log2() + hops) * 1e-6;
             seconds += 2.0 * latency + 2.0 * bytes * n * Collective::AllGather.wire_factor(n) / rate;
         }
         seconds

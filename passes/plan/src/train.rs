@@ -10,7 +10,8 @@ use crate::{
     cluster::Cluster,
     collective::{Collective, Span, collective_seconds},
     layer::{Kind, LayerCx, LayerTimes, Op, host_seconds, layer_ops, logits_ops},
-    mapping::Mapping,
+    groups::Strides,
+    mapping::{DEFAULT_ORDER, Mapping},
     memory::{self, FIXED_BUFFERS, FRAGMENTATION, LocalParameters, Memory, ShardWays},
     model::{Layer, ModelShape},
     pipeline::{StageTimes, bubble_seconds, in_flight, stage_layers, weight_copies},
@@ -138,7 +139,19 @@ impl<'a> TrainCx<'a> {
         self.model_flops_per_token
     }
 
+    /// Whether ranks are in the default order, in which layer times do not depend on the pipeline.
+    pub(crate) fn default_order(&self) -> bool {
+        self.request.order == DEFAULT_ORDER
+    }
+
+    /// Rank strides; a mapping that the order refuses never gets here.
+    fn strides(&self, m: &Mapping) -> Strides {
+        let default = Strides::in_default_order(self.request.gpus, m);
+        if self.default_order() { default } else { Strides::new(self.request.gpus, m, &self.request.order).unwrap_or(default) }
+    }
+
     fn layer_cx(&self, m: &Mapping, mbs: u64, experts: u64) -> LayerCx<'_> {
+        let strides = self.strides(m);
         let domain = self.cluster.gpus_per_domain;
         let imbalance = self.request.routing.imbalance(experts, m.ep);
         LayerCx {
@@ -149,10 +162,10 @@ impl<'a> TrainCx<'a> {
             hidden: self.model.hidden as f64,
             tokens: (mbs * self.request.seq) as f64 / m.cp as f64,
             seq: self.request.seq as f64,
-            tp: Span::new(m.tp, 1, domain),
-            cp: Span::new(m.cp, m.tp, domain),
-            ep: Span::new(m.ep, m.etp, domain),
-            etp: Span::new(m.etp, 1, domain),
+            tp: Span::new(m.tp, strides.tp, domain),
+            cp: Span::new(m.cp, strides.cp, domain),
+            ep: Span::new(m.ep, strides.ep, domain),
+            etp: Span::new(m.etp, strides.etp, domain),
             dropless: self.request.capacity_factor.is_none(),
             unfused_experts: self.model.unfused_experts,
             imbalance: self.request.capacity_factor.map_or(imbalance, |cf| imbalance.min(cf.max(1.0))),
@@ -312,7 +325,7 @@ impl<'a> TrainCx<'a> {
             return 0.0;
         }
         let bytes = set.tokens / m.tp as f64 * self.model.hidden as f64 * 2.0;
-        let local = self.request.gpus / m.pp < self.cluster.gpus_per_domain;
+        let local = self.strides(m).pp < self.cluster.gpus_per_domain;
         let (rate, latency) = if local {
             (self.cluster.gpu.nvlink_gbps * 0.75, self.cluster.latency_us.nvlink)
         } else {
@@ -343,8 +356,10 @@ impl<'a> TrainCx<'a> {
     fn data_seconds(&self, p: &LocalParameters, c: &TrainChoice, micro_batches: f64, busy: f64) -> f64 {
         let m = &c.mapping;
         let domain = self.cluster.gpus_per_domain;
-        let dense = Span::new(c.dp * m.cp, m.tp, domain);
-        let experts = Span::new(c.edp, m.etp * m.ep, domain);
+        let strides = self.strides(m);
+        let nearest = if m.cp > 1 { strides.cp.min(strides.dp) } else { strides.dp };
+        let dense = Span::new(c.dp * m.cp, nearest, domain);
+        let experts = Span::new(c.edp, strides.edp, domain);
         let run = |op, span, bytes| collective_seconds(self.cluster, &self.cal.links, op, span, bytes);
         let gather = run(Collective::AllGather, dense, 2.0 * p.dense) + run(Collective::AllGather, experts, 2.0 * p.experts);
         let scatter = run(Collective::ReduceScatter, dense, 4.0 * p.dense) + run(Collective::ReduceScatter, experts, 4.0 * p.experts);

@@ -120,6 +120,7 @@ fn folding_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) -> 
     };
     // Table 2 restates neither batch nor length; its bf16 rows equal table 1 (global batch 256, 4096 tokens).
     let mut request = Request::train(gpus, int(row, "seq_len").unwrap_or(4096), int(row, "global_batch").unwrap_or(256));
+    request.software = "mcore-0.9".into();
     // A blank ETP follows TP unless folded, where only 1 divides (see the note of the row).
     let etp = int(row, "etp").unwrap_or(if strategy == Strategy::Folded { 1 } else { tp });
     request.fixed = Fixed {

@@ -1,0 +1,91 @@
+//! One self-contained page about a set of plans: no script, no network, inline SVG.
+//!
+//! It shows the winner's mapping on nodes and links, the timeline of a step, memory
+//! per kind for every plan, and each op on the roofline.
+
+mod chart;
+
+use crate::{
+    calibration::TrainCalibration,
+    choice::{Objective, Request},
+    cluster::Cluster,
+    error::PlanError,
+    model::ModelShape,
+    plan::{Plan, PlanReport},
+    train::TrainCx,
+};
+use std::fmt::Write;
+
+const STYLE: &str = "body{font:14px/1.45 system-ui,sans-serif;color:#1c2733;max-width:70em;margin:2em auto;padding:0 1em}\
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}td,th{padding:.25em .7em;text-align:right;\
+border-bottom:1px solid #dde3ea}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}svg text{font:11px system-ui,sans-serif;\
+fill:#1c2733}.note{color:#5b6b7b}";
+
+/// Text made safe for HTML.
+pub(crate) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// Renders a report.
+///
+/// # Errors
+/// `E0404` when the built-in calibration is damaged; `E0402` for plans changed by hand.
+pub fn html(report: &PlanReport, model: &ModelShape, cluster: &Cluster, request: &Request) -> Result<String, PlanError> {
+    let mut page = String::new();
+    let title = escape(&format!("{} on {} x {}", report.model, report.gpus, report.cluster));
+    // Writing to a string cannot fail.
+    let _ = write!(page, "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>");
+    let _ = write!(page, "<p class=\"note\">{} choices evaluated, {} branches skipped by a bound.</p>", report.evaluated, report.pruned);
+    page.push_str(&table(report));
+    if let Some(best) = report.plans.first() {
+        let _ = write!(page, "<h2>Mapping of the best plan</h2>{}", chart::mapping(best, cluster)?);
+        let _ = write!(page, "<h2>Timeline of a step</h2>{}", chart::timeline(best));
+        let _ = write!(page, "<h2>Memory per GPU</h2>{}", chart::memory(&report.plans));
+        if best.objective == Objective::Train {
+            let cal = TrainCalibration::built_in()?;
+            let software = match request.software_override {
+                Some(software) => software,
+                None => cal.software_for(cluster, &request.software)?,
+            };
+            let cx = TrainCx::new(model, cluster, cal, software, request);
+            let ops = cx.ops(&best.mapping(), best.micro_batch);
+            let _ = write!(page, "<h2>Roofline</h2>{}", chart::roofline(&ops, cluster, request.precision));
+        }
+    }
+    if !report.sensitivity.is_empty() {
+        page.push_str("<h2>What else it could be</h2><ul>");
+        for s in &report.sensitivity {
+            let _ = write!(page, "<li>{}</li>", escape(&s.text));
+        }
+        page.push_str("</ul>");
+    }
+    page.push_str("</body></html>\n");
+    Ok(page)
+}
+
+fn table(report: &PlanReport) -> String {
+    let mut out = String::from(
+        "<table><tr><th>plan</th><th>attention tp cp dp pp</th><th>experts etp ep edp</th><th>micro-batch</th><th>vpp</th><th>recompute</th>\
+         <th>step ms</th><th>MFU</th><th>tokens/s/GPU</th><th>GiB</th><th>why not</th></tr>",
+    );
+    for (index, p) in report.plans.iter().enumerate() {
+        let (a, e) = (&p.attention, &p.experts);
+        let _ = write!(
+            out,
+            "<tr><td>{}</td><td>{} {} {} {}</td><td>{} {} {}</td><td>{}</td><td>{}</td><td>{}</td><td>{:.2}</td><td>{}</td><td>{:.0}</td><td>{:.1}</td><td>{}</td></tr>",
+            index + 1, a.tp, a.cp, a.dp, a.pp, e.etp, e.ep, e.edp, p.micro_batch, p.vpp, recompute(p), p.step_ms,
+            p.mfu.map_or("–".to_owned(), |m| format!("{:.1}%", 100.0 * m)),
+            p.tokens_per_s_per_gpu, p.memory_gib.total,
+            escape(p.why.as_deref().unwrap_or(if p.feasible { "best" } else { "does not fit" }))
+        );
+    }
+    out + "</table>"
+}
+
+fn recompute(plan: &Plan) -> &'static str {
+    match plan.recompute {
+        crate::Recompute::None => "none",
+        crate::Recompute::Selective => "selective",
+        crate::Recompute::Full => "full",
+    }
+}
