@@ -228,3 +228,17 @@ pub(crate) fn buffer_bytes(buffer: &moec_abi::Buffer, tokens: u64) -> Result<u64
     let size = |n: u64, s: &moec_abi::Expr| n.checked_mul(s.eval(tokens)?);
     buffer.shape.iter().try_fold(buffer.dtype.bytes(), size).ok_or_else(|| overflow(&buffer.name))
 }
+
+/// Blocks of a grid for `tokens`.
+#[cfg(any(feature = "cuda", feature = "sim"))]
+pub(crate) fn grid(shape: &moec_abi::GpuGrid, tokens: u64, name: &str) -> Result<[u32; 3]> {
+    let mut blocks = [0; 3];
+    // x reaches to 2^31 - 1, y and z to 65535.
+    for ((out, expr), limit) in blocks.iter_mut().zip(&shape.blocks).zip([0x7fff_ffff, 0xffff, 0xffff]) {
+        let value = expr.eval(tokens).ok_or_else(|| overflow(name))?;
+        *out = u32::try_from(value).ok().filter(|&n| n <= limit).ok_or_else(|| {
+            RuntimeError::new(Code::Tokens, format!("launch {name}: {value} blocks; a GPU takes at most {limit}"))
+        })?;
+    }
+    Ok(blocks)
+}

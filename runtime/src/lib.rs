@@ -17,6 +17,8 @@
 mod artefact;
 #[cfg(unix)]
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 #[cfg(unix)]
 mod elf;
@@ -25,6 +27,8 @@ mod layer;
 mod number;
 mod pack;
 mod random;
+#[cfg(feature = "sim")]
+mod sim;
 mod target;
 mod tensors;
 mod weights;
@@ -32,11 +36,15 @@ mod weights;
 pub use artefact::{Artefact, Choice};
 #[cfg(unix)]
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, Graph};
 pub use device::{Bound, Device, Files, Memory, Module};
 pub use error::{Code, Result, RuntimeError};
 pub use layer::{LaunchTime, Layer, Model, packed_layer};
 pub use pack::pack;
 pub use random::Random;
+#[cfg(feature = "sim")]
+pub use sim::Sim;
 pub use target::cpu_runs;
 pub use tensors::{Checkpoint, Content, InMemory, ReadAt, SafetensorsBytes, TensorView, Tensors};
 pub use weights::{expand, materialize};

@@ -179,9 +179,8 @@ impl Generator {
         let mut word = 0;
         let table: Vec<f64> =
             (0..512).map(|k| number::round(DType::Bf16, f64::from(k - 256) * AMPLITUDE / 256.0)).collect();
-        let mut index = first;
-        for (i, element) in out.chunks_mut(size).enumerate() {
-            if i == 0 || index.is_multiple_of(2) {
+        for (index, element) in (first..).zip(out.chunks_mut(size)) {
+            if index == first || index.is_multiple_of(2) {
                 word = rng.next_u32();
             }
             let bits = if index.is_multiple_of(2) { word & 0xffff } else { word >> 16 };
@@ -205,7 +204,6 @@ impl Generator {
                 Fill::Bytes => element[0] = (bits & 0xff) as u8,
                 Fill::Constant(value) => number::encode(self.dtype, value, element, 0),
             }
-            index += 1;
         }
     }
 }

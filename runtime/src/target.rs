@@ -51,6 +51,23 @@ pub(crate) fn cpu_rank(target: &str) -> u32 {
     }
 }
 
+/// Number of a GPU target and whether it is bound to that architecture: `sm_90a` is `(90, true)`.
+#[cfg(any(feature = "cuda", feature = "sim"))]
+pub(crate) fn gpu_number(target: &str) -> Option<(u32, bool)> {
+    let text = target.strip_prefix("sm_")?;
+    let (digits, exact) = match text.strip_suffix(['a', 'f']) {
+        Some(digits) => (digits, true),
+        None => (text, false),
+    };
+    Some((digits.parse().ok()?, exact))
+}
+
+/// How good a GPU target is among those that run; larger is better.
+#[cfg(any(feature = "cuda", feature = "sim"))]
+pub(crate) fn gpu_rank(target: &str) -> u32 {
+    gpu_number(target).map_or(0, |(number, exact)| 2 * number + u32::from(exact))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,7 +28,7 @@ pub fn materialize(
     tensors: &dyn Tensors,
 ) -> Result<Vec<f32>> {
     let bound = Bound::new(source, rows, columns, expert, prefix, tensors)?;
-    let elements = usize::try_from(rows.checked_mul(columns).unwrap_or(u64::MAX))
+    let elements = usize::try_from(rows.saturating_mul(columns))
         .map_err(|_| RuntimeError::new(Code::Memory, format!("{rows} x {columns} values do not fit in memory")))?;
     let mut out = vec![0.0; elements];
     if columns > 0 {

@@ -70,7 +70,9 @@ impl Expr {
         match self {
             e if divisor <= 1 => e,
             Self::Const(c) => Self::Const(c.div_ceil(divisor)),
-            e => Self::CeilDiv(Box::new(e), divisor),
+            e @ (Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..) | Self::Min(..) | Self::Max(..)) => {
+                Self::CeilDiv(Box::new(e), divisor)
+            }
         }
     }
 

@@ -14,10 +14,7 @@ use crate::{
     status::{Result, Status},
     sys,
 };
-use core::{
-    ffi::{c_char, c_int, c_void},
-    ptr::{self, NonNull},
-};
+use core::ptr::{self, NonNull};
 
 /// What a handle of a generated library holds.
 pub struct Handle {
@@ -42,13 +39,6 @@ impl Parts {
     fn program(&self) -> Result<Program<'static>> {
         // SAFETY: codegen emits an encoded program, which is never unloaded before the code.
         unsafe { Program::from_pointer(self.program) }
-    }
-}
-
-fn answer(result: Result<()>) -> c_int {
-    match result {
-        Ok(()) => Status::OK.0,
-        Err(status) => status.0,
     }
 }
 
@@ -195,6 +185,14 @@ pub unsafe fn launch(
 #[cfg(moec_standalone)]
 mod exported {
     use super::*;
+    use core::ffi::{c_char, c_int, c_void};
+
+    fn answer(result: Result<()>) -> c_int {
+        match result {
+            Ok(()) => Status::OK.0,
+            Err(status) => status.0,
+        }
+    }
 
     unsafe extern "C" {
         #[link_name = "moec_launch_program"]
