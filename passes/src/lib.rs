@@ -1,1 +1,42 @@
-//! Placeholder.
+//! Passes: graph to graph, until every op is part of a kernel.
+//!
+//! The pipeline is one list ([`PIPELINE`]). Each pass is one file with one name; the manager
+//! verifies the graph after each and can dump it. No pass changes what a graph means.
+
+mod clean_up;
+mod fuse_combine;
+mod fuse_dense;
+mod fuse_expert_ffn;
+mod fuse_gating;
+mod fuse_rows;
+mod manager;
+mod plan_dispatch;
+mod region;
+mod split_banks;
+
+pub use manager::{Changed, Dump, Failure, Outcome, PassCx, Remark, Timing, run, run_named};
+
+use moec_ir::Graph;
+
+/// A pass: its name is the name of its file, its dump, its timing row and its remarks.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// Name, with dashes.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub about: &'static str,
+    /// The pass.
+    pub run: fn(&mut Graph, &PassCx<'_>) -> Changed,
+}
+
+/// All passes, in the order in which they run.
+pub const PIPELINE: &[Pass] = &[
+    clean_up::PASS,
+    fuse_gating::PASS,
+    split_banks::PASS,
+    plan_dispatch::PASS,
+    fuse_expert_ffn::PASS,
+    fuse_dense::PASS,
+    fuse_combine::PASS,
+    fuse_rows::PASS,
+];

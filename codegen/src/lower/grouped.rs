@@ -1,0 +1,394 @@
+//! Expert banks and dense products as grouped products.
+
+use super::{
+    Kernels, Lowering,
+    memory::{self, Place, dim},
+    weights,
+};
+use crate::{
+    CodegenError, cpu, gpu,
+    grouped::{Epilogue, Grouped, RowScale, RowSource},
+    rows::type_of,
+};
+use moec_abi::{Arg, DType, Expr, Grid, Layout};
+use std::borrow::Cow;
+use moec_ir::{
+    Extent, Graph, NodeId, Op, Type, View, WeightSpec,
+    ops::{BinaryFn, Dispatch, Ffn, Kernel, LimitOn, Linear, PartKind, UnaryFn},
+};
+
+/// One product of a kernel op: matrices of some experts, and what happens to the sums.
+struct Product<'g> {
+    /// Experts in the route.
+    ids: [u64; 2],
+    /// Experts as they count in names.
+    names: [u64; 2],
+    /// Matrices, each with further views; gate before up.
+    matrices: Vec<(Cow<'g, WeightSpec>, Vec<View>)>,
+    /// Biases of the matrices.
+    biases: Vec<(Cow<'g, WeightSpec>, Vec<View>)>,
+    epilogue: Epilogue,
+    /// Rows of one matrix.
+    n: u64,
+    /// Columns of one matrix.
+    k: u64,
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "kernels compute in f32")]
+const fn narrow(value: f64) -> f32 {
+    value as f32
+}
+
+fn binary(function: BinaryFn, x: Epilogue, y: Epilogue) -> Epilogue {
+    Epilogue::Binary(function, Box::new(x), Box::new(y))
+}
+
+/// The activation of a feed-forward part over its sums (0 = gate or the only one, 1 = up).
+fn activation(ffn: &Ffn) -> Epilogue {
+    let act = |x: Epilogue| match ffn.act {
+        Some(UnaryFn::Identity) | None => x,
+        Some(function) => Epilogue::Unary(function, Box::new(x)),
+    };
+    if ffn.gate.is_none() && !ffn.packed {
+        return act(Epilogue::Sum(0));
+    }
+    let clamp = |x: Epilogue, on: LimitOn| match ffn.limit {
+        Some(limit) if ffn.limit_on == on => binary(BinaryFn::Min, x, Epilogue::Constant(narrow(limit))),
+        Some(_) | None => x,
+    };
+    let gate = clamp(Epilogue::Sum(0), LimitOn::Gate);
+    let gate = match ffn.alpha {
+        Some(alpha) => {
+            let scaled = binary(BinaryFn::Mul, gate.clone(), Epilogue::Constant(narrow(alpha)));
+            binary(BinaryFn::Mul, gate, Epilogue::Unary(UnaryFn::Sigmoid, Box::new(scaled)))
+        }
+        None => act(gate),
+    };
+    let gate = clamp(gate, LimitOn::Act);
+    let mut up = Epilogue::Sum(1);
+    if let Some(limit) = ffn.limit {
+        up = binary(BinaryFn::Min, up, Epilogue::Constant(narrow(limit)));
+        up = binary(BinaryFn::Max, up, Epilogue::Constant(narrow(-limit)));
+    }
+    if ffn.up_add != 0.0 {
+        up = binary(BinaryFn::Add, up, Epilogue::Constant(narrow(ffn.up_add)));
+    }
+    binary(BinaryFn::Mul, gate, up)
+}
+
+/// What a plan must provide to the ops that use it: experts with rows, sorted weights, repeat.
+pub(super) fn plan_needs(graph: &Graph, plan: NodeId) -> Result<([u64; 2], bool, u64), CodegenError> {
+    let Type::Plan(ty) = type_of(graph, plan)? else {
+        let node = graph.node(plan).name.clone();
+        return Err(CodegenError::Unsupported { node, what: "the value is no plan".into() });
+    };
+    let (mut range, mut scale, mut repeat) = (None::<[u64; 2]>, false, 1);
+    for user in graph.users(plan) {
+        let Op::Kernel(kernel) = &graph.node(user).op else { continue };
+        for id in kernel.body.order() {
+            match &kernel.body.node(id).op {
+                Op::Experts(experts) => {
+                    for part in &experts.bank {
+                        if !matches!(part.kind, PartKind::Zero {}) {
+                            let [low, high] = range.unwrap_or(part.ids);
+                            range = Some([low.min(part.ids[0]), high.max(part.ids[1])]);
+                        }
+                    }
+                }
+                Op::Dispatch(Dispatch { weighted, repeat: n }) => {
+                    scale |= *weighted;
+                    repeat = *n;
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok((range.unwrap_or([0, ty.experts]), scale, repeat))
+}
+
+impl<'g> Lowering<'g> {
+    /// A kernel of grouped products: up, down, or dense.
+    pub(super) fn products(&mut self, id: NodeId, kernel: &'g Kernel) -> Result<(), CodegenError> {
+        let body: &'g Graph = &kernel.body;
+        let Some(operand) = self.graph.operands(id).first().copied() else { return self.fail(id, "no operand") };
+        let Some(source) = self.memory.place(operand).cloned() else {
+            return self.fail(id, "the operand has no memory");
+        };
+        let mut dispatch = None;
+        let mut products = Vec::new();
+        for node in body.order() {
+            match &body.node(node).op {
+                Op::Input(_) => {}
+                Op::Dispatch(op) => dispatch = Some(op),
+                Op::Experts(op) => {
+                    for part in &op.bank {
+                        let names = [part.ids[0] - part.base_id, part.ids[1] - part.base_id];
+                        match &part.kind {
+                            PartKind::Zero {} => {}
+                            PartKind::Ffn(ffn) => products.push(self.ffn(id, body, ffn, part.ids, names)?),
+                            PartKind::Linear(bank) => {
+                                let bias = bank.bias.as_ref();
+                                products.push(self.matrix(id, body, (&bank.w, bias), part.ids, names)?);
+                            }
+                            PartKind::Film(_)
+                            | PartKind::Const { .. }
+                            | PartKind::Neuron(_)
+                            | PartKind::Identity {} => {
+                                return self.fail(id, "a part of the bank is no grouped product");
+                            }
+                        }
+                    }
+                }
+                Op::Ffn(ffn) => products.push(self.ffn(id, body, ffn, [0, 1], [0, 1])?),
+                Op::Linear(linear) => products.push(self.dense(id, body, linear)?),
+                op => return self.fail(id, format!("operation `{}` is no grouped product", op.name())),
+            }
+        }
+        if products.is_empty() {
+            return self.fail(id, "no product");
+        }
+        self.launch_products(id, body, &source, dispatch, &products)
+    }
+
+    fn launch_products(
+        &mut self,
+        id: NodeId,
+        body: &Graph,
+        source: &Place,
+        dispatch: Option<&Dispatch>,
+        products: &[Product<'_>],
+    ) -> Result<(), CodegenError> {
+        let graph = self.graph;
+        let width = products.iter().map(|p| p.n).max().unwrap_or(0);
+        let packed = products.iter().flat_map(|p| &p.matrices).map(|(spec, _)| weights::packed_type(body, spec));
+        let w = if packed.into_iter().all(|t| t == DType::Bf16) { DType::Bf16 } else { DType::F32 };
+        let inside = match graph.node(id).op {
+            Op::Kernel(Kernel { kind: moec_ir::ops::KernelKind::Down, .. }) => DType::F32,
+            _ if self.feeds_products(id) => memory::activation(self.target, w),
+            _ => DType::F32,
+        };
+        // Where rows come from, and where results go.
+        let (rows, plan, place) = match (source, dispatch) {
+            (Place::Tensor { .. }, Some(_)) => {
+                let Some(plan) = graph.operands(id).get(1).copied() else { return self.fail(id, "no plan") };
+                (RowSource::Gathered, Some(plan), self.memory.ragged(graph, id, plan, (inside, width))?)
+            }
+            (Place::Ragged { plan, .. }, None) => {
+                (RowSource::Sorted, Some(*plan), self.memory.ragged(graph, id, *plan, (inside, width))?)
+            }
+            (Place::Tensor { .. }, None) => (RowSource::Dense, None, self.memory.tensor(graph, id, inside)?),
+            _ => return self.fail(id, "the operand is neither a tensor nor rows in sorted order"),
+        };
+        let (Some(a), Some(a_type), Some(out), Some(out_type)) =
+            (source.data(), source.dtype(), place.data(), place.dtype())
+        else {
+            return self.fail(id, "an operand has no memory");
+        };
+        let plan_place = plan.and_then(|p| self.memory.place(p)).cloned();
+        let (slots, tokens) = match (plan, plan.map(|p| type_of(graph, p)).transpose()?) {
+            (Some(_), Some(Type::Plan(route))) => {
+                let repeat = dispatch.map_or_else(|| self.repeat_of(id), |d| d.repeat);
+                (route.slots, dim(&route.rows).times(repeat))
+            }
+            _ => (1, self.leading_of_rows(id)?),
+        };
+        for (i, product) in products.iter().enumerate() {
+            let a_stride = match source {
+                Place::Ragged { width, .. } => *width,
+                Place::Tensor { .. } | Place::Route { .. } | Place::Plan { .. } => product.k,
+            };
+            let suffix = if products.len() > 1 { format!("_{i}") } else { String::new() };
+            let spec = Grouped {
+                symbol: self.symbol(id, &suffix),
+                experts: product.ids[1] - product.ids[0],
+                rows,
+                rows_per_token: slots,
+                matrices: product.matrices.len(),
+                k: product.k,
+                n: product.n,
+                a_stride,
+                out_stride: width,
+                a: a_type,
+                w,
+                out: out_type,
+                bias: !product.biases.is_empty(),
+                scale: if dispatch.is_some_and(|d| d.weighted) { RowScale::Input } else { RowScale::None },
+                epilogue: product.epilogue.clone(),
+            };
+            let (kernel, layout, grid) = self.schedule(&spec, &tokens);
+            let slot = weights::bank(body, id, graph, &product.matrices, product.names, layout, w)?;
+            let mut args = vec![Arg::Buffer(a), Arg::Buffer(self.memory.weight(&mut self.slots, slot))];
+            if spec.bias {
+                let rows = Layout::Rows { columns: 1 };
+                let slot = weights::bank(body, id, graph, &product.biases, product.names, rows, DType::F32)?;
+                args.push(Arg::Buffer(self.memory.weight(&mut self.slots, slot)));
+            }
+            if let Some(Place::Plan { offsets, map, scale, first, .. }) = &plan_place {
+                let bytes = (product.ids[0] - first) * 4;
+                args.push(Arg::Offset { buffer: *offsets, bytes: Expr::Const(bytes) });
+                if rows == RowSource::Gathered {
+                    args.push(Arg::Buffer(*map));
+                }
+                match (spec.scale, scale) {
+                    (RowScale::None, _) => {}
+                    (RowScale::Input | RowScale::Output, Some(scale)) => args.push(Arg::Buffer(*scale)),
+                    (RowScale::Input | RowScale::Output, None) => return self.fail(id, "the plan has no weights"),
+                }
+            }
+            args.extend([Arg::Buffer(out), Arg::Value(tokens.clone())]);
+            let symbol = spec.symbol.clone();
+            self.launch(id, symbol, args, grid);
+            self.kernels.push(kernel);
+        }
+        Ok(())
+    }
+
+    fn schedule(&mut self, spec: &Grouped, tokens: &Expr) -> (Kernels<'g>, Layout, Grid) {
+        if self.target.is_gpu() {
+            let schedule = gpu::schedule(spec, self.target);
+            self.schedules.push(format!("{}: {schedule}", spec.symbol));
+            let mut grid = schedule.grid(spec);
+            grid.blocks = grid.blocks.map(|e| substitute(&e, tokens));
+            (Kernels::Gpu(spec.clone(), schedule.clone()), schedule.layout(spec), Grid::Gpu(grid))
+        } else {
+            let schedule = cpu::schedule(spec, self.target);
+            self.schedules.push(format!("{}: {schedule:?}", spec.symbol));
+            let mut grid = schedule.grid(spec);
+            grid.items = substitute(&grid.items, tokens);
+            (Kernels::Cpu(spec.clone(), schedule), schedule.layout(spec), Grid::Cpu(grid))
+        }
+    }
+
+    /// Whether the value is the operand of another product.
+    fn feeds_products(&self, id: NodeId) -> bool {
+        self.graph.users(id).iter().any(|user| match &self.graph.node(*user).op {
+            Op::Kernel(kernel) => {
+                matches!(kernel.kind, moec_ir::ops::KernelKind::Down | moec_ir::ops::KernelKind::Dense)
+            }
+            _ => false,
+        })
+    }
+
+    /// Tokens per route row of ragged rows.
+    fn repeat_of(&self, id: NodeId) -> u64 {
+        match type_of(self.graph, id) {
+            Ok(Type::Ragged(ragged)) => ragged.repeat,
+            Ok(Type::Tensor(_) | Type::Route(_) | Type::Plan(_)) | Err(_) => 1,
+        }
+    }
+
+    /// Rows of a dense product: all axes but the last.
+    fn leading_of_rows(&self, id: NodeId) -> Result<Expr, CodegenError> {
+        match type_of(self.graph, id)? {
+            Type::Tensor(tensor) => {
+                let rows = tensor.shape.split_last().map_or(&[][..], |(_, rows)| rows);
+                Ok(rows.iter().fold(Expr::Const(1), |n, d| n.times(dim(d))))
+            }
+            Type::Route(_) | Type::Plan(_) | Type::Ragged(_) => self.fail(id, "a dense product gives a tensor"),
+        }
+    }
+
+    fn sizes(&self, id: NodeId, body: &Graph, spec: &WeightSpec) -> Result<(u64, u64), CodegenError> {
+        let WeightSpec::Plain(name) = spec else {
+            return self.fail(
+                id,
+                "composed weights (`mul`, `base`, `codes`, `slice`, `take`) cannot be compiled yet",
+            );
+        };
+        match body.weights.get(name).map(|w| w.shape.as_slice()) {
+            Some([rows, columns]) => {
+                if matches!((rows, columns), (Extent::Fixed(_), Extent::Fixed(_))) {
+                    Ok((rows.max(), columns.max()))
+                } else {
+                    self.fail(id, "experts of different widths cannot be compiled yet")
+                }
+            }
+            _ => self.fail(id, format!("weight `{name}` is no matrix")),
+        }
+    }
+
+    fn ffn(
+        &self,
+        id: NodeId,
+        body: &Graph,
+        ffn: &'g Ffn,
+        ids: [u64; 2],
+        names: [u64; 2],
+    ) -> Result<Product<'g>, CodegenError> {
+        if ffn.a8 {
+            return self.fail(id, "int8 activations (`a8`) cannot be compiled yet");
+        }
+        if ffn.down.is_some() {
+            return self.fail(id, "a feed-forward network must be split into two products first");
+        }
+        let (n, k) = self.sizes(id, body, &ffn.up)?;
+        let half = |start: u64| vec![View::Slice { axis: 0, start, len: n / 2, step: 1 }];
+        let (matrices, n) = match &ffn.gate {
+            Some(gate) => (vec![(Cow::Borrowed(gate), Vec::new()), (Cow::Borrowed(&ffn.up), Vec::new())], n),
+            // The first half holds the values, the second the gate.
+            None if ffn.packed => (vec![(Cow::Borrowed(&ffn.up), half(n / 2)), (Cow::Borrowed(&ffn.up), half(0))], n / 2),
+            None => (vec![(Cow::Borrowed(&ffn.up), Vec::new())], n),
+        };
+        let half = |start: u64| vec![View::Slice { axis: 0, start, len: n, step: 1 }];
+        let biases = match (&ffn.gate_bias, &ffn.up_bias) {
+            (None, None) => Vec::new(),
+            (Some(gate), Some(up)) => vec![(Cow::Borrowed(gate), Vec::new()), (Cow::Borrowed(up), Vec::new())],
+            (None, Some(up)) if ffn.packed => vec![(Cow::Borrowed(up), half(n)), (Cow::Borrowed(up), half(0))],
+            (None, Some(up)) if ffn.gate.is_none() => vec![(Cow::Borrowed(up), Vec::new())],
+            (Some(_), None) | (None, Some(_)) => {
+                return self.fail(id, "a bias on only one of gate and up cannot be compiled yet");
+            }
+        };
+        Ok(Product { ids, names, matrices, biases, epilogue: activation(ffn), n, k })
+    }
+
+    /// A product of all rows with one matrix.
+    fn dense(&self, id: NodeId, body: &Graph, linear: &Linear) -> Result<Product<'g>, CodegenError> {
+        let w = WeightSpec::Plain(linear.w.clone());
+        let (n, k) = self.sizes(id, body, &w)?;
+        let bias = linear.b.clone().map(|b| (Cow::Owned(WeightSpec::Plain(b)), Vec::new()));
+        Ok(Product {
+            ids: [0, 1],
+            names: [0, 1],
+            matrices: vec![(Cow::Owned(w), Vec::new())],
+            biases: bias.into_iter().collect(),
+            epilogue: Epilogue::Sum(0),
+            n,
+            k,
+        })
+    }
+
+    fn matrix(
+        &self,
+        id: NodeId,
+        body: &Graph,
+        (w, bias): (&'g WeightSpec, Option<&'g WeightSpec>),
+        ids: [u64; 2],
+        names: [u64; 2],
+    ) -> Result<Product<'g>, CodegenError> {
+        let (n, k) = self.sizes(id, body, w)?;
+        Ok(Product {
+            ids,
+            names,
+            matrices: vec![(Cow::Borrowed(w), Vec::new())],
+            biases: bias.map(|b| vec![(Cow::Borrowed(b), Vec::new())]).unwrap_or_default(),
+            epilogue: Epilogue::Sum(0),
+            n,
+            k,
+        })
+    }
+}
+
+/// The expression with another number of tokens.
+fn substitute(e: &Expr, tokens: &Expr) -> Expr {
+    let go = |e: &Expr| Box::new(substitute(e, tokens));
+    match e {
+        Expr::Const(c) => Expr::Const(*c),
+        Expr::Tokens => tokens.clone(),
+        Expr::Add(a, b) => Expr::Add(go(a), go(b)),
+        Expr::Mul(a, b) => Expr::Mul(go(a), go(b)),
+        Expr::CeilDiv(a, d) => Expr::CeilDiv(go(a), *d),
+        Expr::Min(a, b) => Expr::Min(go(a), go(b)),
+        Expr::Max(a, b) => Expr::Max(go(a), go(b)),
+    }
+}

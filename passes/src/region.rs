@@ -1,0 +1,165 @@
+//! Regions of row ops: what one row kernel can compute.
+//!
+//! A row op works on each row alone: its result for a row depends on that row of its operands and
+//! on weights. A region is grown backwards from one value over row ops that nothing else uses.
+
+use moec_ir::{
+    Dim, Extent, Graph, NodeId, Op, Type, WeightSpec,
+    ops::{PartKind, ProductKey, SelectRule, Shape},
+};
+use std::collections::BTreeSet;
+
+/// Elements of a matrix from which a product is a kernel of its own.
+///
+/// Below, reading the matrix again for each block of rows costs less than a launch and a trip of
+/// the result through memory. Router matrices are larger, but their logits are used at once, and
+/// gates are fused whatever their size.
+const OWN_KERNEL: u64 = 4096;
+
+/// Outputs from which a product can fill a register tile.
+const TILE_OUTPUTS: u64 = 16;
+
+/// How large products are treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Products {
+    /// Any product belongs to the region (gates).
+    Any,
+    /// Large products stay outside.
+    Small,
+}
+
+/// Rows of a value that has them.
+fn rows(ty: &Type) -> Option<&Dim> {
+    match ty {
+        Type::Tensor(tensor) => tensor.shape.first(),
+        Type::Route(route) => Some(&route.rows),
+        Type::Plan(_) | Type::Ragged(_) => None,
+    }
+}
+
+fn elements(graph: &Graph, name: &str) -> (u64, u64) {
+    let Some(weight) = graph.weights.get(name) else { return (0, 0) };
+    let sizes: Vec<u64> = weight.shape.iter().map(Extent::max).collect();
+    (sizes.iter().product(), sizes.first().copied().unwrap_or(0))
+}
+
+/// Whether a matrix is large enough for a kernel of its own.
+pub(crate) fn is_large(graph: &Graph, name: &str) -> bool {
+    let (size, outputs) = elements(graph, name);
+    size >= OWN_KERNEL && outputs >= TILE_OUTPUTS
+}
+
+fn is_large_spec(graph: &Graph, spec: &WeightSpec) -> bool {
+    spec.names().into_iter().any(|name| is_large(graph, name))
+}
+
+/// Whether a value is the same for all rows: weights, and what is computed from them alone.
+fn is_param(graph: &Graph, id: NodeId) -> bool {
+    matches!(graph.node(id).op, Op::Param(_))
+}
+
+/// Whether a node treats each of `rows` rows alone and can be part of a row kernel.
+pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
+    let node = graph.node(id);
+    let Some(ty) = &node.ty else { return false };
+    let large = |name: &str| products == Products::Small && is_large(graph, name);
+    let fits = match &node.op {
+        Op::Linear(op) => !large(&op.w),
+        Op::Unary(_) | Op::Binary(_) | Op::Gather(_) | Op::Adjust(_) | Op::Weigh(_) | Op::Override(_) => true,
+        Op::Norm(_) | Op::Softmax(_) => matches!(ty, Type::Tensor(t) if t.shape.len() >= 2),
+        Op::Reduce(op) => matches!(operand_rank(graph, id), Some(rank) if axis(op.axis, rank) >= 1),
+        Op::Shape(op) => match op {
+            Shape::Concat { axis: a } | Shape::Slice { axis: a, .. } | Shape::Repeat { axis: a, .. } => {
+                matches!(ty, Type::Route(_)) || operand_rank(graph, id).is_some_and(|rank| axis(*a, rank) >= 1)
+            }
+            Shape::Stack { axis: a } => operand_rank(graph, id).is_some_and(|rank| axis(*a, rank + 1) >= 1),
+            Shape::Transpose { perm } => perm.first() == Some(&0),
+            Shape::Reshape { .. } => true,
+            Shape::Pad { .. } => false,
+        },
+        Op::Select(op) => !matches!(op.rule, SelectRule::ExpertChoice { .. }),
+        Op::ProductKey(op) => !matches!(op, ProductKey::Tucker { .. }),
+        Op::Ffn(op) => {
+            let specs = [Some(&op.up), op.gate.as_ref(), op.down.as_ref()];
+            let plain = specs.iter().flatten().all(|s| matches!(s, WeightSpec::Plain(_)));
+            plain
+                && !op.a8
+                && !specs.into_iter().flatten().any(|s| products == Products::Small && is_large_spec(graph, s))
+        }
+        Op::Combine(_) => true,
+        Op::Dispatch(op) => op.repeat == 1 && !op.weighted && feeds_simple_bank(graph, id),
+        Op::Experts(op) => op.bank.iter().all(|p| is_simple(&p.kind)),
+        Op::Input(_)
+        | Op::Param(_)
+        | Op::Einsum(_)
+        | Op::Attention(_)
+        | Op::Transport(_)
+        | Op::Limit(_)
+        | Op::Count(_)
+        | Op::Plan(_)
+        | Op::Described(_)
+        | Op::Kernel(_) => false,
+    };
+    fits && rows_agree(graph, id, ty)
+}
+
+/// Whether experts of this kind need no matrix product.
+pub(crate) const fn is_simple(kind: &PartKind) -> bool {
+    match kind {
+        PartKind::Const { .. } | PartKind::Neuron(_) | PartKind::Identity {} | PartKind::Zero {} => true,
+        PartKind::Ffn(_) | PartKind::Linear(_) | PartKind::Film(_) => false,
+    }
+}
+
+fn feeds_simple_bank(graph: &Graph, id: NodeId) -> bool {
+    graph.users(id).iter().all(|user| match &graph.node(*user).op {
+        Op::Experts(op) => op.bank.iter().all(|p| is_simple(&p.kind)),
+        _ => false,
+    })
+}
+
+fn operand_rank(graph: &Graph, id: NodeId) -> Option<usize> {
+    match graph.operands(id).first().and_then(|o| graph.node(*o).ty.as_ref()) {
+        Some(Type::Tensor(tensor)) => Some(tensor.shape.len()),
+        Some(Type::Route(_) | Type::Plan(_) | Type::Ragged(_)) | None => None,
+    }
+}
+
+fn axis(axis: i64, rank: usize) -> i64 {
+    if axis < 0 { axis + i64::try_from(rank).unwrap_or(0) } else { axis }
+}
+
+/// Operands and result have the same rows, and rows of known size.
+fn rows_agree(graph: &Graph, id: NodeId, ty: &Type) -> bool {
+    let known = |ty: &Type| match ty {
+        Type::Tensor(tensor) => tensor.shape.iter().skip(1).all(|d| d.known().is_some()),
+        Type::Route(_) | Type::Plan(_) | Type::Ragged(_) => true,
+    };
+    if matches!(graph.node(id).op, Op::Combine(_) | Op::Dispatch(_) | Op::Experts(_)) {
+        // Rows of a route may cover several tokens; the emitter knows how.
+        return known(ty);
+    }
+    let Some(own) = rows(ty) else { return false };
+    known(ty)
+        && graph.operands(id).iter().all(|operand| {
+            is_param(graph, *operand)
+                || graph.node(*operand).ty.as_ref().is_some_and(|ty| rows(ty) == Some(own) && known(ty))
+        })
+}
+
+/// Row ops that compute `sink` and are used by nothing else, `sink` included; empty if it is no row op.
+pub(crate) fn grow(graph: &Graph, sink: NodeId, products: Products) -> Vec<NodeId> {
+    if !is_row_op(graph, sink, products) {
+        return Vec::new();
+    }
+    let mut inside = BTreeSet::from([sink]);
+    // Users come after their operands, so one pass against the order sees all users first.
+    for id in graph.order().into_iter().rev() {
+        let users = graph.users(id);
+        let only_here = !users.is_empty() && users.iter().all(|u| inside.contains(u)) && !graph.is_output(id);
+        if only_here && (is_row_op(graph, id, products) || is_param(graph, id)) {
+            inside.insert(id);
+        }
+    }
+    inside.into_iter().collect()
+}
