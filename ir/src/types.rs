@@ -6,6 +6,7 @@ use std::fmt;
 
 /// A dense array. An empty shape is a scalar.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TensorType {
     /// Element type of the values when they are stored.
     pub dtype: DType,

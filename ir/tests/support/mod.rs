@@ -1,4 +1,5 @@
 //! Random graphs that type, verify and run, and weights for them.
+#![allow(dead_code, reason = "each test uses a part")]
 
 use indexmap::IndexMap;
 use moec_ir::{
