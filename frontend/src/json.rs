@@ -169,7 +169,12 @@ fn encoding(at: usize, guess: &str, len: usize) -> Diagnostic {
 /// # Errors
 /// `E0101` to `E0111`: the first thing in the text that is not JSON, or beyond a limit.
 pub fn parse(text: &str) -> Result<Value, Diagnostic> {
-    let mut parser = Parser { text, at: 0, keys: 0 };
+    parse_within(text, limits::CONFIG_KEYS)
+}
+
+/// As [`parse`], with another limit of keys.
+pub(crate) fn parse_within(text: &str, most_keys: u64) -> Result<Value, Diagnostic> {
+    let mut parser = Parser { text, at: 0, keys: 0, most_keys };
     if text.starts_with('\u{feff}') {
         parser.at = '\u{feff}'.len_utf8();
     }
@@ -253,6 +258,7 @@ struct Parser<'a> {
     text: &'a str,
     at: usize,
     keys: u64,
+    most_keys: u64,
 }
 
 impl Parser<'_> {
@@ -363,8 +369,8 @@ impl Parser<'_> {
             .help("keep one of the two"));
         }
         self.keys += 1;
-        if self.keys > limits::CONFIG_KEYS {
-            return Err(Diagnostic::error(Code("E0110"), format!("more than {} keys", limits::CONFIG_KEYS))
+        if self.keys > self.most_keys {
+            return Err(Diagnostic::error(Code("E0110"), format!("more than {} keys", self.most_keys))
                 .primary(span, "this one is too many"));
         }
         self.space()?;

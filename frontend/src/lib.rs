@@ -16,6 +16,10 @@ mod layout;
 pub mod limits;
 mod model;
 mod outline;
+mod relayout;
+pub mod weights;
 
 pub use config::{families, read_config};
 pub use model::{Facts, Form, FormFacts, LatentAttention, Layer, LayerKind, Model};
+pub use relayout::Shapes;
+pub use weights::{Checkpoint, TensorInfo};
