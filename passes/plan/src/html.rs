@@ -6,13 +6,11 @@
 mod chart;
 
 use crate::{
-    calibration::TrainCalibration,
     choice::{Objective, Request},
     cluster::Cluster,
     error::PlanError,
     model::ModelShape,
-    plan::{Plan, PlanReport},
-    train::TrainCx,
+    plan::{Plan, PlanReport, operations},
 };
 use std::fmt::Write;
 
@@ -42,13 +40,7 @@ pub fn html(report: &PlanReport, model: &ModelShape, cluster: &Cluster, request:
         let _ = write!(page, "<h2>Timeline of a step</h2>{}", chart::timeline(best));
         let _ = write!(page, "<h2>Memory per GPU</h2>{}", chart::memory(&report.plans));
         if best.objective == Objective::Train {
-            let cal = TrainCalibration::built_in()?;
-            let software = match request.software_override {
-                Some(software) => software,
-                None => cal.software_for(cluster, &request.software)?,
-            };
-            let cx = TrainCx::new(model, cluster, cal, software, request);
-            let ops = cx.ops(&best.mapping(), best.micro_batch);
+            let ops = operations(model, cluster, request, best)?;
             let _ = write!(page, "<h2>Roofline</h2>{}", chart::roofline(&ops, cluster, request.precision));
         }
     }

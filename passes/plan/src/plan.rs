@@ -7,7 +7,7 @@ use crate::{
     error::PlanError,
     explain::{Sensitivity, sensitivity_training, why_slower},
     groups::{Axis, Groups, generators},
-    layer::Kind,
+    layer::{Kind, Op},
     mapping::{Mapping, check_gpus},
     memory::MemoryGib,
     model::{FeedForward, ModelShape},
@@ -192,7 +192,7 @@ pub fn plan_report(model: &ModelShape, cluster: &Cluster, request: &Request) -> 
 /// Fills what a pinned mapping or a strategy leaves open as the framework does.
 ///
 /// A mapping with `tp`, `pp` and `ep` is one given mapping: `cp` is then 1 and `etp` follows `tp`,
-/// as in Megatron-Core. The strategies reproduce a published comparison (arXiv 2504.14960).
+/// as in Megatron-Core, with the distributed optimizer. The strategies reproduce a published comparison (arXiv 2504.14960).
 /// Both run one sequence per micro-batch unless told otherwise.
 fn completed(request: &Request) -> Request {
     let mut request = request.clone();
@@ -201,7 +201,10 @@ fn completed(request: &Request) -> Request {
     if request.objective == Objective::Train && given {
         fixed.cp = fixed.cp.or(Some(1));
         fixed.etp = fixed.etp.or(fixed.tp);
+        let sharding = request.strategy.map_or(Sharding::Optimizer, crate::Strategy::sharding);
+        request.sharding = request.sharding.or(Some(sharding));
     }
+    let fixed = &mut request.fixed;
     if request.objective == Objective::Train && (given || request.strategy.is_some()) {
         fixed.mbs = fixed.mbs.or(Some(1));
     }
@@ -230,6 +233,20 @@ fn check_request(cluster: &Cluster, request: &Request) -> Result<(), PlanError> 
         return Err(PlanError::mapping("expert loads must be finite and not negative", "give tokens per expert"));
     }
     Ok(())
+}
+
+/// Ops of one micro-batch of a training plan on one rank, per layer class with its number of layers;
+/// the last entry is the output projection.
+///
+/// # Errors
+/// `E0404` for an unknown release.
+pub fn operations(model: &ModelShape, cluster: &Cluster, request: &Request, plan: &Plan) -> Result<Vec<(u64, Vec<Op>)>, PlanError> {
+    let cal = TrainCalibration::built_in()?;
+    let software = match request.software_override {
+        Some(software) => software,
+        None => cal.software_for(cluster, &request.software)?,
+    };
+    Ok(TrainCx::new(model, cluster, cal, software, request).ops(&plan.mapping(), plan.micro_batch))
 }
 
 fn train_report(model: &ModelShape, cluster: &Cluster, request: &Request) -> Result<PlanReport, PlanError> {

@@ -207,7 +207,7 @@ pub(crate) fn search(cx: &TrainCx<'_>, keep: usize) -> Result<Found, PlanError> 
                             for vpp in virtual_stages(fixed.vpp, depth, pp, micro_batches) {
                                 let plan = plans.entry((pp, vpp)).or_insert_with(|| cx.stage_plan(pp, vpp));
                                 for &recompute in &recomputes {
-                                    for sharding in shardings(request, dp) {
+                                    for sharding in shardings(request, dp, pp) {
                                         let choice = TrainChoice { mapping, dp, edp, mbs, vpp, recompute, sharding };
                                         let estimate = cx.estimate(set, plan, &choice);
                                         found.evaluated += 1;
@@ -242,11 +242,12 @@ fn fits(request: &Request, m: &Mapping, mbs: u64) -> Option<(u64, u64)> {
     (pinned && admitted && divides).then_some((dp, edp))
 }
 
-fn shardings(request: &Request, dp: u64) -> Vec<Sharding> {
+fn shardings(request: &Request, dp: u64, pp: u64) -> Vec<Sharding> {
     match (request.sharding, request.strategy) {
         (Some(sharding), _) => vec![sharding],
         (None, Some(strategy)) => vec![strategy.sharding()],
-        (None, None) if dp > 1 => vec![Sharding::Optimizer, Sharding::Full],
+        // Gathering layers for every micro-batch of a pipeline is not something frameworks offer.
+        (None, None) if dp > 1 && pp == 1 => vec![Sharding::Optimizer, Sharding::Full],
         (None, None) => vec![Sharding::Optimizer],
     }
 }
