@@ -115,6 +115,6 @@ impl Driver {
 
 /// Results that end a context: every later call on it fails too.
 pub(super) const fn is_sticky(result: c_int) -> bool {
-    // ECC error, illegal instruction state, unhealthy links, illegal address, timeouts, traps and asserts.
-    matches!(result, 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 802 | 999)
+    // Uncorrectable memory and link errors, illegal addresses and instructions, timeouts, traps, asserts, unknown.
+    matches!(result, 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 999)
 }
