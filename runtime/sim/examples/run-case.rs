@@ -1,7 +1,8 @@
 //! Runs case files: `run-case [--seed N] [--no-check] FILE..`; prints what went wrong and what was counted.
+//! Of a `.ptx` file it tells whether every instruction is known, and which kernels there are.
 
-use moec_sim::Options;
 use moec_sim::case::Case;
+use moec_sim::{Error, Module, Options};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -18,6 +19,10 @@ fn main() -> ExitCode {
     }
     let mut bad = 0;
     for file in files {
+        if file.ends_with(".ptx") {
+            bad += parse(&file);
+            continue;
+        }
         let start = Instant::now();
         let outcome = std::fs::read(&file)
             .map_err(|e| e.to_string())
@@ -48,4 +53,44 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::from(u8::from(bad > 0))
+}
+
+/// Parses a module; every instruction that is not known is told, by taking its line out and trying again.
+fn parse(file: &str) -> u32 {
+    let mut lines: Vec<String> = match std::fs::read_to_string(file) {
+        Ok(t) => t.lines().map(str::to_owned).collect(),
+        Err(e) => {
+            println!("{file}: {e}");
+            return 1;
+        }
+    };
+    let mut unknown = 0;
+    loop {
+        match Module::parse(&lines.join("\n")) {
+            Ok(m) => {
+                m.entries().iter().for_each(|e| {
+                    println!(
+                        "{file}: {} for {}, parameters of {:?} bytes, {} registers",
+                        e.name,
+                        m.target(),
+                        e.params,
+                        e.registers
+                    )
+                });
+                return unknown;
+            }
+            Err(e @ (Error::Unsupported { line, .. } | Error::Parse { line, .. })) if unknown < 100 => {
+                println!("{file}: {e}: {}", lines.get(line as usize - 1).map_or("", |l| l.trim()));
+                unknown += 1;
+                match lines.get_mut(line as usize - 1) {
+                    Some(l) if !l.is_empty() => l.clear(),
+                    _ => return unknown,
+                }
+            }
+            Err(e) => {
+                println!("{file}: {e}");
+                return unknown + 1;
+            }
+        }
+    }
 }

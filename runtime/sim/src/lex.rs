@@ -87,6 +87,9 @@ pub(crate) fn lex(ptx: &str) -> Result<Vec<Token>, Error> {
                     while i < c.len() && c[i] != b'\n' {
                         i += 1;
                     }
+                } else if let Some(rest) = text.strip_prefix('.') {
+                    // Directives may be written without spaces between: `.reg.b16`.
+                    out.extend(rest.split('.').map(|part| Token { kind: TokenKind::Word(format!(".{part}")), line }));
                 } else {
                     out.push(Token { kind: TokenKind::Word(text), line });
                 }

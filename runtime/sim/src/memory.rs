@@ -186,6 +186,13 @@ impl Alloc {
         }
     }
 
+    /// Whether the bytes of a mask of a word are written, and not copies of unwritten memory.
+    #[inline]
+    pub(crate) fn word_written(&self, word: usize, mask: u8) -> bool {
+        let f = self.init[word].load(Relaxed);
+        f & mask == mask && f >> 4 & mask == 0
+    }
+
     /// Marks a byte as a copy of unwritten memory.
     pub(crate) fn taint(&self, at: u64) {
         let _ = self.init[(at / 4) as usize].fetch_or(0x11 << (at % 4), Relaxed);
@@ -251,6 +258,13 @@ impl Plain {
             2 => one(i, 3 << (at % 4)),
             _ => one(i, 1 << (at % 4)),
         }
+    }
+
+    /// Whether the bytes of a mask of a word are written, and not copies of unwritten memory.
+    #[inline]
+    pub(crate) fn word_written(&self, word: usize, mask: u8) -> bool {
+        let f = self.init[word];
+        f & mask == mask && f >> 4 & mask == 0
     }
 
     pub(crate) fn taint(&mut self, at: u64) {

@@ -166,6 +166,19 @@ impl Shadow {
         Shadow { cells: vec![Cell::default(); words], split: Vec::new(), ..Shadow::default() }
     }
 
+    /// Whether these lanes have read the word at this time already, so that nothing new can be found.
+    #[inline]
+    pub(crate) fn has_read(&self, word: usize, e: Epoch, lanes: u32) -> bool {
+        let c = &self.cells[word];
+        if !self.split.is_empty() {
+            return false;
+        }
+        match c.list {
+            0 => c.r == e && c.lanes & lanes != 0,
+            list => self.lists[list as usize - 1].iter().any(|r| r.e == e && r.lanes & lanes != 0),
+        }
+    }
+
     /// Registers an access to the bytes of `mask` (four bits) of a word and tells what is wrong with it. `same` says
     /// that a write does not change the bytes, which is no race of writes.
     pub(crate) fn touch(&mut self, word: usize, mask: u8, write: bool, same: bool, a: &Access<'_>) -> Option<Conflict> {

@@ -177,7 +177,7 @@ impl Cluster<'_> {
         }
     }
 
-    fn conflict(&mut self, t: Toucher, c: Conflict, addr: u64, write: bool) {
+    pub(super) fn conflict(&mut self, t: Toucher, c: Conflict, addr: u64, write: bool) {
         let verb = if write { "write" } else { "read" };
         let (kind, with, text) = match c {
             Conflict::Race { with } => {
@@ -204,29 +204,39 @@ impl Cluster<'_> {
         if !self.env.check {
             return true;
         }
-        let (ok, addr) = match spot {
-            Spot::Global(i, at) => {
-                let a = &self.env.memory.allocs[i];
-                (a.written(at, bytes, strict), a.base + at)
-            }
-            Spot::Shared(b, at) => (
-                self.blocks[b].smem.written(at, bytes, strict),
-                space::SHARED + ((b as u64 + 1) << space::RANK_SHIFT) + at,
-            ),
-            Spot::Local(_) | Spot::Const(_) | Spot::Kernel(_) | Spot::Frame(_) => return true,
+        let ok = match spot {
+            Spot::Global(i, at) => self.env.memory.allocs[i].written(at, bytes, strict),
+            Spot::Shared(b, at) => self.blocks[b].smem.written(at, bytes, strict),
+            Spot::Local(_) | Spot::Const(_) | Spot::Kernel(_) | Spot::Frame(_) => true,
         };
         if !ok {
-            self.report(
-                FindingKind::Uninitialized,
-                t.pc,
-                t.at,
-                t.lane,
-                Some(addr),
-                "read of memory that nothing has written",
-                None,
-            );
+            self.unwritten(t, spot);
         }
         ok
+    }
+
+    pub(super) fn unwritten(&mut self, t: Toucher, spot: Spot) {
+        let addr = self.address_of(spot);
+        self.report(
+            FindingKind::Uninitialized,
+            t.pc,
+            t.at,
+            t.lane,
+            Some(addr),
+            "read of memory that nothing has written",
+            None,
+        );
+    }
+
+    /// The generic address of a place.
+    pub(super) fn address_of(&self, spot: Spot) -> u64 {
+        match spot {
+            Spot::Global(i, at) => self.env.memory.allocs[i].base + at,
+            Spot::Shared(b, at) => space::SHARED + ((b as u64 + 1) << space::RANK_SHIFT) + at,
+            Spot::Local(at) => space::LOCAL + at,
+            Spot::Const(at) => space::CONST + at,
+            Spot::Kernel(at) | Spot::Frame(at) => space::PARAM + at,
+        }
     }
 
     /// Reads an element of 1 to 8 bytes without checks.
@@ -264,6 +274,9 @@ impl Cluster<'_> {
     }
 
     pub(super) fn load(&mut self, at: At, warp: &mut Warp, frame: u32, a: &Access, m: u32, pc: u32) -> Flow {
+        if self.load_warp(at, warp, frame, a, m, pc) {
+            return Flow::Next;
+        }
         let size = a.ty.bytes();
         let total = u64::from(size) * a.regs.len() as u64;
         let addrs = addresses(warp, frame, a.addr);
@@ -308,6 +321,9 @@ impl Cluster<'_> {
     }
 
     pub(super) fn store(&mut self, at: At, warp: &mut Warp, frame: u32, a: &Access, m: u32, pc: u32) -> Flow {
+        if self.store_warp(at, warp, frame, a, m, pc) {
+            return Flow::Next;
+        }
         let size = a.ty.bytes();
         let total = u64::from(size) * a.regs.len() as u64;
         let addrs = addresses(warp, frame, a.addr);
@@ -353,7 +369,7 @@ impl Cluster<'_> {
         let c = &mut self.counts;
         if seen.global {
             c.global_requests += 1;
-            c.global_sectors += seen.sectors(bytes);
+            c.global_sectors += seen.sectors();
             c.global_sectors_ideal += seen.distinct_bytes(bytes).div_ceil(32);
             if write || both {
                 c.global_bytes_written += moved;
@@ -394,10 +410,10 @@ pub(super) fn each_word(offset: u64, bytes: u32, mut f: impl FnMut(usize, u8) ->
 /// Addresses of a warp's access, for the counts.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    mask: u32,
-    global: bool,
-    shared: bool,
-    addr: [u64; 32],
+    pub(super) mask: u32,
+    pub(super) global: bool,
+    pub(super) shared: bool,
+    pub(super) addr: [u64; 32],
 }
 
 impl Seen {
@@ -418,27 +434,34 @@ impl Seen {
         self.addr[lane] = addr;
     }
 
-    fn sorted(&self, unit: u64, bytes: u32) -> Vec<u64> {
-        let mut v = Vec::with_capacity(32);
+    /// Number of different values of `unit`-sized pieces among the lanes' addresses.
+    fn distinct(&self, shift: u32) -> u64 {
+        let mut v = [0u64; 32];
+        let mut n = 0;
+        let mut sorted = true;
         for l in lanes(self.mask) {
-            let (first, last) = (self.addr[l] / unit, (self.addr[l] + u64::from(bytes) - 1) / unit);
-            for s in first..=last {
-                if v.last() != Some(&s) {
-                    v.push(s);
-                }
+            let x = self.addr[l] >> shift;
+            if n > 0 && v[n - 1] == x {
+                continue;
             }
+            sorted &= n == 0 || v[n - 1] < x;
+            v[n] = x;
+            n += 1;
         }
-        v.sort_unstable();
-        v.dedup();
-        v
+        if sorted {
+            return n as u64;
+        }
+        v[..n].sort_unstable();
+        1 + v[..n].windows(2).filter(|w| w[0] != w[1]).count() as u64
     }
 
-    fn sectors(&self, bytes: u32) -> u64 {
-        self.sorted(32, bytes).len() as u64
+    /// An aligned access of at most 16 bytes lies in one sector of 32.
+    fn sectors(&self) -> u64 {
+        self.distinct(5)
     }
 
     fn distinct_bytes(&self, bytes: u32) -> u64 {
-        self.sorted(u64::from(bytes.max(1)), 1).len() as u64 * u64::from(bytes)
+        self.distinct(bytes.max(1).trailing_zeros()) * u64::from(bytes)
     }
 
     /// Wavefronts of a shared access and the fewest it could take. Accesses of 8 and 16 bytes are served by half and
@@ -449,23 +472,37 @@ impl Seen {
             8..16 => 2,
             _ => 1,
         };
-        let per = 32 / parts;
+        let (per, words) = (32 / parts, u64::from(bytes.div_ceil(4)).min(4));
         let (mut waves, mut ideal) = (0, 0);
         for part in 0..parts {
-            let mut words = Vec::with_capacity(32);
-            for l in (part * per..(part + 1) * per).filter(|l| self.mask >> l & 1 == 1) {
-                for w in 0..u64::from(bytes.div_ceil(4)) {
-                    words.push(self.addr[l] / 4 + w);
+            let lanes_here = self.mask & (((1u64 << per) - 1) << (part * per)) as u32;
+            let mut v = [0u64; 32];
+            let mut n = 0;
+            let mut sorted = true;
+            for l in lanes(lanes_here) {
+                for w in 0..words {
+                    let x = self.addr[l] / 4 + w;
+                    if n > 0 && v[n - 1] == x {
+                        continue;
+                    }
+                    sorted &= n == 0 || v[n - 1] < x;
+                    v[n] = x;
+                    n += 1;
                 }
             }
-            words.sort_unstable();
-            words.dedup();
-            let mut banks = [0u64; 32];
-            for w in &words {
-                banks[(*w % 32) as usize] += 1;
+            if !sorted {
+                v[..n].sort_unstable();
             }
-            waves += banks.iter().copied().max().unwrap_or(0);
-            ideal += (words.len() as u64).div_ceil(32);
+            let mut banks = [0u8; 32];
+            let mut distinct = 0u64;
+            for (i, x) in v[..n].iter().enumerate() {
+                if i == 0 || v[i - 1] != *x {
+                    banks[(*x % 32) as usize] += 1;
+                    distinct += 1;
+                }
+            }
+            waves += u64::from(banks.iter().copied().max().unwrap_or(0));
+            ideal += distinct.div_ceil(32);
         }
         (waves, ideal)
     }

@@ -15,6 +15,7 @@ mod atomics;
 mod barrier;
 mod collective;
 mod copies;
+mod fast;
 mod flight;
 mod matrix;
 mod mbar;

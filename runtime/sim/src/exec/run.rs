@@ -225,7 +225,7 @@ impl Cluster<'_> {
             let others = warp.groups.iter().enumerate().filter(|(j, g)| *j != gi && g.depth == depth && g.pc > pc);
             others.map(|(_, g)| g.pc).min().unwrap_or(u32::MAX)
         };
-        let watch = !warp.wgmma.acc.is_empty() || !warp.wgmma.a_regs.is_empty();
+        let watch = env.check && !warp.wgmma.acc.is_empty();
         loop {
             if *left == 0 || pc >= stop {
                 warp.groups[gi].pc = pc;

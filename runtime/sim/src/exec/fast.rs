@@ -1,0 +1,252 @@
+//! Loads and stores of whole warps where nothing is wrong with them.
+//!
+//! Ordinary accesses to shared memory of the own block and to one allocation of global memory are most of what kernels
+//! do. Here their addresses are checked together and the detector is asked word by word without further dispatch. An
+//! access that is out of bounds, misaligned or strong is left to [`super::access`], lane by lane.
+
+use super::access::{Seen, Spot, Toucher, addresses, ones};
+use super::state::{At, Warp};
+use super::{Cluster, PAGE_WORDS, lanes};
+use crate::clock::{Epoch, Touch};
+use crate::op::{Access, NONE, Where};
+use crate::shadow::{self, Conflict, Shadow};
+use crate::space;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Where all lanes of an access go.
+#[derive(Clone, Copy)]
+enum Target {
+    Shared,
+    Global(usize),
+}
+
+/// Something to report: lane, offset, and the conflict (or an unwritten word).
+type Fault = (usize, u64, Option<Conflict>);
+
+impl Cluster<'_> {
+    /// Offsets of all lanes, when they are in bounds and aligned in one object.
+    fn target(&mut self, warp: &Warp, frame: u32, a: &Access, m: u32, total: u64) -> Option<(Target, [u64; 32])> {
+        if a.order.strong {
+            return None;
+        }
+        let mut offsets = addresses(warp, frame, a.addr);
+        let (target, base, from, end) = match a.place {
+            Where::Shared => (Target::Shared, 0, space::SHARED_BASE, self.env.shared_end),
+            Where::Global => {
+                let first = offsets[m.trailing_zeros() as usize];
+                let Some(Spot::Global(i, _)) = self.global_spot(first, total) else { return None };
+                let alloc = &self.env.memory.allocs[i];
+                (Target::Global(i), alloc.base, 0, alloc.bytes)
+            }
+            Where::Generic
+            | Where::SharedCluster
+            | Where::Local
+            | Where::Const
+            | Where::KernelParam
+            | Where::FrameParam => return None,
+        };
+        for l in lanes(m) {
+            let at = if base == 0 { offsets[l] & 0xffff_ffff } else { offsets[l].wrapping_sub(base) };
+            // Bases are multiples of sixteen, so the offset is aligned as the address is.
+            if at < from || at >= end || at + total > end || at & (total - 1) != 0 {
+                return None;
+            }
+            offsets[l] = at;
+        }
+        Some((target, offsets))
+    }
+
+    /// Asks the detector about one access of each lane.
+    #[expect(clippy::too_many_arguments, reason = "one access of a warp")]
+    fn touch_warp(
+        &mut self,
+        at: At,
+        warp: &Warp,
+        m: u32,
+        pc: u32,
+        target: Target,
+        offsets: &[u64; 32],
+        total: u64,
+        write: Option<u32>,
+    ) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let base = self.component(at, 0);
+        let (cluster, block_size) = (self.id, self.env.block_size());
+        let env = self.env;
+        let block = &mut self.blocks[at.block];
+        let mut page: Option<(usize, MutexGuard<'_, Shadow>)> = None;
+        let mut epoch = (0, Epoch::default());
+        for l in lanes(m) {
+            let view = &warp.views[l];
+            if epoch.0 != view.own {
+                epoch = (view.own, Epoch::new(Touch::Plain, cluster, base, view.own));
+            }
+            let me = base + l as u32;
+            let access = shadow::Access {
+                view,
+                cluster,
+                me,
+                warp: base,
+                block_size,
+                touch: Touch::Plain,
+                agent: 0,
+                agent_time: 0,
+                pc,
+            };
+            let same = write.is_some_and(|unchanged| unchanged >> l & 1 == 1);
+            let o = offsets[l];
+            let mask = if total >= 4 { 0xf } else { ((1u8 << total) - 1) << (o % 4) };
+            for k in 0..total.div_ceil(4) {
+                let word = (o / 4 + k) as usize;
+                let (conflict, written) = match target {
+                    Target::Shared => {
+                        let known = write.is_none() && block.shadow.has_read(word, epoch.1, 1 << l);
+                        let c =
+                            if known { None } else { block.shadow.touch(word, mask, write.is_some(), same, &access) };
+                        (c, write.is_some() || block.smem.word_written(word, mask))
+                    }
+                    Target::Global(i) => {
+                        let (p, cell) = (word / PAGE_WORDS, word % PAGE_WORDS);
+                        if page.as_ref().is_none_or(|(n, _)| *n != p) {
+                            drop(page.take());
+                            let lock = env.shadow.pages[i][p].get_or_init(|| Mutex::new(Shadow::new(PAGE_WORDS * 4)));
+                            page = Some((p, lock.lock().unwrap_or_else(PoisonError::into_inner)));
+                        }
+                        let Some((_, s)) = &mut page else { continue };
+                        let known = write.is_none() && s.has_read(cell, epoch.1, 1 << l);
+                        let c = if known { None } else { s.touch(cell, mask, write.is_some(), same, &access) };
+                        (c, write.is_some() || env.memory.allocs[i].word_written(word, mask))
+                    }
+                };
+                if conflict.is_some() || !written {
+                    faults.push((l, o, conflict));
+                    break;
+                }
+            }
+        }
+        faults
+    }
+
+    fn report_faults(&mut self, at: At, pc: u32, target: Target, faults: Vec<Fault>, write: bool) {
+        for (lane, o, conflict) in faults {
+            let t = Toucher { at, lane, pc, touch: Touch::Plain, agent: (0, 0) };
+            let spot = match target {
+                Target::Shared => Spot::Shared(at.block, o),
+                Target::Global(i) => Spot::Global(i, o),
+            };
+            match conflict {
+                Some(c) => {
+                    let address = self.address_of(spot);
+                    self.conflict(t, c, address, write);
+                }
+                None => self.unwritten(t, spot),
+            }
+        }
+    }
+
+    /// Does a load when all of it is ordinary; says whether it did.
+    pub(super) fn load_warp(&mut self, at: At, warp: &mut Warp, frame: u32, a: &Access, m: u32, pc: u32) -> bool {
+        let size = a.ty.bytes();
+        let total = u64::from(size) * a.regs.len() as u64;
+        let Some((target, offsets)) = self.target(warp, frame, a, m, total) else { return false };
+        if self.env.check {
+            let faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, None);
+            if !faults.is_empty() {
+                self.report_faults(at, pc, target, faults, false);
+            }
+        }
+        let extend = a.ty.signed() && a.reg_bits > a.ty.bits();
+        let keep = if a.reg_bits >= 64 { u64::MAX } else { (1 << a.reg_bits) - 1 };
+        let shift = 64 - a.ty.bits();
+        for (i, r) in a.regs.iter().enumerate().filter(|(_, r)| **r != NONE) {
+            let out = &mut warp.frames[frame as usize].regs[*r as usize];
+            let by = i as u64 * u64::from(size);
+            match target {
+                Target::Shared => {
+                    let smem = &self.blocks[at.block].smem;
+                    lanes(m).for_each(|l| out[l] = smem.load(offsets[l] + by, size));
+                }
+                Target::Global(g) => {
+                    let alloc = &self.env.memory.allocs[g];
+                    lanes(m).for_each(|l| out[l] = alloc.load(offsets[l] + by, size));
+                }
+            }
+            if extend {
+                lanes(m).for_each(|l| out[l] = ((out[l] << shift) as i64 >> shift) as u64 & keep);
+            }
+        }
+        let seen = seen(target, offsets, m);
+        self.count(&seen, total as u32, false, false);
+        true
+    }
+
+    /// Does a store when all of it is ordinary; says whether it did.
+    pub(super) fn store_warp(&mut self, at: At, warp: &mut Warp, frame: u32, a: &Access, m: u32, pc: u32) -> bool {
+        let size = a.ty.bytes();
+        let total = u64::from(size) * a.regs.len() as u64;
+        let Some((target, offsets)) = self.target(warp, frame, a, m, total) else { return false };
+        if self.env.check {
+            let mut unchanged = m;
+            for (i, r) in a.regs.iter().enumerate() {
+                let v = &warp.frames[frame as usize].regs[*r as usize];
+                let by = i as u64 * u64::from(size);
+                for l in lanes(unchanged) {
+                    let old = match target {
+                        Target::Shared => self.blocks[at.block].smem.load(offsets[l] + by, size),
+                        Target::Global(g) => self.env.memory.allocs[g].load(offsets[l] + by, size),
+                    };
+                    if old != v[l] & ones(size) {
+                        unchanged &= !(1 << l);
+                    }
+                }
+            }
+            let mut faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, Some(unchanged));
+            // Lanes that write the same value to the same place change nothing for each other.
+            let regs = &warp.frames[frame as usize].regs;
+            let equal = |x: usize, y: usize| {
+                offsets[x] == offsets[y]
+                    && a.regs.iter().all(|r| (regs[*r as usize][x] ^ regs[*r as usize][y]) & ones(size) == 0)
+            };
+            faults.retain(|(l, _, c)| {
+                !(matches!(c, Some(Conflict::Race { .. })) && lanes(m).take_while(|k| k < l).any(|k| equal(k, *l)))
+            });
+            if !faults.is_empty() {
+                self.report_faults(at, pc, target, faults, true);
+            }
+            if matches!(target, Target::Shared) && !self.blocks[at.block].mbars.is_empty() {
+                for l in lanes(m) {
+                    self.guard_mbarriers(
+                        Toucher { at, lane: l, pc, touch: Touch::Plain, agent: (0, 0) },
+                        at.block,
+                        offsets[l],
+                        total,
+                    );
+                }
+            }
+        }
+        for (i, r) in a.regs.iter().enumerate() {
+            let v = &warp.frames[frame as usize].regs[*r as usize];
+            let by = i as u64 * u64::from(size);
+            match target {
+                Target::Shared => {
+                    let smem = &mut self.blocks[at.block].smem;
+                    lanes(m).for_each(|l| smem.store(offsets[l] + by, size, v[l]));
+                }
+                Target::Global(g) => {
+                    let alloc = &self.env.memory.allocs[g];
+                    lanes(m).for_each(|l| alloc.store(offsets[l] + by, size, v[l]));
+                }
+            }
+        }
+        let seen = seen(target, offsets, m);
+        self.count(&seen, total as u32, true, false);
+        self.effects += 1;
+        warp.spin.2 = 0;
+        true
+    }
+}
+
+fn seen(target: Target, addr: [u64; 32], mask: u32) -> Seen {
+    let global = matches!(target, Target::Global(_));
+    Seen { mask, global, shared: !global, addr }
+}
