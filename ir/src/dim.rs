@@ -47,6 +47,7 @@ impl Dim {
     }
 
     /// `self + other`; `None` on overflow of a constant.
+    #[expect(clippy::should_implement_trait, reason = "a sum may not exist")]
     pub fn add(self, other: Self) -> Option<Self> {
         if let (Self::Const(a), Self::Const(b)) = (&self, &other) {
             return a.checked_add(*b).map(Self::Const);
@@ -59,6 +60,7 @@ impl Dim {
     }
 
     /// `self * other`; constants come first. `None` on overflow of a constant.
+    #[expect(clippy::should_implement_trait, reason = "a product may not exist")]
     pub fn mul(self, other: Self) -> Option<Self> {
         if let (Self::Const(a), Self::Const(b)) = (&self, &other) {
             return a.checked_mul(*b).map(Self::Const);
@@ -99,11 +101,15 @@ impl Dim {
 
     /// A quotient that has no whole part; a quotient of a quotient is one quotient.
     fn quotient(inner: Self, divisor: u64) -> Self {
+        if divisor == 1 {
+            return inner;
+        }
         match inner {
-            d if divisor == 1 => d,
             Self::Const(c) => Self::Const(c.div_ceil(divisor)),
             Self::CeilDiv(d, inside) if inside.checked_mul(divisor).is_some() => Self::CeilDiv(d, inside * divisor),
-            d => Self::CeilDiv(Box::new(d), divisor),
+            d @ (Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..)) => {
+                Self::CeilDiv(Box::new(d), divisor)
+            }
         }
     }
 

@@ -1,9 +1,12 @@
 //! The graph: nodes with one value each, over petgraph.
 
 use crate::{DType, Op, Type, Weight, WeightName};
-use indexmap::IndexMap;
+use indexmap::{IndexMap, IndexSet};
 use petgraph::{Direction, stable_graph::NodeIndex, stable_graph::StableDiGraph, visit::EdgeRef};
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+};
 
 /// A node, which is also the value that it computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -74,7 +77,7 @@ pub struct Graph {
 /// Names in use, and where to go on when a name is asked for again.
 #[derive(Clone, Debug, Default)]
 struct Names {
-    taken: BTreeSet<String>,
+    taken: IndexSet<String>,
     next: BTreeMap<String, u64>,
 }
 
@@ -192,7 +195,7 @@ impl Graph {
     pub(crate) fn unname(&mut self, id: NodeId) {
         let old = std::mem::take(&mut self.dag[id.raw()].name);
         if let Some(names) = &mut self.names {
-            names.taken.remove(&old);
+            names.taken.swap_remove(&old);
         }
     }
 
@@ -243,18 +246,24 @@ impl Graph {
     /// All nodes, operands before users, otherwise in the order of creation.
     /// Nodes on a cycle are left out, so a short order means a cycle.
     pub fn order(&self) -> Vec<NodeId> {
-        let mut waiting: IndexMap<NodeId, usize> =
-            self.ids().into_iter().map(|n| (n, self.operands(n).len())).collect();
-        let mut ready: BTreeSet<NodeId> = waiting.iter().filter(|(_, n)| **n == 0).map(|(id, _)| *id).collect();
-        let mut order = Vec::with_capacity(waiting.len());
-        while let Some(id) = ready.pop_first() {
-            order.push(id);
-            for user in self.users(id) {
-                if let Some(left) = waiting.get_mut(&user) {
-                    *left -= 1;
-                    if *left == 0 {
-                        ready.insert(user);
-                    }
+        let bound = self.dag.node_indices().next_back().map_or(0, |n| n.index() + 1);
+        let mut waiting = vec![0usize; bound];
+        let mut ready = BinaryHeap::new();
+        for node in self.dag.node_indices() {
+            let operands = self.dag.edges_directed(node, Direction::Incoming).count();
+            waiting[node.index()] = operands;
+            if operands == 0 {
+                ready.push(Reverse(node.index()));
+            }
+        }
+        let mut order = Vec::with_capacity(self.dag.node_count());
+        while let Some(Reverse(index)) = ready.pop() {
+            order.push(NodeId(u32::try_from(index).unwrap_or(u32::MAX)));
+            for edge in self.dag.edges_directed(NodeIndex::new(index), Direction::Outgoing) {
+                let user = edge.target().index();
+                waiting[user] -= 1;
+                if waiting[user] == 0 {
+                    ready.push(Reverse(user));
                 }
             }
         }

@@ -198,6 +198,18 @@ fn whole_graphs() {
 }
 
 #[test]
+fn cycles_are_spelled_out() {
+    let text = "moe.graph @g { %x = input \"x\" : f32[T, 4] %a = unary %x {fn = \"relu\"} %b = unary %a {fn = \"relu\"} %c = unary %b {fn = \"relu\"} return y = %c }";
+    let mut graph = parse(text).unwrap();
+    let find = |name: &str| graph.find(name).unwrap();
+    let (a, c) = (find("a"), find("c"));
+    graph.replace_uses(a, c);
+    let found = verify(&graph);
+    assert_eq!((found[0].code.0, found[0].message.as_str()), ("I0003", "values depend on each other: c -> b -> c"));
+    assert_eq!(graph.infer().unwrap_err()[0].code.0, "I0003");
+}
+
+#[test]
 fn text_errors_have_a_place() {
     let place = |text: &str| {
         let found = parse(text).unwrap_err();

@@ -5,7 +5,7 @@ use moec_ir::{
     DType, Diagnostic, Dim, Extent, Graph, Severity, TensorType, Type,
     interp::{Array, ArrayData, MapWeights, Options, Value, interpret},
     json::{Signature, TensorShape, read_graph, write_graph},
-    verify,
+    parse, print, verify,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::path::{Path, PathBuf};
@@ -25,6 +25,7 @@ fn folder() -> PathBuf {
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens-systems"), PathBuf::from)
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "the vectors have these types only")]
 fn array(view: &TensorView<'_>) -> (DType, Array) {
     let shape = view.shape().to_vec();
     let bytes = view.data();
@@ -164,6 +165,16 @@ fn every_graph_is_the_same_after_writing_and_reading() {
             read_graph(&text, &Signature::default()).unwrap_or_else(|e| panic!("{}: {e:#?}\n{text}", case.name));
         assert_eq!(write_graph(&again), written, "{}", case.name);
         check(&case, &again);
+    }
+}
+
+#[test]
+fn every_graph_reads_back_from_text() {
+    for case in cases() {
+        let graph = read(&case);
+        let text = print(&graph);
+        let again = parse(&text).unwrap_or_else(|e| panic!("{}: {e:?}\n{text}", case.name));
+        assert!(again == graph && print(&again) == text, "{text}");
     }
 }
 

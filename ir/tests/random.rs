@@ -122,12 +122,12 @@ proptest! {
         let mut printed = print(&graph).into_bytes();
         let at = usize::from(cut) % printed.len();
         printed[at] = byte;
-        if let Ok(text) = String::from_utf8(printed) {
-            if let Ok(mut graph) = parse(&text) {
-                let _ = graph.infer();
-                let _ = verify(&graph);
-                let _ = print(&graph);
-            }
+        if let Ok(text) = String::from_utf8(printed)
+            && let Ok(mut graph) = parse(&text)
+        {
+            let _ = graph.infer();
+            let _ = verify(&graph);
+            let _ = print(&graph);
         }
     }
 }

@@ -181,16 +181,16 @@ fn walk(
         for operand in graph.operands(id) {
             operands.push(values.get(operand.index()).and_then(Option::as_ref).ok_or_else(missing).map_err(fail)?);
         }
-        let value = match &node.op {
-            Op::Input(_) => inputs.next().ok_or_else(missing).map_err(fail)?,
-            Op::Kernel(kernel) => {
-                let body = &kernel.body;
-                let arguments = operands.into_iter().cloned().collect();
-                let inner = walk(body, arguments, run, &format!("{path}/"))?;
-                let returned = body.outputs.first().and_then(|o| inner.get(o.node.index()).cloned().flatten());
-                returned.ok_or_else(|| Failure("the body returns nothing".to_owned())).map_err(fail)?
-            }
-            op => step(op, &operands, graph, run).map_err(fail)?,
+        let value = if matches!(node.op, Op::Input(_)) {
+            inputs.next().ok_or_else(missing).map_err(fail)?
+        } else if let Op::Kernel(kernel) = &node.op {
+            let body = &kernel.body;
+            let arguments = operands.into_iter().cloned().collect();
+            let inner = walk(body, arguments, run, &format!("{path}/"))?;
+            let returned = body.outputs.first().and_then(|o| inner.get(o.node.index()).cloned().flatten());
+            returned.ok_or_else(|| Failure("the body returns nothing".to_owned())).map_err(fail)?
+        } else {
+            step(&node.op, &operands, graph, run).map_err(fail)?
         };
         let value = match (run.rounding, node.round) {
             (Rounding::Model, Some(dtype)) => round::round(value, dtype).map_err(fail)?,

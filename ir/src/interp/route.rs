@@ -76,7 +76,8 @@ fn drop_small(op: &Weigh, operands: &[&Value], share: f64, r: &mut RouteValue, w
         let first = weights.get(row * r.slots).copied().unwrap_or(0.0);
         for slot in 0..r.slots {
             let at = row * r.slots + slot;
-            let mut stays = slot == 0 || !(weights[at] < share * first);
+            let small = weights[at] < share * first;
+            let mut stays = slot == 0 || !small;
             stays &= !listed(drop, row);
             stays |= listed(keep, row);
             if !stays {

@@ -68,7 +68,8 @@ fn forbid_masked(s: &mut [f64], shape: &[usize], mask: &Array) {
             .zip(&steps)
             .map(|((i, n), step)| if *n == 1 { 0 } else { i * step })
             .sum();
-        if !(values[place] > 0.0) {
+        let open = values[place] > 0.0;
+        if !open {
             s[at] = FORBIDDEN;
         }
         at += 1;

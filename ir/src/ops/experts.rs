@@ -32,6 +32,7 @@ pub struct BankPart {
 }
 
 /// What the experts of a part compute.
+#[expect(clippy::large_enum_variant, reason = "a bank has few parts")]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum PartKind {

@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 ///
 /// # Errors
 /// The first thing that is wrong, with its place in the text.
+#[expect(clippy::result_large_err, reason = "a text is read once")]
 pub fn parse(text: &str) -> Result<Graph, Diagnostic> {
     let mut lexer = Lexer::new(text);
     graph(&mut lexer).map_err(|found| *found)
