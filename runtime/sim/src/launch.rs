@@ -128,6 +128,9 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     let params = parameters(launch, f)?;
     globals(module, memory)?;
     let reachable = reachable(code, entry);
+    if let Some(g) = reachable.iter().map(|g| &code.funcs[*g]).find(|g| g.local_bytes > 1 << 19) {
+        return Err(bad(launch, format!("`{}` takes {} bytes of local memory", g.name, g.local_bytes)));
+    }
     let (var_addr, shared_end) = layout(module, memory, &reachable, launch.dynamic_shared)?;
     let limit = 227 * 1024;
     if shared_end - space::SHARED_BASE > limit {

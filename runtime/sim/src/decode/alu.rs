@@ -405,6 +405,25 @@ fn dp(a: u64, b: u64, c: u64, four: bool, a_signed: bool, b_signed: bool, high: 
 }
 
 impl Decoder<'_> {
+    /// Pairs of 16-bit integers in one register (sm_90).
+    fn pairs(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+        fn each(a: u64, b: u64, f: impl Fn(u16, u16) -> u16) -> u64 {
+            u64::from(f(a as u16, b as u16)) | u64::from(f((a >> 16) as u16, (b >> 16) as u16)) << 16
+        }
+        let signed = p.last() == Some(&"s16x2");
+        let k = match (p[0], signed) {
+            ("add", _) => raw!(|a, b| each(a, b, u16::wrapping_add)),
+            ("sub", _) => raw!(|a, b| each(a, b, u16::wrapping_sub)),
+            ("min", false) => raw!(|a, b| each(a, b, u16::min)),
+            ("max", false) => raw!(|a, b| each(a, b, u16::max)),
+            ("min", true) => raw!(|a, b| each(a, b, |x, y| (x as i16).min(y as i16) as u16)),
+            ("max", true) => raw!(|a, b| each(a, b, |x, y| (x as i16).max(y as i16) as u16)),
+            _ => return Ok(false),
+        };
+        self.need(o, 3)?;
+        self.two_op(k, Ty::B32, o)
+    }
+
     pub(super) fn alu(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
         match p[0] {
             "mov" => self.mov(p, o).map(|()| true),
@@ -412,6 +431,7 @@ impl Decoder<'_> {
             "selp" | "slct" => self.select(p, o).map(|()| true),
             "addc" | "subc" | "madc" => self.carry(p, o).map(|()| true),
             "add" | "sub" | "mad" if p.contains(&"cc") => self.carry(p, o).map(|()| true),
+            _ if matches!(p.last(), Some(&"s16x2" | &"u16x2")) && p.len() == 2 => self.pairs(p, o),
             _ => {
                 if self.float(p, o)? {
                     return Ok(true);

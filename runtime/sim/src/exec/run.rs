@@ -561,6 +561,8 @@ impl Cluster<'_> {
                     CallValue::Area(from) => {
                         let src = &warp.frames[g.frame as usize];
                         let per = src.area.len() / 32;
+                        // A declaration that is shorter than the parameter gives what it has.
+                        let n = n.min(per.saturating_sub(*from as usize));
                         let at = l * per + *from as usize;
                         let data = src.area[at..at + n].to_vec();
                         warp.frames[id as usize].area[to..to + n].copy_from_slice(&data);
@@ -625,8 +627,9 @@ impl Cluster<'_> {
                     match ret {
                         CallValue::Area(at) => {
                             let per = to.area.len() / 32;
+                            let n = n.min(per.saturating_sub(*at as usize));
                             let at = l * per + *at as usize;
-                            to.area[at..at + n].copy_from_slice(&data);
+                            to.area[at..at + n].copy_from_slice(&data[..n]);
                         }
                         CallValue::Reg(r) => {
                             let mut b = [0; 8];

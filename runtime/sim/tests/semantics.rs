@@ -1,0 +1,300 @@
+//! Small kernels for the rules that are easy to get wrong: phases, fences, clusters, asynchronous stores, divergence.
+
+use moec_sim::{
+    Arg, Error, FindingKind, Launch, MapType, Memory, Module, Options, Report, Swizzle, TensorMapDesc, launch,
+};
+
+/// Runs a kernel of one parameter, a buffer of `words` zeros, and gives the buffer back.
+fn run(body: &str, grid: u32, block: u32, cluster: u32, words: usize, seed: u64) -> Result<(Report, Vec<u32>), Error> {
+    let ptx = format!(
+        ".version 8.7\n.target sm_90a\n.address_size 64\n.visible .entry k(.param .u64 out)\n{{\n.reg .pred %p<8>;\n.reg .b32 %r<32>;\n.reg .b64 %rd<16>;\n.reg .f32 %f<16>;\n\
+         .shared .align 1024 .b8 tile[4096];\n.shared .align 8 .b64 bar;\n.shared .align 8 .b64 bar2;\nld.param.u64 %rd0, [out];\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
+    );
+    let module = Module::parse(&ptx)?;
+    let mut memory = Memory::new();
+    let out = memory.alloc(words as u64 * 4, 256);
+    memory.write(out, &vec![0; words * 4])?;
+    let l = Launch {
+        entry: "k",
+        grid: [grid, 1, 1],
+        block: [block, 1, 1],
+        cluster: [cluster, 1, 1],
+        dynamic_shared: 0,
+        args: vec![Arg::U64(out)],
+    };
+    let report =
+        launch(&module, &mut memory, &l, &Options { seed, max_instructions: 2_000_000, ..Options::default() })?;
+    let bytes = memory.read(out, words as u64 * 4)?;
+    Ok((report, bytes.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()))
+}
+
+fn kinds(r: &Report) -> Vec<FindingKind> {
+    let mut k: Vec<_> = r.findings.iter().map(|f| f.kind).collect();
+    k.sort();
+    k.dedup();
+    k
+}
+
+/// Stores register `%r9` to word `tid + 32 * ctaid` of the buffer.
+const STORE: &str = "mov.u32 %r30, %ctaid.x; mad.lo.u32 %r30, %r30, 32, %r0; mul.wide.u32 %rd14, %r30, 4; add.u64 %rd14, %rd0, %rd14; st.global.u32 [%rd14], %r9;";
+
+/// Initialises `bar` for `n` arrivals by thread 0.
+fn init(n: u32) -> String {
+    format!(
+        "setp.eq.u32 %p0, %r0, 0; @%p0 mbarrier.init.shared::cta.b64 [bar], {n}; fence.mbarrier_init.release.cluster; bar.sync 0;"
+    )
+}
+
+#[test]
+fn an_mbarrier_goes_through_its_phases() -> Result<(), Error> {
+    // Each lane arrives twice; the phase flips each time all 32 have come.
+    let body = format!(
+        "{}\nmbarrier.arrive.shared::cta.b64 %rd1, [bar];\nW0: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra W0;\n\
+         mbarrier.test_wait.parity.shared::cta.b64 %p2, [bar], 1; selp.u32 %r9, 7, 0, %p2;\n\
+         mbarrier.arrive.shared::cta.b64 %rd2, [bar];\nW1: mbarrier.test_wait.shared::cta.b64 %p1, [bar], %rd2; @!%p1 bra W1;\nadd.u32 %r9, %r9, 1;\n{STORE}",
+        init(32)
+    );
+    for seed in 0..4 {
+        let (report, out) = run(&body, 1, 32, 1, 32, seed)?;
+        assert_eq!(kinds(&report), []);
+        // Parity 1 is that of the phase before the first, or of the second: both may be seen, 1 is not seen before it ends.
+        assert!(out.iter().all(|v| *v == 1 || *v == 8), "{out:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_mbarrier_that_nobody_initialised_is_reported() -> Result<(), Error> {
+    let (report, _) = run("mbarrier.arrive.shared::cta.b64 %rd1, [bar];", 1, 32, 1, 32, 0)?;
+    assert_eq!(kinds(&report), [FindingKind::Mbarrier]);
+    Ok(())
+}
+
+#[test]
+fn too_many_arrivals_are_reported() -> Result<(), Error> {
+    let (report, _) = run(&format!("{}\nmbarrier.arrive.shared::cta.b64 %rd1, [bar], 3;", init(50)), 1, 32, 1, 32, 0)?;
+    assert!(kinds(&report).contains(&FindingKind::Mbarrier));
+    Ok(())
+}
+
+#[test]
+fn lanes_that_exit_before_an_aligned_barrier_diverge() -> Result<(), Error> {
+    let (report, _) = run("setp.gt.u32 %p1, %r0, 20;\n@%p1 ret;\nbar.sync 0;", 1, 64, 1, 32, 0)?;
+    assert_eq!(kinds(&report), [FindingKind::BarrierDivergence]);
+    let (report, _) = run("setp.gt.u32 %p1, %r0, 31;\n@%p1 ret;\nbar.sync 0;", 1, 64, 1, 32, 0)?;
+    assert_eq!(kinds(&report), []);
+    Ok(())
+}
+
+#[test]
+fn a_barrier_in_one_arm_of_a_branch_diverges() -> Result<(), Error> {
+    let (report, _) = run(
+        "and.b32 %r1, %r0, 1;\nsetp.eq.u32 %p1, %r1, 0;\n@%p1 bra L;\nbar.sync 0;\nL:\nadd.u32 %r9, %r0, 1;",
+        1,
+        32,
+        1,
+        32,
+        0,
+    )?;
+    assert_eq!(kinds(&report), [FindingKind::BarrierDivergence]);
+    Ok(())
+}
+
+#[test]
+fn a_barrier_with_too_few_threads_is_a_deadlock() -> Result<(), Error> {
+    let (report, _) = run("bar.sync 1, 96;", 1, 64, 1, 32, 0)?;
+    assert_eq!(kinds(&report), [FindingKind::Deadlock]);
+    Ok(())
+}
+
+#[test]
+fn a_flag_needs_release_and_acquire_or_fences() -> Result<(), Error> {
+    // Block 0 writes word 40 and sets the flag in word 41; block 1 waits for it and reads.
+    let kernel = |store: &str, load: &str| {
+        format!(
+            "mov.u32 %r1, %ctaid.x;\nsetp.ne.u32 %p1, %r0, 0;\n@%p1 ret;\nsetp.eq.u32 %p2, %r1, 1;\n@%p2 bra READ;\n\
+             st.global.u32 [%rd0+160], 5;\n{store}\nret;\nREAD:\n{load}\nsetp.eq.u32 %p3, %r2, 0;\n@%p3 bra READ;\nFENCE\nld.global.u32 %r9, [%rd0+160];\n{STORE}"
+        )
+    };
+    let relaxed = "ld.relaxed.gpu.global.u32 %r2, [%rd0+164];";
+    let good = [
+        kernel("st.release.gpu.global.u32 [%rd0+164], 1;", "ld.acquire.gpu.global.u32 %r2, [%rd0+164];")
+            .replace("FENCE\n", ""),
+        kernel("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%rd0+164], 1;", relaxed)
+            .replace("FENCE", "fence.acq_rel.gpu;"),
+        kernel("membar.gl; st.volatile.global.u32 [%rd0+164], 1;", "ld.volatile.global.u32 %r2, [%rd0+164];")
+            .replace("FENCE", "membar.gl;"),
+        kernel("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%rd0+164], 1;", relaxed)
+            .replace("FENCE", "fence.acq_rel.gpu;"),
+        kernel("red.release.gpu.global.add.u32 [%rd0+164], 1;", "atom.acquire.gpu.global.add.u32 %r2, [%rd0+164], 0;")
+            .replace("FENCE\n", ""),
+    ];
+    for seed in 0..4 {
+        for k in &good {
+            let (report, out) = run(k, 2, 32, 1, 64, seed)?;
+            assert_eq!((kinds(&report), out[32]), (vec![], 5), "{k}\n{:?}", report.findings);
+        }
+        let no_fence =
+            kernel("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%rd0+164], 1;", relaxed).replace("FENCE\n", "");
+        assert_eq!(kinds(&run(&no_fence, 2, 32, 1, 64, seed)?.0), [FindingKind::Race]);
+        let block_scope = kernel("fence.acq_rel.cta; st.relaxed.gpu.global.u32 [%rd0+164], 1;", relaxed)
+            .replace("FENCE", "fence.acq_rel.cta;");
+        assert_eq!(kinds(&run(&block_scope, 2, 32, 1, 64, seed)?.0), [FindingKind::Race]);
+    }
+    Ok(())
+}
+
+#[test]
+fn st_async_reaches_the_peer_and_counts_its_bytes() -> Result<(), Error> {
+    // Every lane sends its number to the peer's tile; the peer waits for 128 bytes.
+    let body = format!(
+        "{}\n@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 128;\nbarrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n\
+         mov.u32 %r1, %cluster_ctarank; xor.b32 %r2, %r1, 1; mov.u32 %r3, tile; mapa.shared::cluster.u32 %r4, %r3, %r2;\n\
+         mov.u32 %r5, bar; mapa.shared::cluster.u32 %r6, %r5, %r2; shl.b32 %r7, %r0, 2; add.u32 %r4, %r4, %r7; mad.lo.u32 %r8, %r1, 100, %r0;\n\
+         st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r4], %r8, [%r6];\n\
+         W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra W;\nadd.u32 %r3, %r3, %r7; ld.shared.u32 %r9, [%r3];\n{STORE}\n\
+         barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;",
+        init(1)
+    );
+    for seed in 0..4 {
+        let (report, out) = run(&body, 2, 32, 2, 64, seed)?;
+        assert_eq!(kinds(&report), [], "{:?}", report.findings);
+        assert_eq!((out[3], out[35]), (103, 3));
+    }
+    let early = body.replace("W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra W;", "");
+    assert!(kinds(&run(&early, 2, 32, 2, 64, 0)?.0).contains(&FindingKind::MissingWait));
+    Ok(())
+}
+
+#[test]
+fn warps_of_a_block_share_nothing_without_a_barrier() -> Result<(), Error> {
+    let body = |sync: &str| {
+        format!(
+            "mov.u32 %r3, tile; shl.b32 %r7, %r0, 2; add.u32 %r4, %r3, %r7; st.shared.u32 [%r4], %r0;\n{sync}\nxor.b32 %r5, %r7, 128; add.u32 %r5, %r3, %r5; ld.shared.u32 %r9, [%r5];\n{STORE}"
+        )
+    };
+    for seed in 0..4 {
+        assert!(
+            kinds(&run(&body(""), 1, 64, 1, 64, seed)?.0)
+                .iter()
+                .any(|k| matches!(k, FindingKind::Race | FindingKind::Uninitialized))
+        );
+        let (report, out) = run(&body("bar.sync 0;"), 1, 64, 1, 64, seed)?;
+        assert_eq!((kinds(&report), out[0], out[40]), (vec![], 32, 8));
+    }
+    Ok(())
+}
+
+#[test]
+fn an_unknown_instruction_is_an_error_with_its_line() {
+    let e = Module::parse(
+        ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k()\n{\nfrobnicate.b32 1;\nret;\n}\n",
+    );
+    assert!(matches!(e, Err(Error::Unsupported { line: 6, .. })), "{e:?}");
+}
+
+#[test]
+fn hostile_text_is_refused_and_does_not_crash() {
+    for text in [
+        "",
+        ".entry",
+        ".visible .entry k(",
+        "{{{{",
+        ".global .b8 x[99999999999999999999];",
+        ".entry k() { mov.b32 {a, b}, [",
+        ".entry k() { @ }",
+        "\"",
+        "/*",
+        ".func f() { call f, (1,2); }",
+    ] {
+        let _ = Module::parse(text);
+    }
+    let deep = format!(".entry k() {{ mov.b32 {}1; }}", "{".repeat(100_000));
+    assert!(Module::parse(&deep).is_err());
+}
+
+#[test]
+fn three_dimensional_boxes_land_with_every_swizzle() -> Result<(), Error> {
+    let ptx = "
+.version 8.7
+.target sm_90a
+.address_size 64
+.visible .entry k(.param .align 64 .b8 map[128], .param .align 64 .b8 back[128], .param .u64 out)
+{
+  .reg .pred %p<4>; .reg .b32 %r<16>; .reg .b64 %rd<8>;
+  .shared .align 1024 .b8 tile[2048];
+  .shared .align 8 .b64 bar;
+  mov.u32 %r0, %tid.x;
+  ld.param.u64 %rd0, [out];
+  mov.b64 %rd1, map; cvta.param.u64 %rd1, %rd1;
+  mov.b64 %rd2, back; cvta.param.u64 %rd2, %rd2;
+  setp.ne.u32 %p0, %r0, 0;
+  @!%p0 mbarrier.init.shared::cta.b64 [bar], 1;
+  bar.sync 0;
+  @%p0 bra WAIT;
+  mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 512;
+  cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [tile], [%rd1, {4, -1, 1}], [bar];
+WAIT:
+  mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0;
+  @!%p1 bra WAIT;
+  mov.u32 %r3, tile; shl.b32 %r4, %r0, 2; add.u32 %r3, %r3, %r4;
+  cvt.u64.u32 %rd3, %r4; add.u64 %rd3, %rd0, %rd3;
+LOOP:
+  ld.shared.u32 %r5, [%r3];
+  st.global.u32 [%rd3], %r5;
+  add.u32 %r3, %r3, 128; add.u64 %rd3, %rd3, 128; add.u32 %r4, %r4, 128;
+  setp.lt.u32 %p2, %r4, 512;
+  @%p2 bra LOOP;
+  @%p0 bra END;
+  cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%rd2, {4, -1, 1}], [tile];
+  cp.async.bulk.commit_group;
+  cp.async.bulk.wait_group 0;
+END:
+  ret;
+}";
+    let module = Module::parse(ptx)?;
+    for (swizzle, span) in [(Swizzle::None, 32u64), (Swizzle::B32, 32), (Swizzle::B64, 32), (Swizzle::B128, 32)] {
+        for seed in 0..3 {
+            let mut memory = Memory::new();
+            let (dims, boxes) = ([16u64, 5, 4], [8u32, 4, 4]);
+            let source = memory.alloc(16 * 5 * 4 * 4, 256);
+            let data: Vec<u8> = (0..320u32).flat_map(u32::to_le_bytes).collect();
+            memory.write(source, &data)?;
+            let sums = memory.alloc(16 * 5 * 4 * 4, 256);
+            memory.write(sums, &data)?;
+            let out = memory.alloc(512, 256);
+            let map = |base| TensorMapDesc {
+                dtype: MapType::U32,
+                base,
+                dims: dims.to_vec(),
+                strides: vec![64, 320],
+                box_dims: boxes.to_vec(),
+                element_strides: Vec::new(),
+                swizzle,
+            };
+            let args = vec![Arg::TensorMap(map(source)), Arg::TensorMap(map(sums)), Arg::U64(out)];
+            let l = Launch { entry: "k", grid: [1; 3], block: [32, 1, 1], cluster: [1; 3], dynamic_shared: 0, args };
+            let report = launch(&module, &mut memory, &l, &Options { seed, ..Options::default() })?;
+            assert_eq!(kinds(&report), [], "{:?}", report.findings);
+            let got = memory.read(out, 512)?;
+            let back = memory.read(sums, 1280)?;
+            let word = |b: &[u8], i: usize| u32::from_le_bytes([b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]]);
+            for z in 0..4u64 {
+                for y in 0..4u64 {
+                    for x in 0..8u64 {
+                        let (gx, gy, gz) = (x + 4, y as i64 - 1, z + 1);
+                        let inside = gy >= 0 && gz < 4;
+                        let index = (gz * 80 + gy.unsigned_abs() * 16 + gx) as usize;
+                        let want = if inside { index as u32 } else { 0 };
+                        let at = swizzle.apply((z * 4 + y) * span + x * 4) as usize / 4;
+                        assert_eq!(word(&got, at), want, "{swizzle:?} {x} {y} {z}");
+                        if inside {
+                            assert_eq!(word(&back, index), 2 * want);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
