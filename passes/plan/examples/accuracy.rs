@@ -30,7 +30,9 @@ fn main() {
         if oom == predicted.feasible {
             memory_wrong.push(format!(
                 "{} {} {} needs {:.1} GiB",
-                row.id, row.group, row.model_name,
+                row.id,
+                row.group,
+                row.model_name,
                 predicted.candidate.estimate.memory.total() / 1_073_741_824.0
             ));
         }
@@ -46,23 +48,51 @@ fn main() {
             let share = |x: f64| format!("{:>3.0}", 100.0 * x / total);
             println!(
                 "{:<26} {:<8} {:<17} {:<22} {:<12} {:<13} g{:<5} b{:<5} tp{} cp{} pp{} ep{} etp{} v{} {:?} mem {:>4.0} err {:>+6.1}% pred {:.3} {:?} | {} bub {} pp {} dp {} opt {} st {}",
-                row.id, part, row.group, row.model_name, row.cluster.name, row.request.software, row.request.gpus, row.request.global_batch,
-                c.choice.mapping.tp, c.choice.mapping.cp, c.choice.mapping.pp, c.choice.mapping.ep, c.choice.mapping.etp, c.choice.vpp, c.choice.recompute,
+                row.id,
+                part,
+                row.group,
+                row.model_name,
+                row.cluster.name,
+                row.request.software,
+                row.request.gpus,
+                row.request.global_batch,
+                c.choice.mapping.tp,
+                c.choice.mapping.cp,
+                c.choice.mapping.pp,
+                c.choice.mapping.ep,
+                c.choice.mapping.etp,
+                c.choice.vpp,
+                c.choice.recompute,
                 c.estimate.memory.total() / 1_073_741_824.0,
-                100.0 * published::error(row, &predicted).unwrap_or(f64::NAN), predicted.value, row.measured,
+                100.0 * published::error(row, &predicted).unwrap_or(f64::NAN),
+                predicted.value,
+                row.measured,
                 t.kinds.iter().map(|k| share(*k)).collect::<Vec<_>>().join(""),
-                share(t.bubble), share(t.pipeline_comm), share(t.data_comm), share(t.optimizer), share(t.straggler)
+                share(t.bubble),
+                share(t.pipeline_comm),
+                share(t.data_comm),
+                share(t.optimizer),
+                share(t.straggler)
             );
         }
     }
-    println!("{:<36} {:<9} {:>4} {:>8} {:>8} {:>10} {:>10}", "group", "part", "rows", "mean", "worst", "within 15%", "bias");
+    println!(
+        "{:<36} {:<9} {:>4} {:>8} {:>8} {:>10} {:>10}",
+        "group", "part", "rows", "mean", "worst", "within 15%", "bias"
+    );
     for ((group, part), errors) in &groups {
         let n = errors.len() as f64;
         let mean = errors.iter().map(|e| e.abs()).sum::<f64>() / n;
         let worst = errors.iter().map(|e| e.abs()).fold(0.0, f64::max);
         let within = errors.iter().filter(|e| e.abs() <= 0.15).count() as f64 / n;
         let bias = errors.iter().sum::<f64>() / n;
-        println!("{group:<36} {part:<9} {n:>4} {:>7.1}% {:>7.1}% {:>9.0}% {:>+9.1}%", 100.0 * mean, 100.0 * worst, 100.0 * within, 100.0 * bias);
+        println!(
+            "{group:<36} {part:<9} {n:>4} {:>7.1}% {:>7.1}% {:>9.0}% {:>+9.1}%",
+            100.0 * mean,
+            100.0 * worst,
+            100.0 * within,
+            100.0 * bias
+        );
     }
     println!("memory verdict wrong: {}", memory_wrong.len());
     memory_wrong.iter().for_each(|m| println!("  {m}"));

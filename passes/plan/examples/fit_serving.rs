@@ -19,12 +19,30 @@ const PULL: f64 = 0.002;
 
 fn parameters(set: &Value) -> Vec<Parameter> {
     let mut all: Vec<Parameter> = [
-        ("dense_memory", 0.2, 0.95), ("expert_memory", 0.1, 0.95), ("cache_memory", 0.05, 0.95), ("dense_flops", 0.1, 0.95),
-        ("expert_flops", 0.05, 0.9), ("expert_half_rows", 1.0, 400.0), ("attention_flops", 0.05, 0.8), ("spread", 0.6, 1.0),
-        ("layer_us", 0.0, 120.0), ("moe_layer_us", 0.0, 120.0), ("special_attention_us", 0.0, 100.0), ("step_us", 0.0, 6000.0),
-        ("request_us", 0.0, 120.0), ("collective_us", 0.0, 40.0), ("collective_rank_us", 0.0, 15.0), ("link", 0.05, 0.9), ("exchange_us", 0.0, 120.0),
-        ("interference", 0.3, 2.0), ("prefill_ms", 0.0, 200.0), ("first_token_ms", 0.0, 300.0), ("queue", 0.0, 1.0), ("wait_steps", 0.0, 4.0),
-        ("cache_bytes", 1.0, 2.0), ("memory_share", 0.75, 0.95),
+        ("dense_memory", 0.2, 0.95),
+        ("expert_memory", 0.1, 0.95),
+        ("cache_memory", 0.05, 0.95),
+        ("dense_flops", 0.1, 0.95),
+        ("expert_flops", 0.05, 0.9),
+        ("expert_half_rows", 1.0, 400.0),
+        ("attention_flops", 0.05, 0.8),
+        ("spread", 0.6, 1.0),
+        ("layer_us", 0.0, 120.0),
+        ("moe_layer_us", 0.0, 120.0),
+        ("special_attention_us", 0.0, 100.0),
+        ("step_us", 0.0, 6000.0),
+        ("request_us", 0.0, 120.0),
+        ("collective_us", 0.0, 40.0),
+        ("collective_rank_us", 0.0, 15.0),
+        ("link", 0.05, 0.9),
+        ("exchange_us", 0.0, 120.0),
+        ("interference", 0.3, 2.0),
+        ("prefill_ms", 0.0, 200.0),
+        ("first_token_ms", 0.0, 300.0),
+        ("queue", 0.0, 1.0),
+        ("wait_steps", 0.0, 4.0),
+        ("cache_bytes", 1.0, 2.0),
+        ("memory_share", 0.75, 0.95),
     ]
     .into_iter()
     .map(|(name, low, high)| Parameter::new(format!("/{name}"), low, high))
@@ -54,7 +72,11 @@ fn main() {
     let models = published::models();
     let points = silicon::points(&models);
     let prior: Value = serde_json::from_str(include_str!("../data/serve-prior.json")).expect("prior");
-    let mut file = if rounds > 0 { prior.clone() } else { serde_json::to_value(ServeFile::built_in().expect("built in")).expect("json") };
+    let mut file = if rounds > 0 {
+        prior.clone()
+    } else {
+        serde_json::to_value(ServeFile::built_in().expect("built in")).expect("json")
+    };
     let keys: Vec<String> = prior["sets"].as_object().expect("sets").keys().cloned().collect();
     for key in &keys {
         let fit: Vec<&Point> = points.iter().filter(|p| p.set == *key && p.fit).collect();
@@ -63,7 +85,12 @@ fn main() {
             let start = set.clone();
             let parameters = parameters(&set);
             let at = |v: &Value, p: &str| v.pointer(p).and_then(Value::as_f64).unwrap_or(0.0);
-            let pull = |v: &Value| parameters.iter().map(|p| ((at(v, &p.pointer) - at(&start, &p.pointer)) / (p.high - p.low)).powi(2)).sum::<f64>();
+            let pull = |v: &Value| {
+                parameters
+                    .iter()
+                    .map(|p| ((at(v, &p.pointer) - at(&start, &p.pointer)) / (p.high - p.low)).powi(2))
+                    .sum::<f64>()
+            };
             minimise(&mut set, &parameters, rounds, |v| loss(&fit, v) + PULL * pull(v));
             round(&mut set, &parameters);
             file["sets"][key.as_str()] = set;
@@ -76,7 +103,10 @@ fn main() {
 }
 
 fn report(keys: &[String], file: &Value, points: &[Point], rows: bool) {
-    println!("{:<18} {:<9} {:>5} | TPOT {:>7} {:>7} {:>8} | TTFT {:>7} {:>7}", "set", "part", "rows", "median", "mean", "in 20%", "median", "mean");
+    println!(
+        "{:<18} {:<9} {:>5} | TPOT {:>7} {:>7} {:>8} | TTFT {:>7} {:>7}",
+        "set", "part", "rows", "median", "mean", "in 20%", "median", "mean"
+    );
     let mut all = [[Vec::new(), Vec::new()], [Vec::new(), Vec::new()]];
     for key in keys {
         let p: ServeCalibration = serde_json::from_value(file["sets"][key.as_str()].clone()).expect("set");
@@ -89,9 +119,19 @@ fn report(keys: &[String], file: &Value, points: &[Point], rows: bool) {
                 if rows {
                     println!(
                         "row {} {part} {} {} {:?} tpot {:.2} / {:.2} {:+.0}% ttft {:.0} / {:.0} {:+.0}% batch {:.0} parts {:?} prefill {:.1}",
-                        point.line, point.label, point.version, point.layout.dense, e.tpot * 1e3, point.tpot_ms, 100.0 * (e.tpot * 1e3 / point.tpot_ms - 1.0),
-                        e.ttft * 1e3, point.ttft_ms, 100.0 * (e.ttft * 1e3 / point.ttft_ms - 1.0), e.batch,
-                        e.parts.map(|x| (x * 1e4).round() / 10.0), e.prefill * 1e3
+                        point.line,
+                        point.label,
+                        point.version,
+                        point.layout.dense,
+                        e.tpot * 1e3,
+                        point.tpot_ms,
+                        100.0 * (e.tpot * 1e3 / point.tpot_ms - 1.0),
+                        e.ttft * 1e3,
+                        point.ttft_ms,
+                        100.0 * (e.ttft * 1e3 / point.ttft_ms - 1.0),
+                        e.batch,
+                        e.parts.map(|x| (x * 1e4).round() / 10.0),
+                        e.prefill * 1e3
                     );
                 }
             }
@@ -108,6 +148,11 @@ fn line(key: &str, part: &str, tpot: &[f64], ttft: &[f64]) {
     let (a, b) = (silicon::summary(tpot), silicon::summary(ttft));
     println!(
         "{key:<18} {part:<9} {:>5} |      {:>6.1}% {:>6.1}% {:>7.0}% |      {:>6.1}% {:>6.1}%",
-        a.3, 100.0 * a.0, 100.0 * a.1, 100.0 * a.2, 100.0 * b.0, 100.0 * b.1
+        a.3,
+        100.0 * a.0,
+        100.0 * a.1,
+        100.0 * a.2,
+        100.0 * b.0,
+        100.0 * b.1
     );
 }

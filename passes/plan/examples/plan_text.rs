@@ -8,7 +8,11 @@ fn main() {
     let gpus = a[3].parse().unwrap();
     let mut r = match a[4].as_str() {
         "train" => Request::train(gpus, 4096, a.get(5).map_or(gpus * 8, |b| b.parse().unwrap())),
-        "decode" => Request { precision: Precision::Fp8, latency_bound_ms: Some(30.0), ..Request::serve(Objective::Decode, gpus, 1024, 1024) },
+        "decode" => Request {
+            precision: Precision::Fp8,
+            latency_bound_ms: Some(30.0),
+            ..Request::serve(Objective::Decode, gpus, 1024, 1024)
+        },
         _ => Request { precision: Precision::Fp8, ..Request::serve(Objective::Prefill, gpus, 8192, 1024) },
     };
     r.top = 3;

@@ -113,6 +113,8 @@ pub struct TrainCalibration {
     pub dp_overlap: f64,
     /// The same for fully sharded parameters, per micro-batch.
     pub fsdp_overlap: f64,
+    /// Bytes of a gradient that fully sharded parameters reduce.
+    pub fsdp_gradient_bytes: f64,
     /// Share of context-parallel exchange hidden behind attention.
     pub cp_overlap: f64,
     /// Synchronisation of one step of the context-parallel ring, microseconds.
@@ -129,7 +131,8 @@ pub struct TrainCalibration {
 
 /// The parameter file of the crate, parsed once.
 static TRAIN: LazyLock<Result<TrainCalibration, String>> = LazyLock::new(|| {
-    serde_json::from_str(include_str!("../data/train-calibration.json")).map_err(|e| format!("train-calibration.json: {e}"))
+    serde_json::from_str(include_str!("../data/train-calibration.json"))
+        .map_err(|e| format!("train-calibration.json: {e}"))
 });
 
 impl TrainCalibration {
@@ -146,8 +149,9 @@ impl TrainCalibration {
     /// # Errors
     /// `E0404` for malformed text and for shares outside (0, 1].
     pub fn from_json(text: &str) -> Result<Self, PlanError> {
-        let calibration: Self = serde_json::from_str(text)
-            .map_err(|e| PlanError::cluster(format!("the calibration file cannot be read: {e}"), "start from the built-in file"))?;
+        let calibration: Self = serde_json::from_str(text).map_err(|e| {
+            PlanError::cluster(format!("the calibration file cannot be read: {e}"), "start from the built-in file")
+        })?;
         calibration.check()?;
         Ok(calibration)
     }
@@ -185,7 +189,10 @@ impl TrainCalibration {
         let overlaps = overlaps.into_iter().chain(self.software.values().map(|s| s.all_to_all_overlap));
         for overlap in overlaps {
             if !(0.0..=1.0).contains(&overlap) {
-                return Err(PlanError::cluster(format!("overlap {overlap} is outside [0, 1]"), "give the hidden share"));
+                return Err(PlanError::cluster(
+                    format!("overlap {overlap} is outside [0, 1]"),
+                    "give the hidden share",
+                ));
             }
         }
         if self.elementwise < 1.0 || self.unfused_experts < 1.0 || self.quantize < 1.0 {

@@ -145,12 +145,8 @@ fn resolve(preset: &Preset, file: &PresetFile) -> Result<Cluster, String> {
     fields.insert("name".into(), record.name.clone().into());
     let mut gpu: Gpu = serde_json::from_value(fields.into()).map_err(|e| format!("{}: {e}", preset.gpu))?;
     gpu.generation = Generation::of(&gpu.name);
-    let collectives = file
-        .collectives
-        .iter()
-        .filter(|c| Some(&c.gpu) == preset.curves.as_ref())
-        .map(|c| c.curve.clone())
-        .collect();
+    let collectives =
+        file.collectives.iter().filter(|c| Some(&c.gpu) == preset.curves.as_ref()).map(|c| c.curve.clone()).collect();
     Ok(Cluster {
         name: preset.name.clone(),
         gpu,
@@ -173,7 +169,8 @@ impl Cluster {
     /// # Errors
     /// `E0404` with the known names.
     pub fn preset(name: &str) -> Result<Self, PlanError> {
-        let all = PRESETS.as_ref().map_err(|e| PlanError::cluster(e.clone(), "the preset file of this build is damaged"))?;
+        let all =
+            PRESETS.as_ref().map_err(|e| PlanError::cluster(e.clone(), "the preset file of this build is damaged"))?;
         all.iter().find(|c| c.name == name).cloned().ok_or_else(|| {
             PlanError::cluster(
                 format!("`{name}` is not a cluster preset"),

@@ -52,7 +52,12 @@ impl CollectiveCurve {
     pub(crate) fn check(&self, nvlink_gbps: f64) -> Result<(), PlanError> {
         let ascending = self.size_bytes.windows(2).all(|w| w[0] < w[1]);
         let positive = self.size_bytes.iter().chain(&self.latency_us).all(|v| *v > 0.0 && v.is_finite());
-        if self.size_bytes.len() != self.latency_us.len() || self.size_bytes.len() < 2 || !ascending || !positive || self.gpus < 2 {
+        if self.size_bytes.len() != self.latency_us.len()
+            || self.size_bytes.len() < 2
+            || !ascending
+            || !positive
+            || self.gpus < 2
+        {
             return Err(PlanError::cluster(
                 format!("the {:?} curve for {} GPUs is malformed", self.op, self.gpus),
                 "size_bytes and latency_us have equal length, are positive, and sizes ascend",
@@ -64,7 +69,10 @@ impl CollectiveCurve {
             let floor = size * self.op.wire_factor(self.gpus as f64) / sharp / (nvlink_gbps * 1e9) * 1e6;
             if *us < floor {
                 return Err(PlanError::cluster(
-                    format!("{:?} of {size} bytes on {} GPUs takes {us} us, faster than the links allow ({floor:.1} us)", self.op, self.gpus),
+                    format!(
+                        "{:?} of {size} bytes on {} GPUs takes {us} us, faster than the links allow ({floor:.1} us)",
+                        self.op, self.gpus
+                    ),
                     "check the units: latency in microseconds, nvlink_gbps in GB/s one way",
                 ));
             }
@@ -137,7 +145,8 @@ pub fn collective_seconds(cluster: &Cluster, eff: &LinkEfficiency, op: Collectiv
     match op {
         Collective::AllToAll => {
             let remote = bytes * (n - local) / n / (nic * eff.network_all_to_all);
-            let inside = if local > 1.0 { local_seconds(cluster, op, local, bytes * local / n) / eff.nvlink } else { 0.0 };
+            let inside =
+                if local > 1.0 { local_seconds(cluster, op, local, bytes * local / n) / eff.nvlink } else { 0.0 };
             // Messages shrink with the group; each peer costs a share of a message latency.
             latency * domains.min(64.0).sqrt() + remote.max(inside)
         }

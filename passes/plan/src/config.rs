@@ -16,25 +16,53 @@ const HEADS: &[&str] = &["num_attention_heads", "n_heads", "num_heads", "n_head"
 const KV_HEADS: &[&str] = &["num_key_value_heads", "attn_config.kv_n_heads", "num_attention_groups"];
 const HEAD_DIM: &[&str] = &["head_dim", "d_kv", "attention_head_dim", "kv_channels"];
 const EXPERTS: &[&str] = &[
-    "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts",
-    "moe_num_primary_experts", "num_routed_experts",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "ffn_config.moe_num_experts",
+    "moe_num_primary_experts",
+    "num_routed_experts",
 ];
 const TOP_K: &[&str] = &[
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "moe_top_k",
-    "ffn_config.moe_top_k", "top_k_experts", "moe_num_active_primary_experts", "num_selected_experts",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "ffn_config.moe_top_k",
+    "top_k_experts",
+    "moe_num_active_primary_experts",
+    "num_selected_experts",
 ];
 const EXPERT_WIDTH: &[&str] = &[
-    "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_config.ffn_hidden_size", "moe_ffn_hidden_size",
-    "intermediate_size", "ffn_hidden_size", "d_ff", "encoder_ffn_dim",
+    "moe_intermediate_size",
+    "expert_ffn_hidden_size",
+    "ffn_config.ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "intermediate_size",
+    "ffn_hidden_size",
+    "d_ff",
+    "encoder_ffn_dim",
 ];
 const DENSE_WIDTH: &[&str] = &[
-    "intermediate_size_mlp", "intermediate_size", "ffn_hidden_size", "d_ff", "encoder_ffn_dim",
-    "ffn_config.ffn_hidden_size", "moe_intermediate_size",
+    "intermediate_size_mlp",
+    "intermediate_size",
+    "ffn_hidden_size",
+    "d_ff",
+    "encoder_ffn_dim",
+    "ffn_config.ffn_hidden_size",
+    "moe_intermediate_size",
 ];
 const SHARED_WIDTH: &[&str] = &[
-    "shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size", "share_expert_dim",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "share_expert_dim",
 ];
-const SHARED_COUNT: &[&str] = &["n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"];
+const SHARED_COUNT: &[&str] =
+    &["n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"];
 
 /// View of the configuration that knows nested names and lists per layer.
 struct Config<'a>(&'a Value);
@@ -48,7 +76,9 @@ impl Config<'_> {
     fn at(&self, names: &[&str], layer: usize) -> Option<u64> {
         names.iter().find_map(|name| match self.get(name)? {
             Value::Array(list) => list.get(layer).or(list.last())?.as_u64(),
-            other => other.as_u64(),
+            other @ (Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_)) => {
+                other.as_u64()
+            }
         })
     }
 
@@ -83,9 +113,9 @@ impl ModelShape {
             .find_map(|v| v.get("_name_or_path").and_then(Value::as_str).filter(|s| !s.is_empty()))
             .or_else(|| config.get("model_type").and_then(Value::as_str))
             .unwrap_or("model");
-        let count = c.need("number of layers", LAYERS)? + encoder_layers(&c);
-        if count == 0 || count > 100_000 {
-            return Err(PlanError::model(format!("{count} layers is outside 1..=100000"), "set num_hidden_layers"));
+        let count = c.need("number of layers", LAYERS)?.saturating_add(encoder_layers(&c));
+        if count == 0 || count > 10_000 {
+            return Err(PlanError::model(format!("{count} layers is outside 1..=10000"), "set num_hidden_layers"));
         }
         let hidden = c.need("hidden size", HIDDEN)?;
         let mut layers = Vec::new();
@@ -96,7 +126,8 @@ impl ModelShape {
         shape.tied_embeddings = c.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
         shape.mtp_layers = c.number(&["num_nextn_predict_layers", "num_mtp_modules"]).unwrap_or(0);
         // GPT-OSS: biases and a clamp in every expert, whether or not the configuration spells it out.
-        shape.unfused_experts = c.get("swiglu_limit").is_some() || config.get("model_type").and_then(Value::as_str) == Some("gpt_oss");
+        shape.unfused_experts =
+            c.get("swiglu_limit").is_some() || config.get("model_type").and_then(Value::as_str) == Some("gpt_oss");
         shape.dtype_bytes = match c.get("torch_dtype").or_else(|| c.get("dtype")).and_then(Value::as_str) {
             Some("float32") => 4.0,
             Some(_) | None => 2.0,
@@ -193,7 +224,8 @@ fn feed_forward(c: &Config<'_>, index: usize) -> Result<FeedForward, PlanError> 
 
 /// The layer rules of the model families.
 fn is_moe(c: &Config<'_>, index: u64, experts: u64) -> bool {
-    if let Some(kind) = c.get("mlp_layer_types").and_then(Value::as_array).and_then(|l| l.get(index as usize)?.as_str()) {
+    if let Some(kind) = c.get("mlp_layer_types").and_then(Value::as_array).and_then(|l| l.get(index as usize)?.as_str())
+    {
         return kind != "dense";
     }
     if let Some(list) = c.get("moe_layers").and_then(Value::as_array) {

@@ -27,6 +27,9 @@ pub struct Sensitivity {
     pub text: String,
 }
 
+/// Picks one size of a pinned mapping.
+type Slot = fn(&mut Fixed) -> &mut Option<u64>;
+
 /// Names of causes as readers know them.
 fn cause(name: &str) -> &str {
     Kind::ALL.iter().find(|k| k.name() == name).map_or(
@@ -54,11 +57,17 @@ pub(crate) fn why_slower(cx: &TrainCx<'_>, winner: &Candidate, other: &Candidate
     let total = winner.seconds();
     let slower = other.seconds() / total - 1.0;
     let best = time_ms(winner);
-    let mut causes: Vec<(&str, f64)> =
-        time_ms(other).into_iter().map(|(name, ms)| (name, (ms - best.get(name).copied().unwrap_or(0.0)) / (1e3 * total))).collect();
+    let mut causes: Vec<(&str, f64)> = time_ms(other)
+        .into_iter()
+        .map(|(name, ms)| (name, (ms - best.get(name).copied().unwrap_or(0.0)) / (1e3 * total)))
+        .collect();
     causes.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let causes: Vec<String> =
-        causes.iter().take(2).filter(|(_, d)| *d > 5e-4).map(|(name, d)| format!("{} +{:.1}%", cause(name), 100.0 * d)).collect();
+    let causes: Vec<String> = causes
+        .iter()
+        .take(2)
+        .filter(|(_, d)| *d > 5e-4)
+        .map(|(name, d)| format!("{} +{:.1}%", cause(name), 100.0 * d))
+        .collect();
     let why = if causes.is_empty() { String::new() } else { format!(": {}", causes.join(", ")) };
     let memory = (other.estimate.memory.total() - winner.estimate.memory.total()) / GIB;
     let same = if slower < 5e-5 { "as fast".to_owned() } else { format!("{:.1}% slower", 100.0 * slower) };
@@ -79,9 +88,17 @@ pub(crate) fn sensitivity_training(cx: &TrainCx<'_>, winner: &Candidate) -> Vec<
     let c = &winner.choice;
     let m = &c.mapping;
     let pinned = &cx.request.fixed;
-    let at = Fixed { tp: Some(m.tp), cp: Some(m.cp), pp: Some(m.pp), ep: Some(m.ep), etp: Some(m.etp), mbs: Some(c.mbs), ..Fixed::default() };
+    let at = Fixed {
+        tp: Some(m.tp),
+        cp: Some(m.cp),
+        pp: Some(m.pp),
+        ep: Some(m.ep),
+        etp: Some(m.etp),
+        mbs: Some(c.mbs),
+        ..Fixed::default()
+    };
     let mut changes: Vec<(String, Fixed, Option<Recompute>, Option<Sharding>)> = Vec::new();
-    let axes: [(&str, u64, bool, fn(&mut Fixed) -> &mut Option<u64>); 6] = [
+    let axes: [(&str, u64, bool, Slot); 6] = [
         ("tp", m.tp, pinned.tp.is_some(), |f| &mut f.tp),
         ("cp", m.cp, pinned.cp.is_some(), |f| &mut f.cp),
         ("pp", m.pp, pinned.pp.is_some(), |f| &mut f.pp),
@@ -107,10 +124,20 @@ pub(crate) fn sensitivity_training(cx: &TrainCx<'_>, winner: &Candidate) -> Vec<
     if m.pp > 1 && c.vpp > 1 && pinned.vpp.is_none() {
         changes.push(("vpp=1".to_owned(), Fixed { vpp: Some(1), ..at }, Some(c.recompute), Some(c.sharding)));
     }
-    changes.into_iter().filter_map(|(change, fixed, recompute, sharding)| evaluate(cx, winner, change, fixed, recompute, sharding)).collect()
+    changes
+        .into_iter()
+        .filter_map(|(change, fixed, recompute, sharding)| evaluate(cx, winner, change, fixed, recompute, sharding))
+        .collect()
 }
 
-fn evaluate(cx: &TrainCx<'_>, winner: &Candidate, change: String, fixed: Fixed, recompute: Option<Recompute>, sharding: Option<Sharding>) -> Option<Sensitivity> {
+fn evaluate(
+    cx: &TrainCx<'_>,
+    winner: &Candidate,
+    change: String,
+    fixed: Fixed,
+    recompute: Option<Recompute>,
+    sharding: Option<Sharding>,
+) -> Option<Sensitivity> {
     let request = Request { fixed, recompute: recompute.or(cx.request.recompute), sharding, ..cx.request.clone() };
     let changed = TrainCx::new(cx.model, cx.cluster, cx.cal, cx.software, &request);
     let found = search(&changed, 1).ok()?;
@@ -122,12 +149,21 @@ fn evaluate(cx: &TrainCx<'_>, winner: &Candidate, change: String, fixed: Fixed, 
     let time = other.seconds() / winner.seconds() - 1.0;
     let memory_gib = (other.estimate.memory.total() - winner.estimate.memory.total()) / GIB;
     let text = if feasible {
-        let speed = if time >= 0.0 { format!("{:.1}% slower", 100.0 * time) } else { format!("{:.1}% faster", -100.0 * time) };
-        let memory = if memory_gib >= 0.0 { format!("{memory_gib:.1} GiB more") } else { format!("{:.1} GiB less", -memory_gib) };
+        let speed =
+            if time >= 0.0 { format!("{:.1}% slower", 100.0 * time) } else { format!("{:.1}% faster", -100.0 * time) };
+        let memory = if memory_gib >= 0.0 {
+            format!("{memory_gib:.1} GiB more")
+        } else {
+            format!("{:.1} GiB less", -memory_gib)
+        };
         let joint = if (time >= 0.0) == (memory_gib < 0.0) { "but" } else { "and" };
         format!("{speed} with {change}, {joint} {memory}")
     } else {
-        format!("{change} does not fit: {:.1} GiB of {:.1} GiB", other.estimate.memory.total() / GIB, memory_limit(&changed) / GIB)
+        format!(
+            "{change} does not fit: {:.1} GiB of {:.1} GiB",
+            other.estimate.memory.total() / GIB,
+            memory_limit(&changed) / GIB
+        )
     };
     Some(Sensitivity { change, time, memory_gib, feasible, text })
 }

@@ -87,7 +87,8 @@ mod tests {
         let mut file = serde_json::json!({"a": 1.0, "b": {"c": 5.0}});
         let parameters = [Parameter::new("/a", 0.0, 2.0), Parameter::new("/b/c", 4.0, 9.0)];
         let at = |v: &Value, p: &str| v.pointer(p).unwrap().as_f64().unwrap();
-        let best = minimise(&mut file, &parameters, 200, |v| (at(v, "/a") - 0.3).powi(2) + (at(v, "/b/c") - 2.0).powi(2));
+        let best =
+            minimise(&mut file, &parameters, 200, |v| (at(v, "/a") - 0.3).powi(2) + (at(v, "/b/c") - 2.0).powi(2));
         assert!((best - 4.0).abs() < 1e-3, "{best}");
         assert!((at(&file, "/a") - 0.3).abs() < 0.02);
         assert_eq!(at(&file, "/b/c"), 4.0);

@@ -6,7 +6,7 @@
 
 use crate::{
     error::PlanError,
-    mapping::{Mapping, MAX_GPUS},
+    mapping::{MAX_GPUS, Mapping},
 };
 use serde::Serialize;
 

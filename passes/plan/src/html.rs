@@ -28,12 +28,24 @@ pub(crate) fn escape(text: &str) -> String {
 ///
 /// # Errors
 /// `E0404` when the built-in calibration is damaged; `E0402` for plans changed by hand.
-pub fn html(report: &PlanReport, model: &ModelShape, cluster: &Cluster, request: &Request) -> Result<String, PlanError> {
+pub fn html(
+    report: &PlanReport,
+    model: &ModelShape,
+    cluster: &Cluster,
+    request: &Request,
+) -> Result<String, PlanError> {
     let mut page = String::new();
     let title = escape(&format!("{} on {} x {}", report.model, report.gpus, report.cluster));
     // Writing to a string cannot fail.
-    let _ = write!(page, "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>");
-    let _ = write!(page, "<p class=\"note\">{} choices evaluated, {} branches skipped by a bound.</p>", report.evaluated, report.pruned);
+    let _ = write!(
+        page,
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
+    );
+    let _ = write!(
+        page,
+        "<p class=\"note\">{} choices evaluated, {} branches skipped by a bound.</p>",
+        report.evaluated, report.pruned
+    );
     page.push_str(&table(report));
     if let Some(best) = report.plans.first() {
         let _ = write!(page, "<h2>Mapping of the best plan</h2>{}", chart::mapping(best, cluster)?);
@@ -65,9 +77,21 @@ fn table(report: &PlanReport) -> String {
         let _ = write!(
             out,
             "<tr><td>{}</td><td>{} {} {} {}</td><td>{} {} {}</td><td>{}</td><td>{}</td><td>{}</td><td>{:.2}</td><td>{}</td><td>{:.0}</td><td>{:.1}</td><td>{}</td></tr>",
-            index + 1, a.tp, a.cp, a.dp, a.pp, e.etp, e.ep, e.edp, p.micro_batch, p.vpp, recompute(p), p.step_ms,
+            index + 1,
+            a.tp,
+            a.cp,
+            a.dp,
+            a.pp,
+            e.etp,
+            e.ep,
+            e.edp,
+            p.micro_batch,
+            p.vpp,
+            recompute(p),
+            p.step_ms,
             p.mfu.map_or("–".to_owned(), |m| format!("{:.1}%", 100.0 * m)),
-            p.tokens_per_s_per_gpu, p.memory_gib.total,
+            p.tokens_per_s_per_gpu,
+            p.memory_gib.total,
             escape(p.why.as_deref().unwrap_or(if p.feasible { "best" } else { "does not fit" }))
         );
     }

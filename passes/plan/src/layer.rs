@@ -39,7 +39,13 @@ pub enum Kind {
 impl Kind {
     /// All kinds in order of their index.
     pub const ALL: [Self; 8] = [
-        Self::Gemm, Self::Attention, Self::Experts, Self::Elementwise, Self::TensorComm, Self::ContextComm, Self::ExpertComm,
+        Self::Gemm,
+        Self::Attention,
+        Self::Experts,
+        Self::Elementwise,
+        Self::TensorComm,
+        Self::ContextComm,
+        Self::ExpertComm,
         Self::Host,
     ];
 
@@ -307,10 +313,18 @@ fn expert_exchange(cx: &LayerCx<'_>, own: f64, top_k: f64, sink: &mut impl Sink)
     if cx.etp.ranks > 1 {
         let etp = cx.etp.ranks as f64;
         let bytes = own * top_k * cx.hidden * 2.0 * etp * cx.imbalance;
-        let seconds = cx.collective(Collective::AllGather, cx.etp, bytes) + cx.collective(Collective::ReduceScatter, cx.etp, bytes);
+        let seconds = cx.collective(Collective::AllGather, cx.etp, bytes)
+            + cx.collective(Collective::ReduceScatter, cx.etp, bytes);
         let bytes = 2.0 * bytes * (etp - 1.0) / etp;
         for backward in [false, true] {
-            sink.op(Op { name: "etp all-gather + reduce-scatter", kind: Kind::ExpertComm, backward, flops: 0.0, bytes, seconds });
+            sink.op(Op {
+                name: "etp all-gather + reduce-scatter",
+                kind: Kind::ExpertComm,
+                backward,
+                flops: 0.0,
+                bytes,
+                seconds,
+            });
         }
     }
 }
@@ -385,7 +399,14 @@ fn core_ops(cx: &LayerCx<'_>, layer: &Layer, kv_row: f64, sink: &mut impl Sink) 
         bwd = 2.0 * fwd;
     }
     sink.op(Op { name: "attention core", kind: Kind::Attention, backward: false, flops, bytes, seconds: fwd });
-    sink.op(Op { name: "attention core", kind: Kind::Attention, backward: true, flops: 2.5 * flops, bytes: 2.0 * bytes, seconds: bwd });
+    sink.op(Op {
+        name: "attention core",
+        kind: Kind::Attention,
+        backward: true,
+        flops: 2.5 * flops,
+        bytes: 2.0 * bytes,
+        seconds: bwd,
+    });
     if cx.cp.ranks > 1 && kv_row > 0.0 {
         // Each step rescales the fp32 output collected so far.
         let width = layer.core_flops_per_context() / 4.0 / tp;
@@ -396,7 +417,14 @@ fn core_ops(cx: &LayerCx<'_>, layer: &Layer, kv_row: f64, sink: &mut impl Sink) 
         let (name, kind) = ("cp ring", Kind::ContextComm);
         let exposed = |ring: f64, core: f64| (ring - cx.cal.cp_overlap * core).max(ring * (1.0 - cx.cal.cp_overlap));
         sink.op(Op { name, kind, backward: false, flops: 0.0, bytes, seconds: exposed(ring, fwd) + steps });
-        sink.op(Op { name, kind, backward: true, flops: 0.0, bytes: 2.0 * bytes, seconds: exposed(2.0 * ring, bwd) + 2.0 * steps });
+        sink.op(Op {
+            name,
+            kind,
+            backward: true,
+            flops: 0.0,
+            bytes: 2.0 * bytes,
+            seconds: exposed(2.0 * ring, bwd) + 2.0 * steps,
+        });
     }
 }
 

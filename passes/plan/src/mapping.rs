@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub const DEFAULT_ORDER: &str = "tp-cp-ep-dp-pp";
 
 /// Largest number of GPUs that is accepted; above it is taken for a typing error.
-pub const MAX_GPUS: u64 = 1 << 24;
+pub const MAX_GPUS: u64 = 1 << 20;
 
 /// The free sizes of a folded mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -40,7 +40,7 @@ impl Mapping {
         check_gpus(gpus)?;
         let attention = self.ways("tp", "cp", self.tp, self.cp, gpus)?;
         let experts = self.ways("etp", "ep", self.etp, self.ep, gpus)?;
-        if gpus % attention != 0 {
+        if !gpus.is_multiple_of(attention) {
             return Err(PlanError::mapping(
                 format!("world_size ({gpus}) is not divisible by {attention}"),
                 format!(
@@ -52,7 +52,7 @@ impl Mapping {
                 ),
             ));
         }
-        if gpus % experts != 0 {
+        if !gpus.is_multiple_of(experts) {
             return Err(PlanError::mapping(
                 format!(
                     "world_size ({gpus}) is not divisible by expert_tensor_model_pipeline_parallel size ({experts})"
@@ -77,7 +77,7 @@ impl Mapping {
                 ));
             }
         }
-        // Each factor is at most MAX_GPUS = 2^24, so two products stay below 2^72 only in theory: check.
+        // Each factor is at most MAX_GPUS = 2^20, so the product of three stays below 2^60.
         a.checked_mul(b).and_then(|x| x.checked_mul(self.pp)).ok_or_else(|| {
             PlanError::mapping(
                 format!("{first} x {second} x pp is larger than the number of GPUs ({gpus})"),

@@ -59,7 +59,13 @@ pub const FRAGMENTATION: f64 = 0.06;
 impl Memory {
     /// Sum of all kinds.
     pub fn total(&self) -> f64 {
-        self.weights + self.gradients + self.optimizer + self.activations + self.kv_cache + self.buffers + self.fragmentation
+        self.weights
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.kv_cache
+            + self.buffers
+            + self.fragmentation
     }
 
     /// In GiB, with the limit.
@@ -102,7 +108,9 @@ pub(crate) fn state(p: &LocalParameters, sharding: Sharding, ways: ShardWays, co
     let all = (p.dense + p.experts) * copies;
     let optimizer = |dense: f64, experts: f64| 12.0 * (p.dense / dense + p.experts / experts);
     match sharding {
-        Sharding::None => Memory { weights: 2.0 * all, gradients: 4.0 * all, optimizer: optimizer(1.0, 1.0), ..Memory::default() },
+        Sharding::None => {
+            Memory { weights: 2.0 * all, gradients: 4.0 * all, optimizer: optimizer(1.0, 1.0), ..Memory::default() }
+        }
         Sharding::Optimizer => Memory {
             weights: 2.0 * all,
             gradients: 4.0 * all,
@@ -159,7 +167,8 @@ pub(crate) fn layer_activations(layer: &Layer, a: &ActivationCx, recompute: Reco
             // Query, key, value and core output.
             Attention::Gqa { heads, kv_heads, head_dim, .. } => (2 * heads * head_dim + 2 * kv_heads * head_dim) as f64,
             Attention::Mla { heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim } => {
-                let compressed = tp * (q_lora_rank + kv_lora_rank + qk_rope_head_dim) as f64 * if keep { 2.0 } else { 1.0 };
+                let compressed =
+                    tp * (q_lora_rank + kv_lora_rank + qk_rope_head_dim) as f64 * if keep { 2.0 } else { 1.0 };
                 let full = heads as f64 * (2 * (qk_nope_head_dim + qk_rope_head_dim) + 2 * v_head_dim) as f64;
                 // Up-projections are recomputed from the compressed form.
                 compressed / tp + if keep { full } else { (heads * v_head_dim) as f64 }

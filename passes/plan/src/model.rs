@@ -7,7 +7,9 @@ use crate::error::PlanError;
 use serde::{Deserialize, Serialize};
 
 /// Largest value accepted for one size; larger ones are taken for errors.
-pub const MAX_SIZE: u64 = 1 << 32;
+///
+/// Products of three sizes stay below 2^63.
+pub const MAX_SIZE: u64 = 1 << 21;
 
 /// Attention of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -133,8 +135,16 @@ impl ModelShape {
     /// # Errors
     /// `E0405` names the size that is zero, too large or inconsistent.
     pub fn new(name: impl Into<String>, hidden: u64, vocab: u64, layers: Vec<Layer>) -> Result<Self, PlanError> {
-        let shape =
-            Self { name: name.into(), hidden, vocab, tied_embeddings: false, dtype_bytes: 2.0, layers, unfused_experts: false, mtp_layers: 0 };
+        let shape = Self {
+            name: name.into(),
+            hidden,
+            vocab,
+            tied_embeddings: false,
+            dtype_bytes: 2.0,
+            layers,
+            unfused_experts: false,
+            mtp_layers: 0,
+        };
         shape.check()?;
         Ok(shape)
     }
@@ -146,9 +156,9 @@ impl ModelShape {
     pub fn check(&self) -> Result<(), PlanError> {
         size("hidden size", self.hidden)?;
         size("vocabulary", self.vocab)?;
-        if self.layers.is_empty() || self.layers.len() > 100_000 {
+        if self.layers.is_empty() || self.layers.len() > 10_000 {
             return Err(PlanError::model(
-                format!("{} layers is outside 1..=100000", self.layers.len()),
+                format!("{} layers is outside 1..=10000", self.layers.len()),
                 "set num_hidden_layers",
             ));
         }
@@ -198,7 +208,8 @@ impl ModelShape {
     /// which is what `seq / 2` earlier tokens on average means.
     pub fn forward_flops_per_token(&self, seq: u64) -> f64 {
         let hidden = self.hidden as f64;
-        let layers: f64 = self.classes().iter().map(|c| c.count as f64 * c.layer.flops_per_token(self.hidden, seq)).sum();
+        let layers: f64 =
+            self.classes().iter().map(|c| c.count as f64 * c.layer.flops_per_token(self.hidden, seq)).sum();
         let last = self.layers.last().map_or(0.0, |l| l.flops_per_token(self.hidden, seq));
         let logits = 2.0 * hidden * self.vocab as f64;
         // A prediction layer also projects two hidden states into one (DeepSeek-V3, section 2.2).
@@ -311,7 +322,9 @@ impl Layer {
         match self.attention {
             Attention::Gqa { .. } | Attention::Mla { .. } => 0.0,
             // Decay, delta update and read-out of a key_dim x value_dim state per value head.
-            Attention::Linear { value_heads, key_dim, value_dim, .. } => 8.0 * (value_heads * key_dim * value_dim) as f64,
+            Attention::Linear { value_heads, key_dim, value_dim, .. } => {
+                8.0 * (value_heads * key_dim * value_dim) as f64
+            }
         }
     }
 
@@ -334,7 +347,7 @@ impl Layer {
                 size("attention heads", heads)?;
                 size("key-value heads", kv_heads)?;
                 size("head size", head_dim)?;
-                size("sliding window", window.unwrap_or(1))?;
+                size("sliding window", window.map_or(1, |w| w.min(MAX_SIZE)))?;
                 if kv_heads > heads || !heads.is_multiple_of(kv_heads) {
                     return Err(PlanError::model(
                         format!("{heads} query heads cannot share {kv_heads} key-value heads"),
@@ -346,12 +359,17 @@ impl Layer {
                 size("attention heads", heads)?;
                 size("kv_lora_rank", kv_lora_rank)?;
                 size("qk_nope_head_dim", qk_nope_head_dim)?;
-                size("qk_rope_head_dim", qk_rope_head_dim + 1)?;
+                size("qk_rope_head_dim", qk_rope_head_dim.saturating_add(1))?;
                 size("v_head_dim", v_head_dim)?;
-                size("q_lora_rank", q_lora_rank + 1)?;
+                size("q_lora_rank", q_lora_rank.saturating_add(1))?;
             }
             Attention::Linear { key_heads, value_heads, key_dim, value_dim } => {
-                for (name, value) in [("key heads", key_heads), ("value heads", value_heads), ("key width", key_dim), ("value width", value_dim)] {
+                for (name, value) in [
+                    ("key heads", key_heads),
+                    ("value heads", value_heads),
+                    ("key width", key_dim),
+                    ("value width", value_dim),
+                ] {
                     size(name, value)?;
                 }
             }

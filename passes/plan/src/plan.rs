@@ -61,6 +61,8 @@ pub struct Plan {
     pub vpp: u64,
     /// What is recomputed.
     pub recompute: Recompute,
+    /// Share of the layers that full recomputation covers.
+    pub recompute_share: f64,
     /// How training state is sharded.
     pub sharding: Sharding,
     /// Pipeline schedule.
@@ -128,7 +130,13 @@ pub struct RankPlan {
 impl Plan {
     /// The mapping without derived sizes.
     pub fn mapping(&self) -> Mapping {
-        Mapping { tp: self.attention.tp, cp: self.attention.cp, pp: self.attention.pp, ep: self.experts.ep, etp: self.experts.etp }
+        Mapping {
+            tp: self.attention.tp,
+            cp: self.attention.cp,
+            pp: self.attention.pp,
+            ep: self.experts.ep,
+            etp: self.experts.etp,
+        }
     }
 
     /// Rank groups of both layer kinds.
@@ -145,7 +153,10 @@ impl Plan {
     /// `E0402` for a rank that does not exist.
     pub fn rank(&self, rank: u64) -> Result<RankPlan, PlanError> {
         if rank >= self.gpus {
-            return Err(PlanError::mapping(format!("rank {rank} of {} GPUs", self.gpus), format!("ranks are 0..{}", self.gpus)));
+            return Err(PlanError::mapping(
+                format!("rank {rank} of {} GPUs", self.gpus),
+                format!("ranks are 0..{}", self.gpus),
+            ));
         }
         let (attention, experts, ..) = generators(self.gpus, &self.mapping(), &self.order)?;
         let pp = attention.position(rank, Axis::Pp);
@@ -158,7 +169,12 @@ impl Plan {
                 dp: attention.position(rank, Axis::Dp),
                 pp,
             },
-            experts: ExpertWays { etp: experts.position(rank, Axis::Tp), ep, edp: experts.position(rank, Axis::Dp), pp },
+            experts: ExpertWays {
+                etp: experts.position(rank, Axis::Tp),
+                ep,
+                edp: experts.position(rank, Axis::Dp),
+                pp,
+            },
             local_experts: ep * self.local_experts..(ep + 1) * self.local_experts,
             layers: self.stage_layers.get(pp as usize).cloned().unwrap_or_default(),
         })
@@ -222,7 +238,10 @@ fn check_request(cluster: &Cluster, request: &Request) -> Result<(), PlanError> 
     }
     let bad = |x: Option<f64>| x.is_some_and(|v| !(v > 0.0 && v.is_finite()));
     if bad(request.memory_limit_gib) || bad(request.latency_bound_ms) || bad(request.capacity_factor) {
-        return Err(PlanError::mapping("a limit is not a positive number", "memory in GiB, latency in milliseconds, capacity factor such as 1.25"));
+        return Err(PlanError::mapping(
+            "a limit is not a positive number",
+            "memory in GiB, latency in milliseconds, capacity factor such as 1.25",
+        ));
     }
     let loads = match &request.routing {
         crate::choice::Routing::Balanced => Vec::new(),
@@ -240,7 +259,12 @@ fn check_request(cluster: &Cluster, request: &Request) -> Result<(), PlanError> 
 ///
 /// # Errors
 /// `E0404` for an unknown release.
-pub fn operations(model: &ModelShape, cluster: &Cluster, request: &Request, plan: &Plan) -> Result<Vec<(u64, Vec<Op>)>, PlanError> {
+pub fn operations(
+    model: &ModelShape,
+    cluster: &Cluster,
+    request: &Request,
+    plan: &Plan,
+) -> Result<Vec<(u64, Vec<Op>)>, PlanError> {
     let cal = TrainCalibration::built_in()?;
     let software = match request.software_override {
         Some(software) => software,
@@ -284,7 +308,10 @@ fn feasible_or_smallest(cx: &TrainCx<'_>, found: &Found) -> Result<Vec<Candidate
     let request = cx.request;
     let Some(smallest) = found.smallest else {
         return Err(PlanError::mapping(
-            format!("no mapping of {} GPUs divides a global batch of {} under these constraints", request.gpus, request.global_batch),
+            format!(
+                "no mapping of {} GPUs divides a global batch of {} under these constraints",
+                request.gpus, request.global_batch
+            ),
             "the global batch must be a multiple of dp x micro-batch: use a larger or rounder batch, or fix fewer sizes",
         ));
     };
@@ -297,7 +324,11 @@ fn feasible_or_smallest(cx: &TrainCx<'_>, found: &Found) -> Result<Vec<Candidate
         format!("no mapping fits: the smallest needs {need:.1} GiB of {limit:.1} GiB usable per GPU"),
         format!(
             "it is tp={} cp={} pp={} ep={} etp={}; use about {} GPUs or more, a smaller sequence, or GPUs with more memory",
-            m.tp, m.cp, m.pp, m.ep, m.etp,
+            m.tp,
+            m.cp,
+            m.pp,
+            m.ep,
+            m.etp,
             (request.gpus as f64 * need / limit).ceil()
         ),
     ))
@@ -308,7 +339,7 @@ pub(crate) fn training_plan(cx: &TrainCx<'_>, candidate: &Candidate) -> Plan {
     let (c, e) = (&candidate.choice, &candidate.estimate);
     let request = cx.request;
     let seconds = e.times.total();
-    let tokens = (request.seq * c.dp * c.mbs * e.micro_batches) as f64 / request.gpus as f64 / seconds;
+    let tokens = request.seq as f64 * (c.dp * c.mbs * e.micro_batches) as f64 / request.gpus as f64 / seconds;
     Plan {
         objective: Objective::Train,
         gpus: request.gpus,
@@ -319,6 +350,7 @@ pub(crate) fn training_plan(cx: &TrainCx<'_>, candidate: &Candidate) -> Plan {
         micro_batches: e.micro_batches,
         vpp: c.vpp,
         recompute: c.recompute,
+        recompute_share: c.recompute_quarters as f64 / 4.0,
         sharding: c.sharding,
         schedule: request.schedule,
         local_experts: local_experts(cx.model, c.mapping.ep),

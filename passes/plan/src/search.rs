@@ -11,7 +11,7 @@ use crate::{
     mapping::{Mapping, divisors, list},
     memory::MemoryGib,
     model::{Attention, FeedForward, ModelShape},
-    train::{StagePlan, TrainChoice, TrainCx, TrainEstimate},
+    train::{LayerSet, StagePlan, TrainChoice, TrainCx, TrainEstimate},
 };
 use std::collections::BTreeMap;
 
@@ -73,7 +73,9 @@ fn tp_divides(model: &ModelShape, tp: u64) -> bool {
 fn experts_divide(model: &ModelShape, ep: u64, etp: u64) -> bool {
     model.classes().iter().all(|c| match c.layer.feed_forward {
         FeedForward::Dense { .. } => true,
-        FeedForward::Moe { experts, expert_intermediate, .. } => experts.is_multiple_of(ep) && expert_intermediate.is_multiple_of(etp),
+        FeedForward::Moe { experts, expert_intermediate, .. } => {
+            experts.is_multiple_of(ep) && expert_intermediate.is_multiple_of(etp)
+        }
     })
 }
 
@@ -110,7 +112,10 @@ fn check(cx: &TrainCx<'_>) -> Result<(), PlanError> {
     let (request, model) = (cx.request, cx.model);
     let fixed = &request.fixed;
     if request.seq == 0 || request.seq > 1 << 32 {
-        return Err(PlanError::mapping(format!("sequence length {} is outside 1..=2^32", request.seq), "for example --seq 4096"));
+        return Err(PlanError::mapping(
+            format!("sequence length {} is outside 1..=2^32", request.seq),
+            "for example --seq 4096",
+        ));
     }
     if request.global_batch == 0 || request.global_batch > 1 << 32 {
         return Err(PlanError::mapping(
@@ -118,7 +123,15 @@ fn check(cx: &TrainCx<'_>) -> Result<(), PlanError> {
             "for example --global-batch 1024",
         ));
     }
-    for (name, size) in [("tp", fixed.tp), ("cp", fixed.cp), ("dp", fixed.dp), ("pp", fixed.pp), ("etp", fixed.etp), ("ep", fixed.ep), ("edp", fixed.edp)] {
+    for (name, size) in [
+        ("tp", fixed.tp),
+        ("cp", fixed.cp),
+        ("dp", fixed.dp),
+        ("pp", fixed.pp),
+        ("etp", fixed.etp),
+        ("ep", fixed.ep),
+        ("edp", fixed.edp),
+    ] {
         if let Some(size) = size.filter(|&n| n == 0 || !request.gpus.is_multiple_of(n)) {
             return Err(PlanError::mapping(
                 format!("{name} = {size} does not divide {} GPUs", request.gpus),
@@ -126,7 +139,8 @@ fn check(cx: &TrainCx<'_>) -> Result<(), PlanError> {
             ));
         }
     }
-    let workable = |keep: &dyn Fn(u64) -> bool| list(&divisors(request.gpus).into_iter().filter(|&n| keep(n)).collect::<Vec<_>>());
+    let workable =
+        |keep: &dyn Fn(u64) -> bool| list(&divisors(request.gpus).into_iter().filter(|&n| keep(n)).collect::<Vec<_>>());
     if let Some(ep) = fixed.ep.filter(|&ep| !experts_divide(model, ep, 1)) {
         return Err(PlanError::mapping(
             format!("ep = {ep} does not divide the {} experts", model.experts()),
@@ -151,9 +165,22 @@ fn check(cx: &TrainCx<'_>) -> Result<(), PlanError> {
             format!("pp can be {}", workable(&|n| n <= cx.depth())),
         ));
     }
+    if let Some(vpp) = fixed.vpp.filter(|&vpp| vpp == 0 || vpp > cx.depth() / fixed.pp.unwrap_or(1)) {
+        return Err(PlanError::mapping(
+            format!("vpp = {vpp} makes more chunks than the {} layers", cx.depth()),
+            format!("vpp can be 1 to {}", (cx.depth() / fixed.pp.unwrap_or(1)).max(1)),
+        ));
+    }
+    if let Some(mbs) = fixed.mbs.filter(|&mbs| mbs == 0 || !request.global_batch.is_multiple_of(mbs)) {
+        return Err(PlanError::mapping(
+            format!("mbs = {mbs} does not divide the global batch of {}", request.global_batch),
+            format!("mbs can be {}", list(&divisors(request.global_batch))),
+        ));
+    }
     if fixed.tp.is_some() || fixed.pp.is_some() {
         // A fully pinned mapping gets the precise refusal of the rank groups.
-        let all = fixed.tp.is_some() && fixed.cp.is_some() && fixed.pp.is_some() && fixed.ep.is_some() && fixed.etp.is_some();
+        let all =
+            fixed.tp.is_some() && fixed.cp.is_some() && fixed.pp.is_some() && fixed.ep.is_some() && fixed.etp.is_some();
         if all {
             crate::groups::generators(request.gpus, &fixed.mapping(), &request.order)?;
         }
@@ -167,65 +194,122 @@ fn check(cx: &TrainCx<'_>) -> Result<(), PlanError> {
 /// `E0402` when a pinned size cannot be; an empty result is not an error here.
 pub(crate) fn search(cx: &TrainCx<'_>, keep: usize) -> Result<Found, PlanError> {
     check(cx)?;
-    let request = cx.request;
-    let (model, fixed) = (cx.model, &request.fixed);
+    let (request, model) = (cx.request, cx.model);
+    let fixed = &request.fixed;
     let all = divisors(request.gpus);
-    let depth = cx.depth();
-    let limit = memory_limit(cx);
-    let mut found = Found::default();
-    let mut plans: BTreeMap<(u64, u64), StagePlan> = BTreeMap::new();
     let context = |cp: u64| cp == 1 || (request.seq.is_multiple_of(2 * cp) && request.seq / cp >= 256);
-    let pps = axis(fixed.pp, &all, |pp| pp <= depth);
-    // Recomputing the attention core alone frees nothing where the kernel keeps no scores.
-    let selective = cx.software.fine_recompute || !cx.software.flash_attention;
-    let offered = Recompute::ALL.into_iter().filter(|r| selective || *r != Recompute::Selective).collect();
-    let recomputes: Vec<Recompute> = request.recompute.map_or(offered, |r| vec![r]);
+    let micro_batches = fixed.mbs.map_or(MICRO_BATCHES.to_vec(), |m| vec![m]);
+    let mut search = Search::new(cx, keep.max(1), &all);
     for tp in axis(fixed.tp, &all, |tp| tp_divides(model, tp)) {
         for cp in axis(fixed.cp, &all, context) {
             for ep in axis(fixed.ep, &all, |ep| experts_divide(model, ep, 1)) {
                 for etp in axis(fixed.etp, &all, |etp| etp <= tp.max(8) && experts_divide(model, 1, etp)) {
-                    let mbs_all = fixed.mbs.map_or(MICRO_BATCHES.to_vec(), |m| vec![m]);
-                    for mbs in mbs_all {
-                        let mut set = None;
-                        for &pp in &pps {
-                            let mapping = Mapping { tp, cp, pp, ep, etp };
-                            let Some((dp, edp)) = fits(request, &mapping, mbs) else { continue };
-                            if !cx.default_order() {
-                                if crate::groups::generators(request.gpus, &mapping, &request.order).is_err() {
-                                    continue;
-                                }
-                                set = None;
-                            }
-                            let set = set.get_or_insert_with(|| cx.layer_set(&mapping, mbs));
-                            let micro_batches = request.global_batch / (dp * mbs);
-                            let full = found.best.len() >= keep;
-                            let worst = found.best.last().map_or(f64::INFINITY, Candidate::seconds);
-                            if full && cx.lower_bound(set, pp, micro_batches) > worst {
-                                found.pruned += 1;
-                                continue;
-                            }
-                            for vpp in virtual_stages(fixed.vpp, depth, pp, micro_batches) {
-                                let plan = plans.entry((pp, vpp)).or_insert_with(|| cx.stage_plan(pp, vpp));
-                                for &recompute in &recomputes {
-                                    for sharding in shardings(request, dp, pp) {
-                                        let choice = TrainChoice { mapping, dp, edp, mbs, vpp, recompute, sharding };
-                                        let estimate = cx.estimate(set, plan, &choice);
-                                        found.evaluated += 1;
-                                        keep_candidate(&mut found, Candidate { choice, estimate }, limit, keep);
-                                    }
-                                }
-                            }
-                        }
+                    for &mbs in &micro_batches {
+                        search.pipelines(Mapping { tp, cp, pp: 1, ep, etp }, mbs);
                     }
                 }
             }
         }
     }
-    Ok(found)
+    Ok(search.found)
+}
+
+/// State of a running search.
+struct Search<'a> {
+    cx: &'a TrainCx<'a>,
+    keep: usize,
+    limit: f64,
+    stages: Vec<u64>,
+    recomputes: Vec<Recompute>,
+    plans: BTreeMap<(u64, u64), StagePlan>,
+    found: Found,
+}
+
+impl<'a> Search<'a> {
+    fn new(cx: &'a TrainCx<'a>, keep: usize, divisors: &[u64]) -> Self {
+        // Recomputing the attention core alone frees nothing where the kernel keeps no scores.
+        let selective = cx.software.fine_recompute || !cx.software.flash_attention;
+        let offered = Recompute::ALL.into_iter().filter(|r| selective || *r != Recompute::Selective).collect();
+        Self {
+            cx,
+            keep,
+            limit: memory_limit(cx),
+            stages: axis(cx.request.fixed.pp, divisors, |pp| pp <= cx.depth()),
+            recomputes: cx.request.recompute.map_or(offered, |r| vec![r]),
+            plans: BTreeMap::new(),
+            found: Found::default(),
+        }
+    }
+
+    /// Tries every number of stages for one set of layer times.
+    fn pipelines(&mut self, sizes: Mapping, mbs: u64) {
+        let (cx, request) = (self.cx, self.cx.request);
+        let mut set = None;
+        for index in 0..self.stages.len() {
+            let mapping = Mapping { pp: self.stages[index], ..sizes };
+            let Some((dp, edp)) = fits(request, cx.depth(), &mapping, mbs) else { continue };
+            if !cx.default_order() {
+                if crate::groups::generators(request.gpus, &mapping, &request.order).is_err() {
+                    continue;
+                }
+                set = None;
+            }
+            let set = set.get_or_insert_with(|| cx.layer_set(&mapping, mbs));
+            let micro_batches = request.global_batch / (dp * mbs);
+            let worst = self.found.best.get(self.keep - 1).map_or(f64::INFINITY, Candidate::seconds);
+            if cx.lower_bound(set, mapping.pp, micro_batches) > worst {
+                self.found.pruned += 1;
+                continue;
+            }
+            for vpp in virtual_stages(request.fixed.vpp, cx.depth(), mapping.pp, micro_batches) {
+                let choice = TrainChoice {
+                    mapping,
+                    dp,
+                    edp,
+                    mbs,
+                    vpp,
+                    recompute: Recompute::None,
+                    recompute_quarters: 4,
+                    sharding: Sharding::None,
+                };
+                self.variants(set, &choice);
+            }
+        }
+    }
+
+    /// Tries recomputation and sharding for one pipeline.
+    fn variants(&mut self, set: &LayerSet, choice: &TrainChoice) {
+        let (cx, request) = (self.cx, self.cx.request);
+        let (pp, vpp) = (choice.mapping.pp, choice.vpp);
+        let plan = self.plans.entry((pp, vpp)).or_insert_with(|| cx.stage_plan(pp, vpp));
+        for &recompute in &self.recomputes {
+            for sharding in shardings(request, choice.dp, pp) {
+                for recompute_quarters in quarters(recompute, request.recompute.is_some()) {
+                    let choice = TrainChoice { recompute, recompute_quarters, sharding, ..*choice };
+                    let estimate = cx.estimate(set, plan, &choice);
+                    self.found.evaluated += 1;
+                    keep_candidate(&mut self.found, Candidate { choice, estimate }, self.limit, self.keep);
+                    // Recomputing more layers costs more time and is needed only for memory.
+                    if estimate.memory.total() <= self.limit {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Numbers of recomputed quarters of the layers to try, fewest first; all when full recomputation is asked for.
+fn quarters(recompute: Recompute, pinned: bool) -> std::ops::RangeInclusive<u64> {
+    match recompute {
+        Recompute::None | Recompute::Selective => 4..=4,
+        Recompute::Full if pinned => 4..=4,
+        Recompute::Full => 1..=4,
+    }
 }
 
 /// Data-parallel ways when every size divides and the strategy admits the mapping.
-fn fits(request: &Request, m: &Mapping, mbs: u64) -> Option<(u64, u64)> {
+fn fits(request: &Request, depth: u64, m: &Mapping, mbs: u64) -> Option<(u64, u64)> {
     let attention = m.tp.checked_mul(m.cp)?.checked_mul(m.pp)?;
     let experts = m.etp.checked_mul(m.ep)?.checked_mul(m.pp)?;
     if attention > request.gpus || experts > request.gpus {
@@ -236,10 +320,12 @@ fn fits(request: &Request, m: &Mapping, mbs: u64) -> Option<(u64, u64)> {
     }
     let (dp, edp) = (request.gpus / attention, request.gpus / experts);
     let batch = dp.checked_mul(mbs)?;
+    // A pinned number of virtual stages needs that many layers on every stage.
+    let chunks = request.fixed.vpp.is_none_or(|vpp| vpp.checked_mul(m.pp).is_some_and(|n| n <= depth));
     let pinned = request.fixed.dp.is_none_or(|d| d == dp) && request.fixed.edp.is_none_or(|d| d == edp);
     let admitted = request.strategy.unwrap_or(Strategy::Folded).admits(m, dp);
     let divides = request.global_batch >= batch && request.global_batch.is_multiple_of(batch);
-    (pinned && admitted && divides).then_some((dp, edp))
+    (pinned && admitted && divides && chunks).then_some((dp, edp))
 }
 
 fn shardings(request: &Request, dp: u64, pp: u64) -> Vec<Sharding> {

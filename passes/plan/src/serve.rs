@@ -162,7 +162,8 @@ pub struct ServeFile {
 }
 
 static BUILT_IN: LazyLock<Result<ServeFile, String>> = LazyLock::new(|| {
-    serde_json::from_str(include_str!("../data/serve-calibration.json")).map_err(|e| format!("serve-calibration.json: {e}"))
+    serde_json::from_str(include_str!("../data/serve-calibration.json"))
+        .map_err(|e| format!("serve-calibration.json: {e}"))
 });
 
 impl ServeFile {
@@ -190,7 +191,10 @@ impl ServeFile {
             let mut known: Vec<&str> = self.sets.keys().filter_map(|k| k.split('/').nth(1)).collect();
             known.sort_unstable();
             known.dedup();
-            PlanError::cluster(format!("`{backend}` is not a known serving backend"), format!("known: {}", known.join(", ")))
+            PlanError::cluster(
+                format!("`{backend}` is not a known serving backend"),
+                format!("known: {}", known.join(", ")),
+            )
         })
     }
 }
@@ -255,7 +259,9 @@ impl<'a> ServeCx<'a> {
     fn layer_cache(&self, class: &LayerClass, number: f64) -> f64 {
         let tp = self.layout.tp as f64;
         match class.layer.attention {
-            Attention::Gqa { kv_heads, head_dim, .. } => 2.0 * (kv_heads as f64 / tp).max(1.0) * head_dim as f64 * number,
+            Attention::Gqa { kv_heads, head_dim, .. } => {
+                2.0 * (kv_heads as f64 / tp).max(1.0) * head_dim as f64 * number
+            }
             // The compressed cache is kept by every tensor-parallel rank.
             Attention::Mla { kv_lora_rank, qk_rope_head_dim, .. } => (kv_lora_rank + qk_rope_head_dim) as f64 * number,
             Attention::Linear { .. } => 0.0,
@@ -265,13 +271,15 @@ impl<'a> ServeCx<'a> {
     /// Requests per attention rank that fit the memory at a mean length.
     pub fn capacity(&self, p: &ServeCalibration, tokens: f64) -> f64 {
         let free = self.cluster.gpu.hbm_bytes * p.memory_share - self.weight_bytes() - FIXED_BUFFERS;
-        let windowed: f64 = self.classes.iter().map(|c| c.count as f64 * self.layer_cache(c, p.cache_bytes) * window(c, tokens)).sum();
+        let windowed: f64 =
+            self.classes.iter().map(|c| c.count as f64 * self.layer_cache(c, p.cache_bytes) * window(c, tokens)).sum();
         (free / windowed.max(1.0)).max(0.0)
     }
 
     /// Memory of one GPU with `batch` requests of `tokens` tokens.
     pub fn memory(&self, p: &ServeCalibration, batch: f64, tokens: f64) -> Memory {
-        let cache: f64 = self.classes.iter().map(|c| c.count as f64 * self.layer_cache(c, p.cache_bytes) * window(c, tokens)).sum();
+        let cache: f64 =
+            self.classes.iter().map(|c| c.count as f64 * self.layer_cache(c, p.cache_bytes) * window(c, tokens)).sum();
         Memory {
             weights: self.weight_bytes(),
             kv_cache: cache * batch,
@@ -334,12 +342,20 @@ impl<'a> ServeCx<'a> {
         (bytes / (self.cluster.hbm() * p.dense_memory)).max(compute)
     }
 
-    fn attention_seconds(&self, p: &ServeCalibration, class: &LayerClass, tokens: f64, context: f64, prefill: bool) -> f64 {
+    fn attention_seconds(
+        &self,
+        p: &ServeCalibration,
+        class: &LayerClass,
+        tokens: f64,
+        context: f64,
+        prefill: bool,
+    ) -> f64 {
         let tp = self.layout.tp as f64;
         let hbm = self.cluster.hbm() * p.cache_memory;
         let peak = self.cluster.gpu.bf16_tflops * 1e12 * p.attention_flops;
         if prefill {
-            let flops = tokens * (class.layer.core_flops_per_context() * class.layer.mean_context(tokens) + class.layer.state_flops());
+            let flops = tokens
+                * (class.layer.core_flops_per_context() * class.layer.mean_context(tokens) + class.layer.state_flops());
             return flops / tp / peak;
         }
         match class.layer.attention {
@@ -368,7 +384,10 @@ impl<'a> ServeCx<'a> {
                 (self.cluster.gpu.nvlink_gbps * 1e9 * p.link, 0.0)
             } else {
                 let hops = (span.ranks as f64 / span.per_domain as f64).log2().max(1.0);
-                (self.cluster.nic_gbps * 1e9 * p.link * span.per_domain as f64, 2.0 * hops * self.cluster.latency_us.network)
+                (
+                    self.cluster.nic_gbps * 1e9 * p.link * span.per_domain as f64,
+                    2.0 * hops * self.cluster.latency_us.network,
+                )
             }
         };
         let mut seconds = 0.0;
@@ -404,10 +423,21 @@ impl<'a> ServeCx<'a> {
         let interrupted = p.interference * (batch - 1.0).max(0.0) / w.output.max(1.0) * prefill;
         let tpot = step + interrupted;
         let waiting = (open - batch).max(0.0) / batch * w.output * tpot;
-        let ttft = p.first_token_ms * 1e-3 + prefill * (1.0 + p.queue * (open - 1.0).min(batch)) + p.wait_steps * tpot + waiting;
+        let ttft = p.first_token_ms * 1e-3
+            + prefill * (1.0 + p.queue * (open - 1.0).min(batch))
+            + p.wait_steps * tpot
+            + waiting;
         let lifetime = tpot * w.output + (ttft - waiting).max(0.0);
         let tokens = batch * ranks * w.output / lifetime;
-        ServeEstimate { tpot, ttft, prefill, step, batch, tokens_per_s_per_gpu: tokens / self.layout.gpus() as f64, parts }
+        ServeEstimate {
+            tpot,
+            ttft,
+            prefill,
+            step,
+            batch,
+            tokens_per_s_per_gpu: tokens / self.layout.gpus() as f64,
+            parts,
+        }
     }
 }
 

@@ -28,7 +28,8 @@ struct Scored {
 /// Runs a prefill or decode search.
 pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -> Result<PlanReport, PlanError> {
     check(model, request)?;
-    let set = ServeFile::built_in()?.set(cluster, if request.software == "auto" { "vllm" } else { &request.software })?;
+    let set =
+        ServeFile::built_in()?.set(cluster, if request.software == "auto" { "vllm" } else { &request.software })?;
     let mut scored: Vec<Scored> = Vec::new();
     let mut evaluated = 0;
     let mut smallest = f64::INFINITY;
@@ -56,7 +57,10 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
     if scored.is_empty() {
         let limit = cluster.gpu.hbm_bytes * USABLE / 1_073_741_824.0;
         return Err(PlanError::no_plan(
-            format!("the weights need at least {:.1} GiB per GPU of about {limit:.1} GiB usable", smallest / 1_073_741_824.0),
+            format!(
+                "the weights need at least {:.1} GiB per GPU of about {limit:.1} GiB usable",
+                smallest / 1_073_741_824.0
+            ),
             "use more GPUs, a smaller weight format (fp8, fp4), or fewer tokens per request",
         ));
     }
@@ -75,7 +79,10 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
         .iter()
         .take(request.top.clamp(1, 1000))
         .enumerate()
-        .map(|(index, s)| Plan { why: (index > 0).then(|| why(request, &scored[0], s)), ..serving_plan(model, cluster, request, set, s) })
+        .map(|(index, s)| Plan {
+            why: (index > 0).then(|| why(request, &scored[0], s)),
+            ..serving_plan(model, cluster, request, set, s)
+        })
         .collect();
     Ok(PlanReport {
         schema: 1,
@@ -97,7 +104,10 @@ fn check(model: &ModelShape, request: &Request) -> Result<(), PlanError> {
     }
     let f = &request.fixed;
     if f.pp.is_some_and(|n| n != 1) || f.cp.is_some_and(|n| n != 1) {
-        return Err(PlanError::mapping("serving plans use pp=1 and cp=1", "leave pp and cp out; tp, etp and ep can be fixed"));
+        return Err(PlanError::mapping(
+            "serving plans use pp=1 and cp=1",
+            "leave pp and cp out; tp, etp and ep can be fixed",
+        ));
     }
     for (name, size) in [("tp", f.tp), ("ep", f.ep), ("etp", f.etp)] {
         if let Some(size) = size.filter(|n| !request.gpus.is_multiple_of(*n)) {
@@ -120,7 +130,9 @@ fn check(model: &ModelShape, request: &Request) -> Result<(), PlanError> {
 fn divides(model: &ModelShape, ep: u64, etp: u64) -> bool {
     model.layers.iter().all(|l| match l.feed_forward {
         FeedForward::Dense { .. } => true,
-        FeedForward::Moe { experts, expert_intermediate, .. } => experts.is_multiple_of(ep) && expert_intermediate.is_multiple_of(etp),
+        FeedForward::Moe { experts, expert_intermediate, .. } => {
+            experts.is_multiple_of(ep) && expert_intermediate.is_multiple_of(etp)
+        }
     })
 }
 
@@ -145,7 +157,11 @@ fn layouts(model: &ModelShape, request: &Request) -> Vec<ServeLayout> {
                 let (dp, etp) = (gpus / tp, gpus / ep);
                 let pinned = |fixed: Option<u64>, n: u64| fixed.is_none_or(|f| f == n);
                 let f = &request.fixed;
-                let wanted = pinned(f.tp, tp) && pinned(f.ep, ep) && pinned(f.etp, etp) && pinned(f.dp, request.gpus / tp) && pinned(f.edp, request.gpus / gpus);
+                let wanted = pinned(f.tp, tp)
+                    && pinned(f.ep, ep)
+                    && pinned(f.etp, etp)
+                    && pinned(f.dp, request.gpus / tp)
+                    && pinned(f.edp, request.gpus / gpus);
                 if wanted && divides(model, ep, etp) {
                     all.push(ServeLayout { tp, dp, ep, etp, dense: format, experts: format });
                 }
@@ -188,20 +204,34 @@ fn order(request: &Request, a: &Scored, b: &Scored) -> std::cmp::Ordering {
     let by_gpus = |s: &Scored| (s.layout.gpus(), s.layout.tp, s.layout.etp);
     let score = match request.objective {
         Objective::Prefill => a.estimate.ttft.total_cmp(&b.estimate.ttft),
-        Objective::Train | Objective::Decode if a.feasible => b.estimate.tokens_per_s_per_gpu.total_cmp(&a.estimate.tokens_per_s_per_gpu),
+        Objective::Train | Objective::Decode if a.feasible => {
+            b.estimate.tokens_per_s_per_gpu.total_cmp(&a.estimate.tokens_per_s_per_gpu)
+        }
         Objective::Train | Objective::Decode => a.estimate.tpot.total_cmp(&b.estimate.tpot),
     };
-    b.feasible.cmp(&a.feasible).then(score).then(by_gpus(a).cmp(&by_gpus(b))).then(a.concurrency.total_cmp(&b.concurrency))
+    b.feasible
+        .cmp(&a.feasible)
+        .then(score)
+        .then(by_gpus(a).cmp(&by_gpus(b)))
+        .then(a.concurrency.total_cmp(&b.concurrency))
 }
 
 fn why(request: &Request, best: &Scored, other: &Scored) -> String {
-    let mut parts: Vec<(&str, f64)> =
-        PART_NAMES.iter().zip(other.estimate.parts.iter().zip(&best.estimate.parts)).map(|(n, (o, b))| (*n, (o - b) / best.estimate.step)).collect();
+    let mut parts: Vec<(&str, f64)> = PART_NAMES
+        .iter()
+        .zip(other.estimate.parts.iter().zip(&best.estimate.parts))
+        .map(|(n, (o, b))| (*n, (o - b) / best.estimate.step))
+        .collect();
     parts.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let worst = parts.first().filter(|(_, d)| *d > 1e-3).map_or(String::new(), |(n, d)| format!(": {n} +{:.1}% of a step", 100.0 * d));
+    let worst = parts
+        .first()
+        .filter(|(_, d)| *d > 1e-3)
+        .map_or(String::new(), |(n, d)| format!(": {n} +{:.1}% of a step", 100.0 * d));
     let bound = if other.feasible { "" } else { ", misses the latency bound" };
     match request.objective {
-        Objective::Prefill => format!("first token {:.1}% later{worst}{bound}", 100.0 * (other.estimate.ttft / best.estimate.ttft - 1.0)),
+        Objective::Prefill => {
+            format!("first token {:.1}% later{worst}{bound}", 100.0 * (other.estimate.ttft / best.estimate.ttft - 1.0))
+        }
         Objective::Train | Objective::Decode => {
             let less = 1.0 - other.estimate.tokens_per_s_per_gpu / best.estimate.tokens_per_s_per_gpu;
             format!("{:.1}% fewer tokens per second and GPU{worst}{bound}", 100.0 * less)
@@ -211,9 +241,11 @@ fn why(request: &Request, best: &Scored, other: &Scored) -> String {
 
 fn serving_plan(model: &ModelShape, cluster: &Cluster, request: &Request, set: &ServeCalibration, s: &Scored) -> Plan {
     let (l, e) = (&s.layout, &s.estimate);
-    let memory = ServeCx::new(model, cluster, *l).memory(set, e.batch, request.seq as f64 + 0.5 * request.output as f64);
+    let memory =
+        ServeCx::new(model, cluster, *l).memory(set, e.batch, request.seq as f64 + 0.5 * request.output as f64);
     let decode = request.objective != Objective::Prefill;
-    let mut time_ms: indexmap::IndexMap<&'static str, f64> = PART_NAMES.iter().zip(&e.parts).map(|(n, t)| (*n, 1e3 * t)).collect();
+    let mut time_ms: indexmap::IndexMap<&'static str, f64> =
+        PART_NAMES.iter().zip(&e.parts).map(|(n, t)| (*n, 1e3 * t)).collect();
     if !decode {
         time_ms = [("prefill", 1e3 * e.prefill), ("queueing", 1e3 * (e.ttft - e.prefill))].into_iter().collect();
     } else {
@@ -230,6 +262,7 @@ fn serving_plan(model: &ModelShape, cluster: &Cluster, request: &Request, set: &
         micro_batches: 1,
         vpp: 1,
         recompute: Recompute::None,
+        recompute_share: 1.0,
         sharding: Sharding::None,
         schedule: Schedule::OneForwardOneBackward,
         local_experts: local_experts(model, l.ep),

@@ -9,13 +9,17 @@ use crate::{
     choice::{Recompute, Request, Sharding},
     cluster::Cluster,
     collective::{Collective, Span, collective_seconds},
-    layer::{Kind, LayerCx, LayerTimes, Op, host_seconds, layer_ops, logits_ops},
     groups::Strides,
+    layer::{Kind, LayerCx, LayerTimes, Op, host_seconds, layer_ops, logits_ops},
     mapping::{DEFAULT_ORDER, Mapping},
     memory::{self, FIXED_BUFFERS, FRAGMENTATION, LocalParameters, Memory, ShardWays},
     model::{Layer, ModelShape},
     pipeline::{StageTimes, bubble_seconds, in_flight, stage_layers, weight_copies},
 };
+
+/// Share of the element-wise work that selective recomputation repeats: norms and activations, not the
+/// permutation of tokens.
+const SELECTIVE_ELEMENTWISE: f64 = 0.4;
 
 /// One complete choice of a training search.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,6 +36,8 @@ pub struct TrainChoice {
     pub vpp: u64,
     /// What is recomputed.
     pub recompute: Recompute,
+    /// Quarters of the layers that full recomputation covers, 4 for all (Megatron's `recompute-num-layers`).
+    pub recompute_quarters: u64,
     /// How state is sharded.
     pub sharding: Sharding,
 }
@@ -56,7 +62,12 @@ pub struct StepTimes {
 impl StepTimes {
     /// Seconds of the step.
     pub fn total(&self) -> f64 {
-        self.kinds.iter().sum::<f64>() + self.bubble + self.pipeline_comm + self.data_comm + self.optimizer + self.straggler
+        self.kinds.iter().sum::<f64>()
+            + self.bubble
+            + self.pipeline_comm
+            + self.data_comm
+            + self.optimizer
+            + self.straggler
     }
 }
 
@@ -118,7 +129,13 @@ pub(crate) struct TrainCx<'a> {
 }
 
 impl<'a> TrainCx<'a> {
-    pub(crate) fn new(model: &'a ModelShape, cluster: &'a Cluster, cal: &'a TrainCalibration, software: Software, request: &'a Request) -> Self {
+    pub(crate) fn new(
+        model: &'a ModelShape,
+        cluster: &'a Cluster,
+        cal: &'a TrainCalibration,
+        software: Software,
+        request: &'a Request,
+    ) -> Self {
         let layers: Vec<Layer> = model.classes().iter().map(|c| c.layer).collect();
         let index = |layer: &Layer| layers.iter().position(|l| l == layer).unwrap_or(0);
         let mut class_of: Vec<usize> = model.layers.iter().map(index).collect();
@@ -147,7 +164,11 @@ impl<'a> TrainCx<'a> {
     /// Rank strides; a mapping that the order refuses never gets here.
     fn strides(&self, m: &Mapping) -> Strides {
         let default = Strides::in_default_order(self.request.gpus, m);
-        if self.default_order() { default } else { Strides::new(self.request.gpus, m, &self.request.order).unwrap_or(default) }
+        if self.default_order() {
+            default
+        } else {
+            Strides::new(self.request.gpus, m, &self.request.order).unwrap_or(default)
+        }
     }
 
     fn layer_cx(&self, m: &Mapping, mbs: u64, experts: u64) -> LayerCx<'_> {
@@ -160,7 +181,7 @@ impl<'a> TrainCx<'a> {
             software: self.software,
             precision: self.request.precision,
             hidden: self.model.hidden as f64,
-            tokens: (mbs * self.request.seq) as f64 / m.cp as f64,
+            tokens: mbs as f64 * self.request.seq as f64 / m.cp as f64,
             seq: self.request.seq as f64,
             tp: Span::new(m.tp, strides.tp, domain),
             cp: Span::new(m.cp, strides.cp, domain),
@@ -203,10 +224,12 @@ impl<'a> TrainCx<'a> {
                 forward: times.forward_total(),
                 backward: times.backward_total(),
                 selective: self.selective_attention() * times.forward[Kind::Attention as usize]
-                    + 0.4 * times.forward[Kind::Elementwise as usize],
+                    + SELECTIVE_ELEMENTWISE * times.forward[Kind::Elementwise as usize],
                 activations: Recompute::ALL.map(act),
                 working_set: memory::working_set(layer, &kept),
-                dense_parameters: (layer.attention_parameters(hidden) + layer.ffn_parameters(hidden) - layer.expert_parameters(hidden)) / tp,
+                dense_parameters: (layer.attention_parameters(hidden) + layer.ffn_parameters(hidden)
+                    - layer.expert_parameters(hidden))
+                    / tp,
                 expert_parameters: layer.expert_parameters(hidden) / (m.ep * m.etp) as f64,
             }
         });
@@ -257,52 +280,59 @@ impl<'a> TrainCx<'a> {
         layers / pp as f64 * micro_batches as f64
     }
 
-    pub(crate) fn estimate(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> TrainEstimate {
-        let m = &c.mapping;
-        let micro_batches = (self.request.global_batch / (c.dp * c.mbs)).max(1);
-        let n = micro_batches as f64;
+    /// Times of the slowest stage for one micro-batch, by schedule part and by kind.
+    fn slowest_stage(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> (StageTimes, [f64; 8]) {
+        let recomputed = c.recompute_quarters as f64 / 4.0;
         let logits_times = 1.0 + self.model.mtp_layers as f64;
-        let mut worst = (0.0, 0.0, 0.0, [0.0; 8]);
+        let mut worst = (StageTimes { forward: 0.0, backward: 0.0, weight_gradient: 0.0 }, [0.0; 8]);
         for stage in &plan.stages {
             let mut kinds = [0.0; 8];
-            let (mut forward, mut backward, mut weight) = (0.0, 0.0, 0.0);
+            let mut t = StageTimes { forward: 0.0, backward: 0.0, weight_gradient: 0.0 };
             for (class, count) in set.classes.iter().zip(&stage.counts) {
+                let products = [Kind::Gemm, Kind::Experts].map(|k| class.times.backward[k as usize]);
                 add_scaled(&mut kinds, &class.times.forward, *count);
                 add_scaled(&mut kinds, &class.times.backward, *count);
-                forward += count * class.forward;
-                backward += count * class.backward;
-                weight += 0.5 * count * (class.times.backward[Kind::Gemm as usize] + class.times.backward[Kind::Experts as usize]);
+                t.forward += count * class.forward;
+                t.backward += count * class.backward;
+                t.weight_gradient += 0.5 * count * products.iter().sum::<f64>();
                 match c.recompute {
                     Recompute::None => {}
                     Recompute::Selective => {
-                        kinds[Kind::Attention as usize] +=
-                            self.selective_attention() * count * class.times.forward[Kind::Attention as usize];
-                        kinds[Kind::Elementwise as usize] += 0.4 * count * class.times.forward[Kind::Elementwise as usize];
-                        backward += count * class.selective;
+                        let [attention, elementwise] = [Kind::Attention, Kind::Elementwise].map(|k| k as usize);
+                        kinds[attention] += self.selective_attention() * count * class.times.forward[attention];
+                        kinds[elementwise] += SELECTIVE_ELEMENTWISE * count * class.times.forward[elementwise];
+                        t.backward += count * class.selective;
                     }
                     Recompute::Full => {
-                        add_scaled(&mut kinds, &class.times.forward, *count);
-                        backward += count * class.forward;
+                        add_scaled(&mut kinds, &class.times.forward, recomputed * count);
+                        t.backward += recomputed * count * class.forward;
                     }
                 }
             }
             if stage.is_last {
                 add_scaled(&mut kinds, &set.logits.forward, logits_times);
                 add_scaled(&mut kinds, &set.logits.backward, logits_times);
-                forward += logits_times * set.logits.forward_total();
-                backward += logits_times * set.logits.backward_total();
+                t.forward += logits_times * set.logits.forward_total();
+                t.backward += logits_times * set.logits.backward_total();
             }
-            if forward + backward > worst.0 + worst.1 {
-                worst = (forward, backward, weight, kinds);
+            if t.forward + t.backward > worst.0.forward + worst.0.backward {
+                worst = (t, kinds);
             }
         }
-        let (forward, backward, weight_gradient, mut kinds) = worst;
+        worst
+    }
+
+    pub(crate) fn estimate(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> TrainEstimate {
+        let m = &c.mapping;
+        let micro_batches = (self.request.global_batch / (c.dp * c.mbs)).max(1);
+        let n = micro_batches as f64;
+        let (stage, mut kinds) = self.slowest_stage(set, plan, c);
         kinds.iter_mut().for_each(|k| *k *= n);
-        let stage = StageTimes { forward, backward, weight_gradient };
-        let mut times = StepTimes { kinds, bubble: bubble_seconds(self.request.schedule, m.pp, c.vpp, stage), ..StepTimes::default() };
+        let bubble = bubble_seconds(self.request.schedule, m.pp, c.vpp, stage);
+        let mut times = StepTimes { kinds, bubble, ..StepTimes::default() };
         times.pipeline_comm = self.pipeline_seconds(set, c) * n * self.cal.pp_exposed;
         let parameters = self.local_parameters(set, plan, c);
-        let busy = (forward + backward) * n;
+        let busy = (stage.forward + stage.backward) * n;
         times.data_comm = self.data_seconds(&parameters, c, n, busy);
         let shards = parameters.dense / (c.dp * m.cp) as f64 + parameters.experts / c.edp as f64;
         // The optimizer reads and writes fp32 weights and moments, reads gradients, writes bf16 weights.
@@ -312,8 +342,8 @@ impl<'a> TrainCx<'a> {
         TrainEstimate {
             times,
             memory: self.memory(set, plan, c, &parameters, micro_batches),
-            stage_forward: forward,
-            stage_backward: backward,
+            stage_forward: stage.forward,
+            stage_backward: stage.backward,
             micro_batches,
         }
     }
@@ -344,7 +374,9 @@ impl<'a> TrainCx<'a> {
                 p.experts += count * class.expert_parameters;
                 p.largest_layer = p.largest_layer.max(class.dense_parameters + class.expert_parameters);
             }
-            p.dense += embedding * (f64::from(u8::from(stage.index == 0)) + f64::from(u8::from(stage.is_last && !(self.model.tied_embeddings && c.mapping.pp == 1))));
+            p.dense += embedding
+                * (f64::from(u8::from(stage.index == 0))
+                    + f64::from(u8::from(stage.is_last && !(self.model.tied_embeddings && c.mapping.pp == 1))));
             if p.dense + p.experts > largest.dense + largest.experts {
                 largest = p;
             }
@@ -361,8 +393,14 @@ impl<'a> TrainCx<'a> {
         let dense = Span::new(c.dp * m.cp, nearest, domain);
         let experts = Span::new(c.edp, strides.edp, domain);
         let run = |op, span, bytes| collective_seconds(self.cluster, &self.cal.links, op, span, bytes);
-        let gather = run(Collective::AllGather, dense, 2.0 * p.dense) + run(Collective::AllGather, experts, 2.0 * p.experts);
-        let scatter = run(Collective::ReduceScatter, dense, 4.0 * p.dense) + run(Collective::ReduceScatter, experts, 4.0 * p.experts);
+        let gradient = match c.sharding {
+            Sharding::None | Sharding::Optimizer => 4.0,
+            Sharding::Full => self.cal.fsdp_gradient_bytes,
+        };
+        let gather =
+            run(Collective::AllGather, dense, 2.0 * p.dense) + run(Collective::AllGather, experts, 2.0 * p.experts);
+        let scatter = run(Collective::ReduceScatter, dense, gradient * p.dense)
+            + run(Collective::ReduceScatter, experts, gradient * p.experts);
         match c.sharding {
             // An all-reduce is a reduce-scatter and an all-gather of fp32 gradients.
             Sharding::None => 2.0 * scatter * (1.0 - self.cal.dp_overlap),
@@ -375,7 +413,14 @@ impl<'a> TrainCx<'a> {
         }
     }
 
-    fn memory(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice, p: &LocalParameters, micro_batches: u64) -> Memory {
+    fn memory(
+        &self,
+        set: &LayerSet,
+        plan: &StagePlan,
+        c: &TrainChoice,
+        p: &LocalParameters,
+        micro_batches: u64,
+    ) -> Memory {
         let m = &c.mapping;
         let schedule = self.request.schedule;
         let ways = ShardWays { dense: (c.dp * m.cp) as f64, dense_dp: c.dp as f64, experts: c.edp as f64 };
@@ -383,13 +428,25 @@ impl<'a> TrainCx<'a> {
         let flight = in_flight(schedule, m.pp, c.vpp, micro_batches);
         let (mut activations, mut buffers) = (0.0_f64, 0.0_f64);
         for stage in &plan.stages {
-            let kept: f64 =
-                set.classes.iter().zip(&stage.counts).map(|(class, n)| n * class.activations[c.recompute as usize]).sum();
+            let share = c.recompute_quarters as f64 / 4.0;
+            let per_layer = |class: &ClassCost| match c.recompute {
+                Recompute::None | Recompute::Selective => class.activations[c.recompute as usize],
+                Recompute::Full => {
+                    share * class.activations[Recompute::Full as usize]
+                        + (1.0 - share) * class.activations[Recompute::None as usize]
+                }
+            };
+            let kept: f64 = set.classes.iter().zip(&stage.counts).map(|(class, n)| n * per_layer(class)).sum();
             // Later stages hold fewer micro-batches.
             let live = (flight - stage.index as f64).max(1.0);
             activations = activations.max(kept * live);
             if c.recompute == Recompute::Full {
-                let working = set.classes.iter().zip(&stage.counts).filter(|(_, n)| **n > 0.0).map(|(class, _)| class.working_set);
+                let working = set
+                    .classes
+                    .iter()
+                    .zip(&stage.counts)
+                    .filter(|(_, n)| **n > 0.0)
+                    .map(|(class, _)| class.working_set);
                 buffers = buffers.max(working.fold(0.0, f64::max));
             }
             if stage.is_last {

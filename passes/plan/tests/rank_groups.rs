@@ -45,16 +45,39 @@ fn each_rank_is_in_exactly_one_group_per_dimension() {
     for _ in 0..3000 {
         let world = random.pick(&[1, 2, 6, 8, 12, 24, 30, 32, 48, 60, 64, 96, 128, 210]);
         let all = divisors(world);
-        let mapping = Mapping { tp: random.pick(&all), cp: random.pick(&all), pp: random.pick(&all), ep: random.pick(&all), etp: random.pick(&all) };
-        let orders = ["tp-cp-ep-dp-pp", "tp-ep-cp-dp-pp", "ep-tp-cp-dp-pp", "cp-tp-ep-dp-pp", "tp-cp-ep-pp-dp", "dp-tp-cp-ep-pp"];
+        let mapping = Mapping {
+            tp: random.pick(&all),
+            cp: random.pick(&all),
+            pp: random.pick(&all),
+            ep: random.pick(&all),
+            etp: random.pick(&all),
+        };
+        let orders = [
+            "tp-cp-ep-dp-pp",
+            "tp-ep-cp-dp-pp",
+            "ep-tp-cp-dp-pp",
+            "cp-tp-ep-dp-pp",
+            "tp-cp-ep-pp-dp",
+            "dp-tp-cp-ep-pp",
+        ];
         let order = orders[random.pick(&[0, 1, 2, 3, 4, 5]) as usize];
         let Ok(found) = groups(world, &mapping, order) else { continue };
         accepted += 1;
         let (a, e) = (&found.attention, &found.moe);
         let sized = [
-            (&a.tp, mapping.tp), (&a.cp, mapping.cp), (&a.dp, found.dp), (&a.pp, mapping.pp), (&a.dp_cp, found.dp * mapping.cp),
-            (&a.tp_cp, mapping.tp * mapping.cp), (&a.tp_pp, mapping.tp * mapping.pp), (&e.etp, mapping.etp), (&e.ep, mapping.ep),
-            (&e.edp, found.edp), (&e.pp, mapping.pp), (&e.etp_ep, mapping.etp * mapping.ep), (&e.etp_ep_pp, mapping.etp * mapping.ep * mapping.pp),
+            (&a.tp, mapping.tp),
+            (&a.cp, mapping.cp),
+            (&a.dp, found.dp),
+            (&a.pp, mapping.pp),
+            (&a.dp_cp, found.dp * mapping.cp),
+            (&a.tp_cp, mapping.tp * mapping.cp),
+            (&a.tp_pp, mapping.tp * mapping.pp),
+            (&e.etp, mapping.etp),
+            (&e.ep, mapping.ep),
+            (&e.edp, found.edp),
+            (&e.pp, mapping.pp),
+            (&e.etp_ep, mapping.etp * mapping.ep),
+            (&e.etp_ep_pp, mapping.etp * mapping.ep * mapping.pp),
         ];
         for (list, size) in sized {
             let ranks: Vec<u32> = list.iter().flatten().copied().collect();
@@ -75,7 +98,12 @@ fn orders_and_sizes_that_cannot_be_are_refused_with_a_way_out() {
         assert_eq!(error.code, "E0402");
         assert!(error.help.contains("tp-cp-ep-dp-pp"), "{order}: {error:?}");
     }
-    for mapping in [Mapping { tp: 3, ..ok }, Mapping { ep: 0, ..ok }, Mapping { pp: u64::MAX, ..ok }, Mapping { tp: 1 << 40, ..ok }] {
+    for mapping in [
+        Mapping { tp: 3, ..ok },
+        Mapping { ep: 0, ..ok },
+        Mapping { pp: u64::MAX, ..ok },
+        Mapping { tp: 1 << 40, ..ok },
+    ] {
         let error = groups(8, &mapping, "tp-cp-ep-dp-pp").unwrap_err();
         assert!(error.help.contains('8'), "{error:?}");
     }

@@ -1,8 +1,8 @@
 //! The search: speed, determinism, refusals, objectives, and the report page.
 
 use moec_plan::{
-    Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Strategy, calibration::TrainCalibration, html::html, plan, plan_report,
-    search::search_training,
+    Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Strategy,
+    calibration::TrainCalibration, html::html, plan, plan_report, search::search_training,
 };
 use std::time::Instant;
 
@@ -19,9 +19,22 @@ fn h100() -> Cluster {
 #[test]
 fn every_real_configuration_is_read_with_the_published_number_of_parameters() {
     let known = [
-        ("mixtral-8x7b", 46.7), ("deepseek-v3", 671.0), ("deepseek-v2", 235.7), ("dbrx", 131.6), ("qwen3-30b-a3b", 30.5), ("gpt-oss-120b", 116.8),
-        ("kimi-k2", 1026.0), ("qwen2-57b-a14b", 57.4), ("olmoe-1b-7b", 6.9), ("phi-3.5-moe", 41.9), ("qwen1.5-moe-a2.7b", 14.3),
-        ("qwen3-next-80b-a3b", 80.0), ("glm-4.5-air", 107.0), ("minimax-m2", 229.0), ("hunyuan-a13b", 80.4), ("llama4-maverick", 400.0),
+        ("mixtral-8x7b", 46.7),
+        ("deepseek-v3", 671.0),
+        ("deepseek-v2", 235.7),
+        ("dbrx", 131.6),
+        ("qwen3-30b-a3b", 30.5),
+        ("gpt-oss-120b", 116.8),
+        ("kimi-k2", 1026.0),
+        ("qwen2-57b-a14b", 57.4),
+        ("olmoe-1b-7b", 6.9),
+        ("phi-3.5-moe", 41.9),
+        ("qwen1.5-moe-a2.7b", 14.3),
+        ("qwen3-next-80b-a3b", 80.0),
+        ("glm-4.5-air", 107.0),
+        ("minimax-m2", 229.0),
+        ("hunyuan-a13b", 80.4),
+        ("llama4-maverick", 400.0),
     ];
     for (name, billions) in known {
         let found = config(name).parameters() / 1e9;
@@ -70,11 +83,24 @@ fn the_bound_never_loses_the_best_plan_and_results_repeat() {
 fn plans_say_why_they_lost_and_what_else_could_be() {
     let report = plan_report(&config("mixtral-8x7b"), &h100(), &Request::train(64, 4096, 256)).unwrap();
     assert!(report.plans[0].why.is_none());
-    assert!(report.plans[1..].iter().all(|p| p.why.as_ref().is_some_and(|w| w.contains("slower") || w.contains("as fast"))));
+    assert!(
+        report.plans[1..].iter().all(|p| p.why.as_ref().is_some_and(|w| w.contains("slower") || w.contains("as fast")))
+    );
     assert!(report.sensitivity.iter().any(|s| s.text.contains("GiB")));
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!(json["schema"], 1);
-    for key in ["attention", "experts", "micro_batch", "vpp", "step_ms", "mfu", "tokens_per_s_per_gpu", "memory_gib", "feasible", "time_ms"] {
+    for key in [
+        "attention",
+        "experts",
+        "micro_batch",
+        "vpp",
+        "step_ms",
+        "mfu",
+        "tokens_per_s_per_gpu",
+        "memory_gib",
+        "feasible",
+        "time_ms",
+    ] {
         assert!(!json["plans"][0][key].is_null(), "{key}");
     }
 }
@@ -85,9 +111,18 @@ fn a_plan_tells_each_rank_its_experts_and_layers() {
     let groups = plan.groups().unwrap();
     assert_eq!(groups.dp, plan.attention.dp);
     let ranks: Vec<_> = (0..64).map(|r| plan.rank(r).unwrap()).collect();
-    let held: u64 = ranks.iter().filter(|r| r.experts.etp == 0 && r.experts.edp == 0 && r.experts.pp == 0).map(|r| r.local_experts.end - r.local_experts.start).sum();
+    let held: u64 = ranks
+        .iter()
+        .filter(|r| r.experts.etp == 0 && r.experts.edp == 0 && r.experts.pp == 0)
+        .map(|r| r.local_experts.end - r.local_experts.start)
+        .sum();
     assert_eq!(held, 8);
-    let layers: usize = ranks.iter().filter(|r| r.attention.tp + r.attention.cp + r.attention.dp == 0).flat_map(|r| &r.layers).map(|(a, b)| b - a).sum();
+    let layers: usize = ranks
+        .iter()
+        .filter(|r| r.attention.tp + r.attention.cp + r.attention.dp == 0)
+        .flat_map(|r| &r.layers)
+        .map(|(a, b)| b - a)
+        .sum();
     assert_eq!(layers, 32);
     assert!(plan.rank(64).is_err());
 }
@@ -118,7 +153,8 @@ fn skew_costs_time_and_dropping_bounds_it() {
         request.fixed = Mapping::parse_fixed("tp=1,ep=8,pp=4,etp=1").unwrap();
         plan(&model, &h100(), &request).unwrap()[0].step_ms
     };
-    let (flat, skewed, dropped) = (run(Routing::Balanced, None), run(Routing::Zipf(1.0), None), run(Routing::Zipf(1.0), Some(1.25)));
+    let (flat, skewed, dropped) =
+        (run(Routing::Balanced, None), run(Routing::Zipf(1.0), None), run(Routing::Zipf(1.0), Some(1.25)));
     assert!(flat < dropped && dropped < skewed, "{flat} {dropped} {skewed}");
 }
 
@@ -173,7 +209,11 @@ fn a_pinned_mapping_that_does_not_fit_is_shown_as_infeasible() {
 fn serving_plans_meet_the_latency_bound_or_say_what_is_possible() {
     let model = config("deepseek-v3");
     let h200 = Cluster::preset("dgx-h200").unwrap();
-    let mut request = Request { precision: Precision::Fp8, latency_bound_ms: Some(40.0), ..Request::serve(Objective::Decode, 16, 1024, 1024) };
+    let mut request = Request {
+        precision: Precision::Fp8,
+        latency_bound_ms: Some(40.0),
+        ..Request::serve(Objective::Decode, 16, 1024, 1024)
+    };
     let plans = plan(&model, &h200, &request).unwrap();
     assert!(plans.iter().filter(|p| p.feasible).all(|p| p.tpot_ms.unwrap() <= 40.0));
     assert!(plans[0].feasible && plans[0].tokens_per_s_per_gpu > 0.0);

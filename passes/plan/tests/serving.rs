@@ -51,7 +51,16 @@ fn squared_layouts_repeat_measurements_of_plain_ones() {
 #[test]
 fn shares_of_every_parameter_set_stay_below_the_hardware() {
     for (name, p) in &ServeFile::built_in().unwrap().sets {
-        for share in [p.dense_memory, p.expert_memory, p.cache_memory, p.dense_flops, p.expert_flops, p.attention_flops, p.link, p.memory_share] {
+        for share in [
+            p.dense_memory,
+            p.expert_memory,
+            p.cache_memory,
+            p.dense_flops,
+            p.expert_flops,
+            p.attention_flops,
+            p.link,
+            p.memory_share,
+        ] {
             assert!(share > 0.0 && share <= 1.0, "{name}: {share}");
         }
     }

@@ -7,7 +7,10 @@
 #[path = "../examples/published/mod.rs"]
 mod published;
 
-use moec_plan::{Recompute, Request, calibration::TrainCalibration, layer::Kind, mapping::Mapping, plan::operations, search::search_training};
+use moec_plan::{
+    Recompute, Request, calibration::TrainCalibration, layer::Kind, mapping::Mapping, plan::operations,
+    search::search_training,
+};
 use published::{Measured, Row, error, fit_rows, predict};
 use std::collections::BTreeMap;
 
@@ -52,7 +55,13 @@ fn fully_sharded_and_unpipelined_rows_are_within_30_percent_in_the_mean() {
 
 #[test]
 fn other_training_rows_are_within_12_percent_in_the_mean() {
-    let groups = ["other training", "other training, mapping not stated", "other training, token drop", "dense reference", "FP8 (table 2)"];
+    let groups = [
+        "other training",
+        "other training, mapping not stated",
+        "other training, token drop",
+        "dense reference",
+        "FP8 (table 2)",
+    ];
     assert!(mean(&errors(&groups, false)) <= 0.12);
     assert!(mean(&errors(&groups, true)) <= 0.12);
     assert!(mean(&errors(&["dense reference"], false)) <= 0.05);
@@ -70,9 +79,16 @@ fn rows_that_ran_out_of_memory_do_not_fit_and_the_others_do() {
 /// Predicted MFU by model and strategy for the jobs of one dataset at 256 sequences.
 fn table3() -> BTreeMap<String, BTreeMap<&'static str, f64>> {
     let mut table: BTreeMap<String, BTreeMap<&str, f64>> = BTreeMap::new();
-    for row in published::rows().0.into_iter().filter(|r| r.id.starts_with("folding") && r.request.global_batch == 256 && r.request.seq == 4096) {
+    for row in published::rows()
+        .0
+        .into_iter()
+        .filter(|r| r.id.starts_with("folding") && r.request.global_batch == 256 && r.request.seq == 4096)
+    {
         if matches!(row.measured, Measured::Mfu(_)) && row.request.precision == moec_plan::Precision::Bf16 {
-            table.entry(row.model_name.clone()).or_default().insert(row.group, predict(&row, calibration()).unwrap().value);
+            table
+                .entry(row.model_name.clone())
+                .or_default()
+                .insert(row.group, predict(&row, calibration()).unwrap().value);
         }
     }
     table
@@ -103,7 +119,11 @@ fn strategies_rank_as_published() {
 #[test]
 fn utilisation_falls_with_more_gpus_at_a_fixed_batch() {
     let mut series: BTreeMap<(String, &str), Vec<(u64, f64)>> = BTreeMap::new();
-    for row in published::rows().0.into_iter().filter(|r| r.id.starts_with("folding") && r.request.global_batch == 1024 && r.request.seq == 4096) {
+    for row in published::rows()
+        .0
+        .into_iter()
+        .filter(|r| r.id.starts_with("folding") && r.request.global_batch == 1024 && r.request.seq == 4096)
+    {
         if row.group.starts_with("MCore") {
             let value = predict(&row, calibration()).unwrap().value;
             series.entry((row.model_name.clone(), row.group)).or_default().push((row.request.gpus, value));

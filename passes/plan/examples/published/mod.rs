@@ -11,12 +11,12 @@ use moec_plan::{
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-pub const FOLDING: &str = include_str!("../../data/parallel-folding.json");
-pub const MODELS: &str = include_str!("../../data/models.json");
+pub(crate) const FOLDING: &str = include_str!("../../data/parallel-folding.json");
+pub(crate) const MODELS: &str = include_str!("../../data/models.json");
 
 /// What a source measured.
 #[derive(Clone, Copy, Debug)]
-pub enum Measured {
+pub(crate) enum Measured {
     /// Model FLOP/s over 989.5 TFLOP/s.
     Mfu(f64),
     /// Tokens per second and GPU.
@@ -28,23 +28,23 @@ pub enum Measured {
 }
 
 /// One measurement.
-pub struct Row {
+pub(crate) struct Row {
     /// Source and number.
-    pub id: String,
+    pub(crate) id: String,
     /// Table it counts for.
-    pub group: &'static str,
-    pub model_name: String,
-    pub model: ModelShape,
-    pub cluster: Cluster,
-    pub request: Request,
-    pub measured: Measured,
+    pub(crate) group: &'static str,
+    pub(crate) model_name: String,
+    pub(crate) model: ModelShape,
+    pub(crate) cluster: Cluster,
+    pub(crate) request: Request,
+    pub(crate) measured: Measured,
     /// Whether the source gives the mapping as the best one found for this job.
-    pub is_published_best: bool,
+    pub(crate) is_published_best: bool,
 }
 
 impl Row {
     /// A copy.
-    pub fn duplicate(&self) -> Self {
+    pub(crate) fn duplicate(&self) -> Self {
         Self {
             id: self.id.clone(),
             group: self.group,
@@ -59,7 +59,7 @@ impl Row {
 }
 
 /// Time of the published mapping over the time of the best mapping of the same job, micro-batch and sharding.
-pub fn behind_best(row: &Row, calibration: &TrainCalibration) -> Result<f64, PlanError> {
+pub(crate) fn behind_best(row: &Row, calibration: &TrainCalibration) -> Result<f64, PlanError> {
     let published = predict(row, calibration)?;
     let mut request = row.request.clone();
     request.fixed = Fixed { mbs: request.fixed.mbs, ..Fixed::default() };
@@ -70,15 +70,17 @@ pub fn behind_best(row: &Row, calibration: &TrainCalibration) -> Result<f64, Pla
 }
 
 /// A row that is not used, with the reason.
-pub struct Skipped {
-    pub id: String,
-    pub reason: String,
+pub(crate) struct Skipped {
+    pub(crate) id: String,
+    pub(crate) reason: String,
 }
 
 /// Model shapes by name.
-pub fn models() -> BTreeMap<String, ModelShape> {
+pub(crate) fn models() -> BTreeMap<String, ModelShape> {
     let all: BTreeMap<String, Value> = serde_json::from_str(MODELS).expect("models.json");
-    all.into_iter().map(|(name, v)| (name.clone(), ModelShape { name, ..ModelShape::from_config_json(&v).expect("model") })).collect()
+    all.into_iter()
+        .map(|(name, v)| (name.clone(), ModelShape { name, ..ModelShape::from_config_json(&v).expect("model") }))
+        .collect()
 }
 
 fn int(row: &Value, key: &str) -> Option<u64> {
@@ -86,7 +88,7 @@ fn int(row: &Value, key: &str) -> Option<u64> {
 }
 
 /// All rows of the file, in order, and those that cannot be used.
-pub fn rows() -> (Vec<Row>, Vec<Skipped>) {
+pub(crate) fn rows() -> (Vec<Row>, Vec<Skipped>) {
     let file: Value = serde_json::from_str(FOLDING).expect("parallel-folding.json");
     let models = models();
     let (mut rows, mut skipped) = (Vec::new(), Vec::new());
@@ -119,7 +121,8 @@ fn folding_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) -> 
         _ => ("MCore w/ Folding", Strategy::Folded),
     };
     // Table 2 restates neither batch nor length; its bf16 rows equal table 1 (global batch 256, 4096 tokens).
-    let mut request = Request::train(gpus, int(row, "seq_len").unwrap_or(4096), int(row, "global_batch").unwrap_or(256));
+    let mut request =
+        Request::train(gpus, int(row, "seq_len").unwrap_or(4096), int(row, "global_batch").unwrap_or(256));
     request.software = "mcore-0.9".into();
     // A blank ETP follows TP unless folded, where only 1 divides (see the note of the row).
     let etp = int(row, "etp").unwrap_or(if strategy == Strategy::Folded { 1 } else { tp });
@@ -152,14 +155,25 @@ fn folding_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) -> 
     // Tables 3 and 5 give the best mapping of each job; table 4 keeps those of table 3 at other sizes.
     let searched = row["dataset"].as_str().is_some_and(|d| d.contains("table3") || d.contains("table5"));
     let is_published_best = searched && group == "MCore w/ Folding";
-    Ok(Row { id: id.into(), group: if fp8 { "FP8 (table 2)" } else { group }, model_name: name.into(), model, cluster, request, measured, is_published_best })
+    Ok(Row {
+        id: id.into(),
+        group: if fp8 { "FP8 (table 2)" } else { group },
+        model_name: name.into(),
+        model,
+        cluster,
+        request,
+        measured,
+        is_published_best,
+    })
 }
 
 fn throughput_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) -> Result<Row, String> {
     let name = row["model"].as_str().unwrap_or_default();
     let source = row["source"].as_str().unwrap_or_default();
     let shape = match name {
-        n if n.starts_with("DeepSeekV4") => return Err("compressed sparse attention and hyper-connections are not in the cost model".into()),
+        n if n.starts_with("DeepSeekV4") => {
+            return Err("compressed sparse attention and hyper-connections are not in the cost model".into());
+        }
         n if n.starts_with("DeepSeek") => "DeepSeek-V3",
         n if n.starts_with("GPT OSS") => "GPT-OSS-120B",
         n if n.starts_with("Qwen3_30B") => "Qwen3-30B-A3B",
@@ -223,7 +237,11 @@ fn throughput_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) 
     if name.contains("tokendrop") {
         request.capacity_factor = Some(1.0);
     }
-    let measured = match (row["tokens_per_s_per_gpu"].as_f64(), row["time_per_step_s"].as_f64(), row["model_tflops_per_gpu"].as_f64()) {
+    let measured = match (
+        row["tokens_per_s_per_gpu"].as_f64(),
+        row["time_per_step_s"].as_f64(),
+        row["model_tflops_per_gpu"].as_f64(),
+    ) {
         (Some(tokens), _, _) => Measured::Tokens(tokens),
         (None, Some(seconds), _) => Measured::Seconds(seconds),
         (None, None, Some(tflops)) => Measured::Mfu(tflops / 989.5),
@@ -234,7 +252,16 @@ fn throughput_row(row: &Value, id: &str, models: &BTreeMap<String, ModelShape>) 
         (false, false) => "other training, mapping not stated",
         (true, false) => "other training",
     };
-    Ok(Row { id: id.into(), group, model_name: name.into(), model, cluster, request, measured, is_published_best: false })
+    Ok(Row {
+        id: id.into(),
+        group,
+        model_name: name.into(),
+        model,
+        cluster,
+        request,
+        measured,
+        is_published_best: false,
+    })
 }
 
 fn dense_row(row: &Value, id: &str, _: &BTreeMap<String, ModelShape>) -> Result<Row, String> {
@@ -249,35 +276,56 @@ fn dense_row(row: &Value, id: &str, _: &BTreeMap<String, ModelShape>) -> Result<
         feed_forward: FeedForward::Dense { intermediate: get("ffn")?, gated: false },
     };
     let name = row["model"].as_str().unwrap_or_default();
-    let mut model = ModelShape::new(name, hidden, 51200, vec![layer; get("layers")? as usize]).map_err(|e| e.to_string())?;
+    let mut model =
+        ModelShape::new(name, hidden, 51200, vec![layer; get("layers")? as usize]).map_err(|e| e.to_string())?;
     model.tied_embeddings = true;
     let mut request = Request::train(get("gpus")?, get("seq_len")?, get("global_batch")?);
     request.software = "megatron-2022".into();
     request.strategy = Some(Strategy::Folded);
     request.fixed = Fixed {
-        tp: int(row, "tp"), cp: Some(1), pp: int(row, "pp"), ep: Some(1), etp: Some(1), mbs: int(row, "micro_batch"), vpp: int(row, "vp"),
+        tp: int(row, "tp"),
+        cp: Some(1),
+        pp: int(row, "pp"),
+        ep: Some(1),
+        etp: Some(1),
+        mbs: int(row, "micro_batch"),
+        vpp: int(row, "vp"),
         ..Fixed::default()
     };
     let full = row["activations"].as_str().is_some_and(|a| a.starts_with("full"));
     request.recompute = Some(if full { Recompute::Full } else { Recompute::Selective });
     let cluster = Cluster::preset("dgx-a100").map_err(|e| e.to_string())?;
     let measured = Measured::Seconds(row["iteration_time_s"].as_f64().ok_or("no time")?);
-    Ok(Row { id: id.into(), group: "dense reference", model_name: name.into(), model, cluster, request, measured, is_published_best: false })
+    Ok(Row {
+        id: id.into(),
+        group: "dense reference",
+        model_name: name.into(),
+        model,
+        cluster,
+        request,
+        measured,
+        is_published_best: false,
+    })
 }
 
 /// Prediction for a row: the fastest feasible candidate, or the smallest infeasible one.
-pub struct Predicted {
-    pub candidate: Candidate,
-    pub feasible: bool,
+pub(crate) struct Predicted {
+    pub(crate) candidate: Candidate,
+    pub(crate) feasible: bool,
     /// In the unit of the measurement; MFU for rows that ran out of memory.
-    pub value: f64,
+    pub(crate) value: f64,
 }
 
 /// Predicts one row.
-pub fn predict(row: &Row, calibration: &TrainCalibration) -> Result<Predicted, PlanError> {
+pub(crate) fn predict(row: &Row, calibration: &TrainCalibration) -> Result<Predicted, PlanError> {
     let found = search_training(&row.model, &row.cluster, calibration, &row.request, 1)?;
     let feasible = !found.best.is_empty();
-    let candidate = found.best.first().copied().or(found.smallest).ok_or_else(|| PlanError::no_plan("no candidate", "check the row"))?;
+    let candidate = found
+        .best
+        .first()
+        .copied()
+        .or(found.smallest)
+        .ok_or_else(|| PlanError::no_plan("no candidate", "check the row"))?;
     let seconds = candidate.estimate.times.total();
     let r = &row.request;
     let tokens = (r.seq * r.global_batch) as f64 / r.gpus as f64 / seconds;
@@ -290,7 +338,7 @@ pub fn predict(row: &Row, calibration: &TrainCalibration) -> Result<Predicted, P
 }
 
 /// Relative error of a prediction; `None` where nothing was measured.
-pub fn error(row: &Row, predicted: &Predicted) -> Option<f64> {
+pub(crate) fn error(row: &Row, predicted: &Predicted) -> Option<f64> {
     match row.measured {
         Measured::Mfu(m) | Measured::Tokens(m) | Measured::Seconds(m) => Some(predicted.value / m - 1.0),
         Measured::OutOfMemory => None,
@@ -298,7 +346,7 @@ pub fn error(row: &Row, predicted: &Predicted) -> Option<f64> {
 }
 
 /// Which rows the fit may see: every other one within each table, release, model and machine.
-pub fn fit_rows(rows: &[Row]) -> Vec<bool> {
+pub(crate) fn fit_rows(rows: &[Row]) -> Vec<bool> {
     let mut order: Vec<usize> = (0..rows.len()).collect();
     order.sort_by_key(|&i| {
         let r = &rows[i];

@@ -8,25 +8,25 @@ use moec_plan::{
 };
 use std::collections::BTreeMap;
 
-pub const SILICON: &str = include_str!("../../data/serving-silicon.csv");
+pub(crate) const SILICON: &str = include_str!("../../data/serving-silicon.csv");
 
 /// One measured point.
-pub struct Point {
-    pub line: usize,
+pub(crate) struct Point {
+    pub(crate) line: usize,
     /// `preset/backend`.
-    pub set: String,
+    pub(crate) set: String,
     /// Version and model family, which is what speculation depends on.
-    pub version: String,
-    pub model_name: &'static str,
-    pub model: ModelShape,
-    pub cluster: Cluster,
-    pub layout: ServeLayout,
-    pub workload: Workload,
-    pub ttft_ms: f64,
-    pub tpot_ms: f64,
+    pub(crate) version: String,
+    pub(crate) model_name: &'static str,
+    pub(crate) model: ModelShape,
+    pub(crate) cluster: Cluster,
+    pub(crate) layout: ServeLayout,
+    pub(crate) workload: Workload,
+    pub(crate) ttft_ms: f64,
+    pub(crate) tpot_ms: f64,
     /// Whether the fit may see it; equal configurations are on the same side.
-    pub fit: bool,
-    pub label: String,
+    pub(crate) fit: bool,
+    pub(crate) label: String,
 }
 
 fn format(name: &str) -> WeightFormat {
@@ -68,7 +68,7 @@ fn layout(tp: u64, dp: Option<u64>, etp: u64, ep: u64) -> (u64, u64, u64, u64) {
 }
 
 /// All points of the file.
-pub fn points(models: &BTreeMap<String, ModelShape>) -> Vec<Point> {
+pub(crate) fn points(models: &BTreeMap<String, ModelShape>) -> Vec<Point> {
     let mut lines = SILICON.lines();
     let header: Vec<&str> = lines.next().expect("header").split(',').collect();
     let mut all = Vec::new();
@@ -76,7 +76,12 @@ pub fn points(models: &BTreeMap<String, ModelShape>) -> Vec<Point> {
         let row: BTreeMap<&str, &str> = header.iter().copied().zip(line.split(',')).collect();
         let int = |key: &str| row[key].parse::<u64>().ok();
         let float = |key: &str| row[key].parse::<f64>().expect("number");
-        let (tp, dp, etp, ep) = layout(int("tp_size").expect("tp"), int("attention_dp_size"), int("moe_tp_size").expect("moe_tp"), int("moe_ep_size").expect("moe_ep"));
+        let (tp, dp, etp, ep) = layout(
+            int("tp_size").expect("tp"),
+            int("attention_dp_size"),
+            int("moe_tp_size").expect("moe_tp"),
+            int("moe_ep_size").expect("moe_ep"),
+        );
         let stated_dp = int("attention_dp_size").unwrap_or(dp);
         let model_name = model_of(row["model_path"]);
         let cluster = match row["system"] {
@@ -84,10 +89,15 @@ pub fn points(models: &BTreeMap<String, ModelShape>) -> Vec<Point> {
             "h200_sxm" => "dgx-h200",
             _ => "dgx-b200",
         };
-        let workload = Workload { input: float("isl"), output: float("osl"), concurrency: float("batch_size") * stated_dp as f64 };
+        let workload =
+            Workload { input: float("isl"), output: float("osl"), concurrency: float("batch_size") * stated_dp as f64 };
         let family = if model_name == "DeepSeek-V3" { "deepseek" } else { "other" };
-        let key = format!("{} {} {} {:?} {tp} {dp} {etp} {ep} {:?}", row["system"], row["backend"], model_name, row["moe_quant_mode"], workload);
-        let hash = key.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let key = format!(
+            "{} {} {} {:?} {tp} {dp} {etp} {ep} {:?}",
+            row["system"], row["backend"], model_name, row["moe_quant_mode"], workload
+        );
+        let hash =
+            key.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         all.push(Point {
             line: index + 2,
             set: format!("{cluster}/{}", row["backend"]),
@@ -95,7 +105,14 @@ pub fn points(models: &BTreeMap<String, ModelShape>) -> Vec<Point> {
             model_name,
             model: models[model_name].clone(),
             cluster: Cluster::preset(cluster).expect("preset"),
-            layout: ServeLayout { tp, dp, ep, etp, dense: format(row["gemm_quant_mode"]), experts: format(row["moe_quant_mode"]) },
+            layout: ServeLayout {
+                tp,
+                dp,
+                ep,
+                etp,
+                dense: format(row["gemm_quant_mode"]),
+                experts: format(row["moe_quant_mode"]),
+            },
             workload,
             ttft_ms: float("measured_ttft_ms"),
             tpot_ms: float("measured_tpot_ms"),
@@ -107,13 +124,13 @@ pub fn points(models: &BTreeMap<String, ModelShape>) -> Vec<Point> {
 }
 
 /// Predicts a point.
-pub fn predict(point: &Point, p: &ServeCalibration) -> ServeEstimate {
+pub(crate) fn predict(point: &Point, p: &ServeCalibration) -> ServeEstimate {
     let speculation = p.speculation.get(&point.version).copied().unwrap_or(1.0);
     ServeCx::new(&point.model, &point.cluster, point.layout).estimate(p, &point.workload, speculation)
 }
 
 /// Median, mean and share within 20% of absolute relative errors, and their number.
-pub fn summary(errors: &[f64]) -> (f64, f64, f64, usize) {
+pub(crate) fn summary(errors: &[f64]) -> (f64, f64, f64, usize) {
     let mut e: Vec<f64> = errors.iter().map(|x| x.abs()).collect();
     e.sort_by(f64::total_cmp);
     let n = e.len().max(1);
