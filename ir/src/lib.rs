@@ -6,6 +6,10 @@
 //! operations (`ops`), from which every router and expert form is built; fusion adds kernel ops,
 //! whose meaning is the graph that they hold ([`ops::Kernel`]).
 //!
+//! Every op has a type rule ([`Graph::infer`]) and a value ([`interp`], in f64, which decides what
+//! is right). [`verify`] checks whole graphs, [`print`] and [`parse`] are the text form, [`json`]
+//! reads and writes `moec-graph-1`. A node is rounded where the model rounds ([`Node::round`]).
+//!
 //! This crate reads no file and knows no target.
 
 pub mod codes;

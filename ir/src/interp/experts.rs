@@ -19,14 +19,15 @@ pub(super) fn experts(op: &Experts, operands: &[&Value], w: &Fetch<'_>, ty: &Typ
     let row = ty.row.iter().map(|n| size(*n)).collect::<Step<Vec<_>>>()?;
     let width: usize = row.iter().product();
     let mut data = vec![0.0; rows.tokens.len() * width];
+    let tables = op.bank.iter().map(|part| tables(part, w)).collect::<Step<Vec<_>>>()?;
     let mut start = 0;
     // Rows are sorted, so that the rows of an expert are neighbours.
     for group in rows.experts.chunk_by(|a, b| a == b) {
         let id = group[0] as u64;
-        let part = op.bank.iter().find(|p| p.ids[0] <= id && id < p.ids[1]);
-        let part = part.ok_or_else(|| Failure(format!("expert {id} is in no part")))?;
+        let part = op.bank.iter().zip(&tables).find(|(p, _)| p.ids[0] <= id && id < p.ids[1]);
+        let (part, tables) = part.ok_or_else(|| Failure(format!("expert {id} is in no part")))?;
         let x: Vec<&[f64]> = (start..start + group.len()).map(|i| rows.at(i)).collect();
-        for (i, y) in through(part, id - part.base_id, &x, w)?.into_iter().enumerate() {
+        for (i, y) in through(part, id - part.base_id, &x, w, tables)?.into_iter().enumerate() {
             let at = (start + i) * width;
             // An expert that is narrower than the widest leaves zeros behind its values.
             data[at..at + y.len()].copy_from_slice(&y);
@@ -36,8 +37,19 @@ pub(super) fn experts(op: &Experts, operands: &[&Value], w: &Fetch<'_>, ty: &Typ
     Ok(Value::Ragged(RaggedValue { row, data, ..rows.clone() }))
 }
 
+/// Tables with a row for each expert, which are loaded once for all.
+fn tables(part: &BankPart, w: &Fetch<'_>) -> Step<Vec<Matrix>> {
+    match &part.kind {
+        PartKind::Const { value } => Ok(vec![w.matrix(value)?]),
+        PartKind::Neuron(op) => Ok(vec![w.matrix(&op.u)?, w.matrix(&op.v)?]),
+        PartKind::Ffn(_) | PartKind::Linear(_) | PartKind::Film(_) | PartKind::Identity {} | PartKind::Zero {} => {
+            Ok(Vec::new())
+        }
+    }
+}
+
 /// Rows of expert `e` of a part.
-fn through(part: &BankPart, e: u64, x: &[&[f64]], w: &Fetch<'_>) -> Step<Vec<Vec<f64>>> {
+fn through(part: &BankPart, e: u64, x: &[&[f64]], w: &Fetch<'_>, tables: &[Matrix]) -> Step<Vec<Vec<f64>>> {
     Ok(match &part.kind {
         PartKind::Ffn(op) => ffn(op, e, x, w)?,
         PartKind::Linear(op) => affine(x, &w.spec(&op.w, e)?, w.bias(op.bias.as_ref(), e)?.as_deref()),
@@ -51,14 +63,11 @@ fn through(part: &BankPart, e: u64, x: &[&[f64]], w: &Fetch<'_>) -> Step<Vec<Vec
             }
             y
         }
-        PartKind::Const { value } => {
-            let row = table_row(&w.plain(value)?, e)?;
-            vec![row; x.len()]
-        }
+        PartKind::Const { .. } => vec![table_row(&tables[0], e)?.to_vec(); x.len()],
         PartKind::Neuron(op) => {
-            let (u, v) = (table_row(&w.plain(&op.u)?, e)?, table_row(&w.plain(&op.v)?, e)?);
+            let (u, v) = (table_row(&tables[0], e)?, table_row(&tables[1], e)?);
             let scaled = |x: &&[f64]| {
-                let a = apply(op.act, dot(&u, x));
+                let a = apply(op.act, dot(u, x));
                 v.iter().map(|v| a * v).collect()
             };
             x.iter().map(scaled).collect()
@@ -69,10 +78,10 @@ fn through(part: &BankPart, e: u64, x: &[&[f64]], w: &Fetch<'_>) -> Step<Vec<Vec
 }
 
 /// Row `e` of a table.
-fn table_row(table: &Array, e: u64) -> Step<Vec<f64>> {
+fn table_row(table: &Matrix, e: u64) -> Step<&[f64]> {
     let width: usize = table.shape[1..].iter().product();
     let at = size(e)? * width;
-    Ok(table.floats()[at..at + width].to_vec())
+    Ok(&table.data[at..at + width])
 }
 
 /// `W x + b`; a row may be wider than the matrix, then its first entries count.

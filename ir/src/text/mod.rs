@@ -6,13 +6,13 @@
 //!     gate.weight: bf16[128, 2048] from "{p}gate.weight"
 //!   }
 //!   %x = input "x" : bf16[T, 2048]
-//!   %l = linear %x {w = "gate.weight"} : f32[T, 128] round bf16
+//!   %l = linear %x {w = "gate.weight"} : bf16[T, 128] round bf16
 //!   %q = select %l {rule = "topk", k = 8} : route[T, 8 of 128]
 //!   return topk_indices = %q.idx
 //! }
 //! ```
 //!
-//! A weight without `from` is stored under its own name. Sizes that differ between experts are
+//! The type of a rounded value is the type that it is rounded to. A weight without `from` is stored under its own name. Sizes that differ between experts are
 //! lists: `f32[(12, 3, 0), 16]`. A kernel holds its body in braces; `use` lists the weights that
 //! it shares with the graph around it. `//` starts a comment.
 
