@@ -1,6 +1,7 @@
 //! Meaning checks: one function for each rule, one code for each function.
 
 use crate::{
+    harmless,
     json::{Member, cut},
     keys::{Keys, Num, nearest},
     limits,
@@ -77,7 +78,7 @@ pub(crate) fn groups(keys: &mut Keys<'_>, experts: &Num, groups: &Num, kept: &Nu
         return;
     }
     let error = |text: String| Diagnostic::error(Code("E0210"), text);
-    if experts.value % groups.value != 0 {
+    if !experts.value.is_multiple_of(groups.value) {
         let divisors: Vec<String> = (1..=experts.value.min(limits::EXPERTS))
             .filter(|d| experts.value.is_multiple_of(*d))
             .map(|d| d.to_string())
@@ -111,33 +112,33 @@ pub(crate) fn groups(keys: &mut Keys<'_>, experts: &Num, groups: &Num, kept: &Nu
 
 /// `E0208`, `W0201`: keys that nobody asked for.
 ///
-/// A key that looks as if it changes the mixture is never ignored. Other keys are harmless; one
-/// that is nearly a key that the family reads is worth a warning.
+/// A key that looks as if it changes the mixture is never ignored. Others that are not known to be
+/// harmless are worth one warning.
 pub(crate) fn unused(keys: &mut Keys<'_>) {
     let asked: Vec<String> = keys.asked.iter().cloned().collect();
     let asked: Vec<&str> = asked.iter().map(String::as_str).collect();
     let mut odd: Vec<&Member> = Vec::new();
     for member in keys.unused() {
-        if HARMLESS.contains(&member.key.as_str()) {
+        let name = member.key.as_str();
+        if HARMLESS.contains(&name) || harmless::KEYS.binary_search(&name).is_ok() {
             continue;
         }
-        if changes_mixture(&member.key) {
-            let near = nearest(&member.key, &asked);
-            let mut error = Diagnostic::error(
-                Code("E0208"),
-                format!("{} has no meaning for {}", cut(&member.key), keys.model_type),
-            )
-            .primary(member.key_span, "unknown key");
-            error = match near {
+        if changes_mixture(name) {
+            let near = nearest(name, &asked);
+            let error =
+                Diagnostic::error(Code("E0208"), format!("{} has no meaning for {}", cut(name), keys.model_type))
+                    .primary(member.key_span, "unknown key");
+            if let Some(near) = near {
+                // The misspelt key explains the missing one.
+                keys.errors.retain(|e| e.code.0 != "E0204" || e.message != format!("{near} is missing"));
+            }
+            keys.errors.push(match near {
                 Some(near) => error
                     .help(format!("did you mean {near}? A key that looks like part of the mixture is never ignored")),
                 None => error
                     .help("a key that looks like part of the mixture is never ignored; remove it if it has no effect"),
-            };
-            keys.errors.push(error);
-        } else if !member.key.is_ascii()
-            || nearest(&member.key, &asked).is_some_and(|n| member.key.len() > 4 && close(&member.key, n))
-        {
+            });
+        } else {
             odd.push(member);
         }
     }
@@ -150,13 +151,11 @@ pub(crate) fn unused(keys: &mut Keys<'_>) {
         for other in odd.iter().skip(1).take(5) {
             warning = warning.note(format!("also unknown: {}", cut(&other.key)));
         }
+        if odd.len() > 6 {
+            warning = warning.note(format!("and {} more", odd.len() - 6));
+        }
         keys.warnings.push(warning);
     }
-}
-
-/// Whether two different keys are a slip of the finger apart.
-fn close(key: &str, known: &str) -> bool {
-    key.len().abs_diff(known.len()) <= 1 && key.bytes().zip(known.bytes()).filter(|(a, b)| a != b).count() <= 1
 }
 
 fn changes_mixture(key: &str) -> bool {

@@ -35,13 +35,20 @@ pub fn read_config(text: &str, file: &str) -> Result<Model, Vec<Diagnostic>> {
     let (draft, facts) = match draft {
         Ok(read) if errors.is_empty() => read,
         Ok(_) | Err(Refused) => {
+            for error in errors.iter_mut().filter(|e| e.labels.is_empty()) {
+                *error = error.clone().primary(type_span(members), format!("in this {model_type} config"));
+            }
+            errors.sort_by_key(|e| e.labels.first().map_or(0, |l| l.span.start));
             errors.truncate(limits::ERRORS);
             return Err(errors.into_iter().map(named).collect());
         }
     };
     let name = model_name(file, &model_type);
     let Draft { hidden, layers: blocks } = draft;
-    let (layers, forms) = share(blocks, &model_type);
+    let (layers, mut forms) = share(blocks, &model_type);
+    for form in &mut forms {
+        form.graph.infer().map_err(|errors| errors.into_iter().map(named).collect::<Vec<_>>())?;
+    }
     if forms.is_empty() {
         let error = Diagnostic::error(Code("E0215"), "nothing to compile: every layer is dense")
             .primary(type_span(members), format!("{model_type} without a mixture layer"));
@@ -171,7 +178,7 @@ fn quantization(keys: &mut Keys<'_>) -> Option<Quant> {
     };
     let method = section.get("quant_method");
     let result = match method.and_then(Value::string) {
-        Some("mxfp4") => Ok(Quant::Mxfp4),
+        Some("mxfp4") if keys.model_type == "gpt_oss" => Ok(Quant::Mxfp4),
         Some("fp8") => fp8(section, found.value.span),
         _ => {
             let (span, name) = method.map_or((found.value.span, "missing".to_owned()), |m| (m.span, m.to_string()));
@@ -202,9 +209,12 @@ fn fp8(section: &Value, whole: Span) -> Result<Quant, Refusal> {
         .array()
         .unwrap_or(&[])
         .iter()
-        .map(|side| match &side.kind {
-            Kind::Number(text) => text.parse().ok().filter(|n| (1..=limits::SIZE).contains(n)),
-            _ => None,
+        .map(|side| {
+            if let Kind::Number(text) = &side.kind {
+                text.parse().ok().filter(|n| (1..=limits::SIZE).contains(n))
+            } else {
+                None
+            }
         })
         .collect();
     let [Some(rows), Some(columns)] = sides[..] else {
@@ -319,7 +329,7 @@ fn same_block(a: &moec_ir::Graph, b: &moec_ir::Graph) -> bool {
 }
 
 /// Name of the model: its folder, or the file.
-fn model_name(file: &str, family: &str) -> String {
+pub(crate) fn model_name(file: &str, family: &str) -> String {
     let mut parts = file.rsplit(['/', '\\']).filter(|p| !p.is_empty());
     let last = parts.next().unwrap_or("");
     let stem = last.strip_suffix(".json").unwrap_or(last);

@@ -75,7 +75,6 @@ pub(crate) struct Keys<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Found<'a> {
     pub(crate) key: &'a str,
-    pub(crate) key_span: Span,
     pub(crate) value: &'a Value,
 }
 
@@ -137,7 +136,7 @@ impl<'a> Keys<'a> {
             for name in names {
                 for member in level.iter().filter(|m| m.key == *name) {
                     self.used.insert(member.key_span.start);
-                    found.push(Found { key: &member.key, key_span: member.key_span, value: &member.value });
+                    found.push(Found { key: &member.key, value: &member.value });
                 }
             }
         }
@@ -383,14 +382,11 @@ impl<'a> Keys<'a> {
     }
 
     fn wrong_kind(&mut self, key: &str, value: &Value, expected: &str) {
-        let (code, text) = if matches!(value.kind, Kind::NotFinite(_)) {
-            ("E0111", "JSON has no such number")
-        } else {
-            ("E0201", "wrong kind")
-        };
-        self.errors.push(
-            Diagnostic::error(Code(code), format!("{key} is {value}, expected {expected}")).primary(value.span, text),
-        );
+        // Numbers that JSON does not have are reported for the whole file.
+        if !matches!(value.kind, Kind::NotFinite(_)) {
+            let error = Diagnostic::error(Code("E0201"), format!("{key} is {value}, expected {expected}"));
+            self.errors.push(error.primary(value.span, "wrong kind"));
+        }
     }
 
     /// `E0204`: the key is missing.

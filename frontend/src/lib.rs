@@ -6,10 +6,14 @@
 //! with equal blocks share a [`Form`]. Nothing here prints or ends the process: findings are
 //! [`moec_ir::Diagnostic`]s.
 
+#![expect(clippy::result_large_err, reason = "a finding ends its stage; it is made once")]
+
 mod block;
 mod check;
+pub mod codes;
 mod config;
 mod family;
+mod harmless;
 pub mod json;
 mod keys;
 mod layout;
@@ -17,9 +21,11 @@ pub mod limits;
 mod model;
 mod outline;
 mod relayout;
+mod source;
 pub mod weights;
 
 pub use config::{families, read_config};
 pub use model::{Facts, Form, FormFacts, LatentAttention, Layer, LayerKind, Model};
 pub use relayout::Shapes;
+pub use source::{read_graph, read_model};
 pub use weights::{Checkpoint, TensorInfo};

@@ -1,7 +1,7 @@
 //! What a config says: the checked model, ready to compile and to plan.
 
 use crate::block::MoeLayer;
-use moec_ir::{DType, Diagnostic, Extent, Graph, Op, WeightName, ops::PartKind, ops::SelectRule};
+use moec_ir::{DType, Diagnostic, Extent, Graph, Op, Type, WeightName, ops::PartKind};
 
 /// A model as its config describes it.
 #[derive(Clone, Debug)]
@@ -131,62 +131,64 @@ impl Form {
     /// Sizes of the block.
     pub fn facts(&self) -> FormFacts {
         let mut facts = FormFacts::default();
-        let size = |name: &WeightName| -> u64 {
-            let shape = self.graph.weights.get(name).map_or(&[] as &[Extent], |w| &w.shape);
-            shape.iter().fold(1u64, |n, e| n.saturating_mul(e.max()))
-        };
-        let outer = |name: Option<&WeightName>, axis: usize| -> u64 {
-            name.and_then(|n| self.graph.weights.get(n)).and_then(|w| w.shape.get(axis)).map_or(0, Extent::max)
-        };
         let mut in_bank: Vec<&WeightName> = Vec::new();
         for id in self.graph.ids() {
-            match &self.graph.node(id).op {
-                Op::Select(select) => facts.top_k = facts.top_k.saturating_add(slots(&select.rule)),
-                Op::ProductKey(key) => {
-                    facts.top_k += match key {
-                        moec_ir::ops::ProductKey::Sum { k, .. }
-                        | moec_ir::ops::ProductKey::Scores { k }
-                        | moec_ir::ops::ProductKey::Tucker { k, .. } => *k,
-                    };
-                }
-                Op::Ffn(ffn) => facts.shared_inner += outer(ffn.up.names().first().copied(), 0),
-                Op::Experts(experts) => {
-                    for part in &experts.bank {
-                        facts.experts = facts.experts.max(part.ids[1]);
-                        let count = part.ids[1].saturating_sub(part.ids[0]);
-                        let names = part_names(&part.kind);
-                        let each: u64 = match &part.kind {
-                            PartKind::Neuron(n) => {
-                                facts.expert_input = outer(Some(&n.u), 1);
-                                facts.expert_inner = facts.expert_inner.max(1);
-                                outer(Some(&n.u), 1).saturating_add(outer(Some(&n.v), 1))
-                            }
-                            PartKind::Ffn(ffn) => {
-                                let up = ffn.up.names().first().copied();
-                                facts.expert_inner = facts.expert_inner.max(outer(up, 0));
-                                facts.expert_input = outer(up, 1);
-                                names.iter().map(|n| size(n)).fold(0, u64::saturating_add)
-                            }
-                            PartKind::Linear(_) | PartKind::Film(_) | PartKind::Const { .. } => {
-                                names.iter().map(|n| size(n)).fold(0, u64::saturating_add)
-                            }
-                            PartKind::Identity {} | PartKind::Zero {} => 0,
-                        };
-                        facts.expert_parameters = facts.expert_parameters.max(each);
-                        facts.parameters = facts.parameters.saturating_add(each.saturating_mul(count));
-                        in_bank.extend(names);
-                    }
-                }
-                _ => {}
+            let node = self.graph.node(id);
+            if let Op::Ffn(ffn) = &node.op {
+                facts.shared_inner = facts.shared_inner.saturating_add(self.side(ffn.up.names().first().copied(), 0));
+            }
+            let Op::Experts(experts) = &node.op else { continue };
+            if let Some(Type::Ragged(rows)) = &node.ty {
+                facts.experts = facts.experts.max(rows.route.experts);
+                facts.top_k = facts.top_k.max(rows.route.slots);
+            }
+            for part in &experts.bank {
+                let each = self.part(&part.kind, &mut facts);
+                facts.expert_parameters = facts.expert_parameters.max(each);
+                let count = part.ids[1].saturating_sub(part.ids[0]);
+                facts.parameters = facts.parameters.saturating_add(each.saturating_mul(count));
+                in_bank.extend(part_names(&part.kind));
             }
         }
-        facts.top_k = facts.top_k.min(facts.experts);
-        let rest: u64 =
-            self.graph.weights.keys().filter(|n| !in_bank.contains(n)).map(size).fold(0, u64::saturating_add);
+        let rest = self.graph.weights.keys().filter(|n| !in_bank.contains(n));
+        let rest = rest.map(|n| self.size(n)).fold(0, u64::saturating_add);
         facts.parameters = facts.parameters.saturating_add(rest);
-        facts.flops_per_token =
-            rest.saturating_add(facts.top_k.saturating_mul(facts.expert_parameters)).saturating_mul(2);
+        let active = facts.top_k.saturating_mul(facts.expert_parameters);
+        facts.flops_per_token = rest.saturating_add(active).saturating_mul(2);
         facts
+    }
+
+    /// Weights of one expert of a part; its widths go into `facts`.
+    fn part(&self, kind: &PartKind, facts: &mut FormFacts) -> u64 {
+        match kind {
+            PartKind::Neuron(n) => {
+                facts.expert_input = self.side(Some(&n.u), 1);
+                facts.expert_inner = facts.expert_inner.max(1);
+                return self.side(Some(&n.u), 1).saturating_add(self.side(Some(&n.v), 1));
+            }
+            PartKind::Ffn(ffn) => {
+                let up = ffn.up.names().first().copied();
+                facts.expert_inner = facts.expert_inner.max(self.side(up, 0));
+                facts.expert_input = self.side(up, 1);
+            }
+            PartKind::Linear(_)
+            | PartKind::Film(_)
+            | PartKind::Const { .. }
+            | PartKind::Identity {}
+            | PartKind::Zero {} => {}
+        }
+        part_names(kind).iter().map(|n| self.size(n)).fold(0, u64::saturating_add)
+    }
+
+    /// Elements of a weight; of one expert's, if it depends on the expert.
+    fn size(&self, name: &WeightName) -> u64 {
+        let shape = self.graph.weights.get(name).map_or(&[] as &[Extent], |w| &w.shape);
+        shape.iter().fold(1u64, |n, e| n.saturating_mul(e.max()))
+    }
+
+    /// A side of a weight.
+    fn side(&self, name: Option<&WeightName>, axis: usize) -> u64 {
+        name.and_then(|n| self.graph.weights.get(n)).and_then(|w| w.shape.get(axis)).map_or(0, Extent::max)
     }
 
     /// A form of a single layer.
@@ -211,18 +213,5 @@ pub(crate) fn part_names(kind: &PartKind) -> Vec<&WeightName> {
         PartKind::Const { value } => vec![value],
         PartKind::Neuron(n) => vec![&n.u, &n.v],
         PartKind::Identity {} | PartKind::Zero {} => Vec::new(),
-    }
-}
-
-fn slots(rule: &SelectRule) -> u64 {
-    match rule {
-        SelectRule::Topk { k } | SelectRule::GroupLimited { k, .. } => *k,
-        SelectRule::Rank { ranks } => ranks.len() as u64,
-        SelectRule::GroupTopk { groups, k } => groups.saturating_mul(*k),
-        SelectRule::All
-        | SelectRule::Topp { .. }
-        | SelectRule::Threshold { .. }
-        | SelectRule::ExpertChoice { .. }
-        | SelectRule::Given { .. } => 1,
     }
 }

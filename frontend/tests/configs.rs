@@ -84,3 +84,17 @@ fn released_shapes_are_as_published() {
     let qwen = model("qwen3-30b-a3b");
     assert_eq!(qwen.forms[0].facts().top_k, 8);
 }
+
+#[test]
+fn every_block_is_a_sound_graph_that_survives_its_text() {
+    for (name, path) in corpus() {
+        let Ok(model) = read(&path) else { continue };
+        for form in &model.forms {
+            let errors: Vec<_> =
+                moec_ir::verify(&form.graph).into_iter().filter(|d| d.severity == moec_ir::Severity::Error).collect();
+            assert!(errors.is_empty(), "{name}: {errors:#?}");
+            let again = moec_ir::parse(&moec_ir::print(&form.graph)).unwrap_or_else(|e| panic!("{name}: {e:?}"));
+            assert!(again == form.graph, "{name}");
+        }
+    }
+}

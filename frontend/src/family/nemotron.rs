@@ -51,7 +51,7 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
         let eps = if renormalise { 1e-20 } else { 0.0 };
         let route = b.weigh(chosen, scores, Weigh { norm, eps, scale, ..RAW });
 
-        let mut network = |b: &mut Block, name: &str, input: u64, inner: u64| {
+        let network = |b: &mut Block, name: &str, input: u64, inner: u64| {
             let mut matrix = |part: &str, shape: [u64; 2]| {
                 b.quantised(&format!("{name}.{part}"), &shape, Source::plain(format!("{{p}}{name}.{part}.weight")));
                 format!("{name}.{part}")

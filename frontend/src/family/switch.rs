@@ -93,6 +93,6 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
 /// Every `step`-th layer, where the step follows from the number of sparse layers.
 fn sparse(keys: &mut Keys<'_>, layers: &Num, name: &str) -> Vec<bool> {
     let sparse = keys.size_or(&[name], 3, 0, limits::LAYERS).value;
-    let step = if sparse > 0 { layers.value / sparse } else { 0 };
+    let step = layers.value.checked_div(sparse).unwrap_or(0);
     (0..layers::count(layers) as u64).map(|i| step > 0 && (step == 1 || i % step == 1)).collect()
 }

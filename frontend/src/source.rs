@@ -1,0 +1,80 @@
+//! What a user may call a model: a config, its folder, a graph file, IR text.
+
+use crate::{
+    config::{identifier, model_name, read_config},
+    json::{decode, parse},
+    model::{Facts, Form, Layer, LayerKind, Model},
+    outline::outline,
+    weights::small_file,
+};
+use moec_ir::{Code, DType, Diagnostic, Graph, Op, Severity, json::Signature};
+use std::path::Path;
+
+/// Reads a model from a `config.json`, a folder that holds one, a graph file (`moec-graph-1`), or
+/// IR text (`.moe`).
+///
+/// # Errors
+/// All independent errors of the file.
+pub fn read_model(path: &Path) -> Result<Model, Vec<Diagnostic>> {
+    let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+    let file = path.to_string_lossy().into_owned();
+    let one = |mut error: Diagnostic| {
+        error.file.get_or_insert_with(|| file.clone());
+        vec![error]
+    };
+    let bytes = small_file(&path).map_err(|mut error| {
+        // The codes of weights files do not fit a model that is not there.
+        error.code = Code("E0112");
+        one(error.help("expected a config.json, a folder with one, a graph file or IR text"))
+    })?;
+    let text = decode(&bytes).map_err(one)?;
+    if path.extension().is_some_and(|e| e == "moe") {
+        let graph = moec_ir::parse(text).map_err(one)?;
+        return read_graph(graph, &file);
+    }
+    let root = parse(text).map_err(one)?;
+    if root.get("format").is_some() && root.get("nodes").is_some() {
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        let graph = moec_ir::json::read_graph(text, &Signature::default())
+            .map_err(|errors| errors.into_iter().flat_map(one).collect::<Vec<_>>())?;
+        return read_graph(graph, &file);
+    }
+    read_config(text, &file)
+}
+
+/// A model of one block: a graph that was read, checked; `file` names the model.
+///
+/// # Errors
+/// What [`moec_ir::verify`] finds.
+pub fn read_graph(mut graph: Graph, file: &str) -> Result<Model, Vec<Diagnostic>> {
+    let named = |mut diagnostic: Diagnostic| {
+        diagnostic.file.get_or_insert_with(|| file.to_owned());
+        diagnostic
+    };
+    let found: Vec<Diagnostic> = moec_ir::verify(&graph).into_iter().map(named).collect();
+    let (errors, warnings): (Vec<_>, Vec<_>) = found.into_iter().partition(|d| d.severity == Severity::Error);
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    graph.infer().map_err(|errors| errors.into_iter().map(named).collect::<Vec<_>>())?;
+    let name = match model_name(file, "graph") {
+        name if graph.name.is_empty() || graph.name == "graph" => name,
+        _ => identifier(&graph.name),
+    };
+    graph.name.clone_from(&name);
+    // The first input of floats is the stream; a graph without one has no width.
+    let stream = graph.inputs().into_iter().find_map(|id| {
+        if let Op::Input(input) = &graph.node(id).op {
+            Some(input.ty.clone()).filter(|ty| ty.dtype.is_float())
+        } else {
+            None
+        }
+    });
+    let dtype = stream.as_ref().map_or(DType::F32, |ty| ty.dtype);
+    let hidden = stream.as_ref().and_then(|ty| ty.shape.last()?.known()).unwrap_or(0);
+    let layers = vec![Layer { kind: LayerKind::Moe { form: 0 } }];
+    let forms = vec![Form { graph, layers: vec![0], prefixes: vec![String::new()] }];
+    let facts = Facts::default();
+    let outline = outline(&name, dtype, hidden, &layers, &forms, &facts);
+    Ok(Model { name, family: "graph".to_owned(), dtype, hidden, layers, forms, outline, facts, warnings })
+}
