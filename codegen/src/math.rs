@@ -4,7 +4,10 @@
 //! bits, and no kernel calls a library. Relative errors stay below 4e-7 over the useful range
 //! (measured in the tests against f64).
 
-use crate::mlir::{Builder, V};
+use crate::{
+    Target,
+    mlir::{Builder, V},
+};
 use melior::ir::ValueLike as _;
 use moec_ir::ops::{BinaryFn, UnaryFn};
 
@@ -182,6 +185,24 @@ pub fn abs<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
 /// Square root.
 pub fn sqrt<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
     b.same("llvm.intr.sqrt", &[x], &[])
+}
+
+/// The value rounded to bf16 (to nearest, ties to even; NaN stays NaN).
+///
+/// GPUs have an instruction for it; elsewhere LLVM would call a library function.
+pub fn to_bf16<'c>(b: &Builder<'c>, target: Target, x: V<'c>) -> V<'c> {
+    let vector = |t: &str| width(x).map_or_else(|| t.to_owned(), |n| format!("vector<{n}x{t}>"));
+    if target.is_gpu() {
+        return b.cast("arith.truncf", x, &vector("bf16"));
+    }
+    let raw = bits(b, x);
+    let odd = b.andi(b.shrui(raw, integer(b, x, 16)), integer(b, x, 1));
+    let rounded = b.addi(raw, b.addi(odd, integer(b, x, 0x7fff)));
+    // A quiet NaN with the upper bits of the old one.
+    let quiet = b.ori(raw, integer(b, x, 0x0040_0000));
+    let kept = b.select(b.cmpf("uno", x, x), quiet, rounded);
+    let upper = b.cast("arith.trunci", b.shrui(kept, integer(b, x, 16)), &vector("i16"));
+    b.bitcast(upper, &vector("bf16"))
 }
 
 /// One of the elementwise functions.

@@ -5,7 +5,7 @@
 //! loops over a block of rows; a warp spreads the elements of one row over its lanes.
 
 use crate::{
-    Target,
+    Target, math,
     mlir::{Builder, V},
 };
 use std::cell::Cell;
@@ -367,6 +367,8 @@ impl<'a, 'c> Exec<'a, 'c> {
         let size = u32::try_from(ty.bytes()).unwrap_or(1);
         let value = if ty == moec_abi::DType::F32 {
             value
+        } else if ty == moec_abi::DType::Bf16 {
+            math::to_bf16(b, self.target, value)
         } else {
             let to = if ix.width == 1 { element.to_owned() } else { format!("vector<{}x{element}>", ix.width) };
             b.cast("arith.truncf", value, &to)
@@ -390,7 +392,12 @@ impl<'a, 'c> Exec<'a, 'c> {
             | moec_ir::DType::I64 => return value,
         };
         let b = self.b;
-        b.cast("arith.extf", b.cast("arith.truncf", value, &vector(narrow)), &vector("f32"))
+        let rounded = if ty == moec_ir::DType::Bf16 {
+            math::to_bf16(b, self.target, value)
+        } else {
+            b.cast("arith.truncf", value, &vector(narrow))
+        };
+        b.cast("arith.extf", rounded, &vector("f32"))
     }
 }
 

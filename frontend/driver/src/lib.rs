@@ -1,1 +1,18 @@
-//! Placeholder.
+//! The facade of moec: what the command line does, as a library.
+//!
+//! [`Compiler`] turns a model into an [`Artefact`] in memory, which can be written to a folder or
+//! run at once; [`verify`] holds compiled kernels against reference cases.
+
+mod compiler;
+mod error;
+pub mod verify;
+
+pub use compiler::{Artefact, Compiler, FormReport, host_target};
+pub use error::Error;
+pub use moec_codegen::Target;
+pub use moec_frontend as frontend;
+pub use moec_ir as ir;
+pub use moec_passes as passes;
+pub use moec_place as place;
+pub use moec_plan as plan;
+pub use moec_runtime as runtime;

@@ -1,0 +1,174 @@
+//! Models and graphs to artefacts.
+
+use crate::Error;
+use moec_abi::Manifest;
+use moec_codegen::{
+    Target,
+    lower::{self, CompiledForm},
+    mlir::{Keep, Session},
+};
+use moec_frontend::{Form, Model};
+use moec_ir::Graph;
+use moec_passes::{Outcome, Remark};
+use std::{collections::BTreeMap, time::Duration};
+
+/// How to compile.
+#[derive(Clone, Debug)]
+pub struct Compiler {
+    /// Targets, each of which gets its own code.
+    pub targets: Vec<Target>,
+    /// Results to keep of the interface; all if empty.
+    pub outputs: Vec<String>,
+    /// Texts to keep.
+    pub keep: Keep,
+    /// Keep the IR around every pass.
+    pub dump_passes: bool,
+}
+
+/// What happened to one form.
+#[derive(Clone, Debug)]
+pub struct FormReport {
+    /// Name of the form.
+    pub name: String,
+    /// The graph before passes.
+    pub graph: Graph,
+    /// The graph of kernel ops.
+    pub kernels: Graph,
+    /// What passes said and took.
+    pub passes: Outcome,
+    /// Per target: texts, schedules and times.
+    pub targets: Vec<TargetReport>,
+}
+
+/// What code generation for one target gave besides code.
+#[derive(Clone, Debug)]
+pub struct TargetReport {
+    /// The target.
+    pub target: Target,
+    /// MLIR before lowering, if kept.
+    pub mlir: Option<String>,
+    /// LLVM IR after optimisation, if kept.
+    pub llvm: Option<String>,
+    /// Assembly, if kept.
+    pub assembly: Option<String>,
+    /// Schedules of the grouped products.
+    pub schedules: Vec<String>,
+    /// Time per stage.
+    pub stages: Vec<(&'static str, Duration)>,
+}
+
+/// A compiled model in memory.
+#[derive(Clone, Debug)]
+pub struct Artefact {
+    /// What a runtime needs to know.
+    pub manifest: Manifest,
+    /// Files by relative name.
+    pub files: BTreeMap<String, Vec<u8>>,
+    /// What happened, form by form.
+    pub forms: Vec<FormReport>,
+}
+
+impl Artefact {
+    /// The artefact for the runtime, without going through files.
+    ///
+    /// # Errors
+    /// When the manifest is not one that the runtime takes, which is our bug.
+    pub fn load(&self) -> Result<moec_runtime::Artefact, Error> {
+        Ok(moec_runtime::Artefact::in_memory(self.manifest.clone(), self.files.clone())?)
+    }
+
+    /// Remarks of all passes.
+    pub fn remarks(&self) -> impl Iterator<Item = &Remark> {
+        self.forms.iter().flat_map(|f| &f.passes.remarks)
+    }
+}
+
+/// The best target of this host's processor.
+pub fn host_target() -> Target {
+    [Target::X86V4Amx, Target::X86V4, Target::X86V3, Target::Aarch64]
+        .into_iter()
+        .find(|t| moec_runtime::cpu_runs(t.name()).is_ok())
+        .unwrap_or(Target::X86V3)
+}
+
+impl Default for Compiler {
+    fn default() -> Self {
+        Self { targets: vec![host_target()], outputs: vec!["output".into()], keep: Keep::default(), dump_passes: false }
+    }
+}
+
+impl Compiler {
+    /// Compiles every form of a model.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn compile(&self, model: &Model) -> Result<Artefact, Error> {
+        self.compile_forms(&model.name, &model.forms)
+    }
+
+    /// Compiles one graph.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn compile_graph(&self, name: &str, graph: Graph) -> Result<Artefact, Error> {
+        let form = Form { graph, layers: vec![0], prefixes: vec![String::new()] };
+        self.compile_forms(name, std::slice::from_ref(&form))
+    }
+
+    /// Compiles the given forms.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn compile_forms(&self, model: &str, forms: &[Form]) -> Result<Artefact, Error> {
+        let session = Session::new();
+        let mut artefact = Artefact {
+            manifest: Manifest {
+                schema: moec_abi::SCHEMA,
+                producer: format!("moec {}", env!("CARGO_PKG_VERSION")),
+                model: model.to_owned(),
+                inputs: Vec::new(),
+                programs: Vec::new(),
+                notes: Vec::new(),
+            },
+            files: BTreeMap::new(),
+            forms: Vec::new(),
+        };
+        for (i, form) in forms.iter().enumerate() {
+            let name = if forms.len() == 1 { model.to_owned() } else { format!("{model}_{i}") };
+            self.form(&session, &mut artefact, name, form)?;
+        }
+        Ok(artefact)
+    }
+
+    fn form(&self, session: &Session, artefact: &mut Artefact, name: String, form: &Form) -> Result<(), Error> {
+        let mut graph = form.graph.clone();
+        graph.name.clone_from(&name);
+        if !self.outputs.is_empty() {
+            graph.outputs.retain(|o| self.outputs.contains(&o.name) || o.name.starts_with("state_"));
+        }
+        let mut kernels = graph.clone();
+        let passes = moec_passes::run(&mut kernels, self.dump_passes)?;
+        let mut targets = Vec::new();
+        for target in &self.targets {
+            let options = lower::Options {
+                target: *target,
+                keep: self.keep,
+                layers: form.layers.clone(),
+                prefixes: form.prefixes.clone(),
+            };
+            let CompiledForm { program, compiled, schedules } = lower::compile(session, &kernels, &options)?;
+            artefact.files.insert(program.code.clone(), compiled.code);
+            artefact.manifest.programs.push(program);
+            targets.push(TargetReport {
+                target: *target,
+                mlir: compiled.mlir,
+                llvm: compiled.llvm,
+                assembly: compiled.assembly,
+                schedules,
+                stages: compiled.stages,
+            });
+        }
+        artefact.forms.push(FormReport { name, graph, kernels, passes, targets });
+        Ok(())
+    }
+}
