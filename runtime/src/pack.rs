@@ -11,6 +11,7 @@ use crate::{
     weights::Bound,
 };
 use moec_abi::{DType, Layout, Slot};
+use moec_launch::view::MatrixAccess;
 use rayon::prelude::*;
 
 /// Columns that are decoded at a time; with a panel of rows they stay in the first-level cache.
@@ -130,7 +131,29 @@ impl Strips {
                 let stride = (at.row_stride * size) as usize;
                 self.scatter(&bytes[start..], stride, rows as usize, 0, self.columns as usize, out);
             }
+            Some((bytes, at)) if at.row_stride == 1 => self.turn(bytes, at, first, rows as usize, out),
             Some(_) | None => self.convert(source, first, rows, out),
+        }
+    }
+
+    /// Moves a matrix that is stored column by column: each tile is turned, then placed.
+    fn turn(&self, bytes: &[u8], at: MatrixAccess, first: u64, rows: usize, out: &mut [u8]) {
+        let size = self.dtype.bytes() as usize;
+        let mut tile = vec![0; rows * TILE_COLUMNS * size];
+        let mut column = 0;
+        while column < self.columns {
+            let width = (self.columns - column).min(TILE_COLUMNS as u64) as usize;
+            let start = (at.offset + first + column * at.column_stride) as usize * size;
+            let source = &bytes[start..];
+            let place = Place { source, stride: at.column_stride as usize * size, rows: width, group: width * size };
+            match size {
+                1 => place.groups::<1>(rows, &mut tile),
+                2 => place.groups::<2>(rows, &mut tile),
+                4 => place.groups::<4>(rows, &mut tile),
+                _ => place.groups::<8>(rows, &mut tile),
+            }
+            self.scatter(&tile, width * size, rows, column as usize, width, out);
+            column += width as u64;
         }
     }
 
@@ -145,7 +168,7 @@ impl Strips {
             let bytes = &mut bytes[..rows as usize * width * size];
             match self.dtype {
                 DType::F32 | DType::Bf16 | DType::F16 => {
-                    values.clear();
+                    // Every value is written below, so that old ones need not be cleared.
                     values.resize(rows as usize * width, 0.0);
                     source.tile(first, column, width, &mut values, &mut line);
                     encode_all(self.dtype, &values, bytes);
@@ -174,7 +197,7 @@ impl Strips {
             }
             return;
         }
-        let place = Place { source, stride, rows, row: self.row_step * size, group: self.group_step * size };
+        let place = Place { source, stride, rows, group: self.group_step * size };
         let (unit, aligned) = (self.depth * size, column.is_multiple_of(self.depth));
         let groups = if aligned { width / self.depth } else { 0 };
         let start = column / self.depth * place.group;
@@ -210,29 +233,62 @@ struct Place<'a> {
     source: &'a [u8],
     stride: usize,
     rows: usize,
-    row: usize,
     group: usize,
 }
 
 impl Place<'_> {
-    /// Groups of `N` bytes that are neighbours in a row go `group` bytes apart.
+    /// Groups of `N` bytes that are neighbours in a row go `group` bytes apart; rows are neighbours.
     fn groups<const N: usize>(&self, groups: usize, out: &mut [u8]) {
-        // A cache line of each row at a time, so that every line is read once and the piece of the
+        // A few cache lines of each row at a time, so that every line is read once and the piece of the
         // panel that is written stays in the cache.
-        let line = (64 / N).max(1);
+        let line = (256 / N).max(1);
         let mut first = 0;
         while first < groups {
             let count = line.min(groups - first);
             let out = &mut out[first * self.group..];
-            for r in 0..self.rows {
-                let from = r * self.stride + first * N;
-                let (units, _) = self.source[from..from + count * N].as_chunks::<N>();
-                for (unit, to) in units.iter().zip(out[r * self.row..].chunks_mut(self.group)) {
+            let units = |row: usize| {
+                let from = row * self.stride + first * N;
+                self.source[from..from + count * N].as_chunks::<N>().0
+            };
+            let mut row = 0;
+            while row + 4 <= self.rows {
+                self.four(std::array::from_fn(|i| units(row + i)), &mut out[row * N..]);
+                row += 4;
+            }
+            for row in row..self.rows {
+                for (unit, to) in units(row).iter().zip(out[row * N..].chunks_mut(self.group)) {
                     to[..N].copy_from_slice(unit);
                 }
             }
             first += count;
         }
+    }
+
+    /// Four rows at once: squares of 4 x 4 groups, which compilers turn into shuffles.
+    fn four<const N: usize>(&self, rows: [&[[u8; N]]; 4], out: &mut [u8]) {
+        let [a, b, c, d] = rows;
+        let squares = a.as_chunks::<4>().0.iter().zip(b.as_chunks::<4>().0).zip(c.as_chunks::<4>().0);
+        let squares = squares.zip(d.as_chunks::<4>().0);
+        let mut at = 0;
+        for (((a, b), c), d) in squares {
+            for i in 0..4 {
+                put_four(&mut out[at..], [a[i], b[i], c[i], d[i]]);
+                at += self.group;
+            }
+        }
+        let done = a.len() / 4 * 4;
+        for i in done..a.len() {
+            put_four(&mut out[at..], [a[i], b[i], c[i], d[i]]);
+            at += self.group;
+        }
+    }
+}
+
+#[inline]
+fn put_four<const N: usize>(out: &mut [u8], units: [[u8; N]; 4]) {
+    let (places, _) = out.as_chunks_mut::<N>();
+    if let Some(places) = places.first_chunk_mut::<4>() {
+        *places = units;
     }
 }
 

@@ -171,40 +171,58 @@ struct Generator {
 }
 
 impl Generator {
-    /// Elements from `first` on; element `i` follows from 16 bits of the stream alone.
+    /// Elements from `first` on; element `i` follows from bytes `2 i` and `2 i + 1` of the stream alone.
     fn fill(&self, first: u64, out: &mut [u8]) {
+        const BATCH: usize = 4096;
         let size = self.dtype.bytes() as usize;
         let mut rng = ChaCha8Rng::from_seed(self.seed);
         rng.set_word_pos(u128::from(first / 2));
-        let mut word = 0;
-        let table: Vec<f64> =
-            (0..512).map(|k| number::round(DType::Bf16, f64::from(k - 256) * AMPLITUDE / 256.0)).collect();
-        for (index, element) in (first..).zip(out.chunks_mut(size)) {
-            if index == first || index.is_multiple_of(2) {
-                word = rng.next_u32();
-            }
-            let bits = if index.is_multiple_of(2) { word & 0xffff } else { word >> 16 };
-            match self.fill {
-                Fill::Values { last } => match self.dtype {
-                    DType::Bf16 => {
-                        let value = table[(bits & 511) as usize] as f32;
-                        element.copy_from_slice(&((value.to_bits() >> 16) as u16).to_le_bytes());
+        let table: [f64; 512] =
+            std::array::from_fn(|k| number::round(DType::Bf16, (k as f64 - 256.0) * AMPLITUDE / 256.0));
+        let halves = table.map(|value| half::bf16::from_f64(value).to_le_bytes());
+        // The stream is read by words of two elements; an odd start leaves the first one out.
+        let mut stream = [0; 2 * BATCH];
+        let mut skip = (first % 2) as usize;
+        let mut index = first;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let count = (rest.len() / size).min(BATCH - skip);
+            rng.fill_bytes(&mut stream[..(2 * (skip + count)).next_multiple_of(4)]);
+            let bits = stream.as_chunks::<2>().0.iter().skip(skip).map(|b| u16::from_le_bytes(*b));
+            let (batch, tail) = rest.split_at_mut(count * size);
+            match (self.fill, self.dtype) {
+                (Fill::Values { .. }, DType::Bf16) => {
+                    for (element, bits) in batch.as_chunks_mut::<2>().0.iter_mut().zip(bits) {
+                        *element = halves[usize::from(bits & 511)];
                     }
-                    DType::F64 | DType::F32 | DType::F16 | DType::F8e4m3 | DType::F8e5m2 => {
-                        number::encode(self.dtype, table[(bits & 511) as usize], element, 0);
-                    }
-                    DType::U8 | DType::I8 | DType::I32 | DType::I64 => {
-                        number::encode(self.dtype, (index % last % 128) as f64, element, 0);
-                    }
-                },
-                Fill::FiniteCodes => {
-                    let code = (bits % 127) as u8;
-                    element[0] = if bits & 0x8000 != 0 { code | 0x80 } else { code };
                 }
-                Fill::Bytes => element[0] = (bits & 0xff) as u8,
-                Fill::Constant(value) => number::encode(self.dtype, value, element, 0),
+                (fill, dtype) => {
+                    for ((element, bits), i) in batch.chunks_mut(size).zip(bits).zip(index..) {
+                        one(fill, dtype, &table, bits, i, element);
+                    }
+                }
             }
+            (rest, index, skip) = (tail, index + count as u64, 0);
         }
+    }
+}
+
+fn one(fill: Fill, dtype: DType, table: &[f64; 512], bits: u16, index: u64, element: &mut [u8]) {
+    match fill {
+        Fill::Values { last } => match dtype {
+            DType::Bf16 | DType::F64 | DType::F32 | DType::F16 | DType::F8e4m3 | DType::F8e5m2 => {
+                number::encode(dtype, table[usize::from(bits & 511)], element, 0);
+            }
+            DType::U8 | DType::I8 | DType::I32 | DType::I64 => {
+                number::encode(dtype, (index % last % 128) as f64, element, 0);
+            }
+        },
+        Fill::FiniteCodes => {
+            let code = (bits % 127) as u8;
+            element[0] = if bits & 0x8000 != 0 { code | 0x80 } else { code };
+        }
+        Fill::Bytes => element[0] = (bits & 0xff) as u8,
+        Fill::Constant(value) => number::encode(dtype, value, element, 0),
     }
 }
 

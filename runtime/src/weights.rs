@@ -244,10 +244,12 @@ impl<'a> Bound<'a> {
                 }
             }
         }
-        match self.dtype {
-            DType::F32 | DType::F64 => {}
-            DType::Bf16 => out.iter_mut().for_each(|v| *v = number::bf16_from(*v).to_f32()),
-            DType::F16 | DType::F8e4m3 | DType::F8e5m2 | DType::U8 | DType::I8 | DType::I32 | DType::I64 => {
+        match (&self.codec, self.dtype) {
+            // Nothing to round: the values are of this type already.
+            (Codec::Plain { dtype, .. }, wanted) if *dtype == wanted => {}
+            (_, DType::F32 | DType::F64) => {}
+            (_, DType::Bf16) => out.iter_mut().for_each(|v| *v = number::bf16_from(*v).to_f32()),
+            (_, DType::F16 | DType::F8e4m3 | DType::F8e5m2 | DType::U8 | DType::I8 | DType::I32 | DType::I64) => {
                 out.iter_mut().for_each(|v| *v = number::round_f32(self.dtype, *v));
             }
         }
