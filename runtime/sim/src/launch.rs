@@ -5,7 +5,7 @@
 use crate::clock::Scope;
 use crate::counts;
 use crate::exec::{Cluster, Env, GlobalShadow, GlobalSync, PAGE_WORDS, Turn};
-use crate::op::{Atomic, Bulk, Code, Op, Rmw, Where};
+use crate::op::{Atomic, Bulk, Code, FUNC_BASE, Op, Rmw, Where};
 use crate::report::{Counts, Findings};
 use crate::space;
 use crate::syntax::{Init, Space, Ty};
@@ -266,11 +266,18 @@ fn initial(code: &Code, index: usize, address: &dyn Fn(usize) -> u64, bytes: u64
                 _ => x.to_bits(),
             },
             Init::Address(name, offset, generic) => {
-                let Some(j) = code.vars.iter().position(|w| w.var.name == *name) else {
-                    return Err(Error::Parse { line: v.line, message: format!("no variable `{name}`") });
-                };
-                let window = if *generic && code.vars[j].var.space == Space::Const { space::CONST } else { 0 };
-                address(j).wrapping_add(*offset as u64).wrapping_add(window)
+                let variable = code.vars.iter().position(|w| w.var.name == *name);
+                let function = code.funcs.iter().position(|f| f.name == *name);
+                match (variable, function) {
+                    (Some(j), _) => {
+                        let window = if *generic && code.vars[j].var.space == Space::Const { space::CONST } else { 0 };
+                        address(j).wrapping_add(*offset as u64).wrapping_add(window)
+                    }
+                    (None, Some(f)) => FUNC_BASE + f as u64,
+                    (None, None) => {
+                        return Err(Error::Parse { line: v.line, message: format!("no variable `{name}`") });
+                    }
+                }
             }
         };
         let Some(to) = out.get_mut(i * size..(i + 1) * size) else {
