@@ -1,9 +1,10 @@
 //! Cases of the form `moec-golden-1`: one block of a model from the reference library.
 
-use super::{Bench, CaseResult, Status, compare};
+use super::{
+    Bench, CaseResult, Status, compare,
+    execute::{Found, execute, refused},
+};
 use crate::{Compiler, Error};
-use moec_abi::{Buffer, BufferKind};
-use moec_ir::{Code, Diagnostic};
 use moec_runtime::{Model, SafetensorsBytes, Tensors};
 use serde::Deserialize;
 use std::{collections::BTreeMap, sync::Arc};
@@ -16,17 +17,13 @@ struct Tolerance {
     topk_weights_rel: f64,
 }
 
-fn refused(message: String) -> Error {
-    Error::Input(vec![Diagnostic::error(Code("E0314"), message)])
-}
-
 /// Builds, compiles, runs and compares a case.
 pub(super) fn run(name: &str, tensors: &SafetensorsBytes<'_>, bench: &Bench) -> Result<CaseResult, Error> {
     let text = |key: &str| tensors.text(key).ok_or_else(|| refused(format!("the case has no `{key}` in its metadata")));
     let model = moec_frontend::read_config(text("config")?, "config of the case").map_err(Error::Input)?;
     let prefix = text("layer_prefix")?;
-    let tolerance: Tolerance = serde_json::from_str(text("tolerance")?)
-        .map_err(|e| refused(format!("`tolerance` in the metadata: {e}")))?;
+    let tolerance: Tolerance =
+        serde_json::from_str(text("tolerance")?).map_err(|e| refused(format!("`tolerance` in the metadata: {e}")))?;
     let Some((form, layer)) = model.block_of(prefix) else {
         return Err(refused(format!("no layer of the model has the prefix `{prefix}`")));
     };
@@ -42,43 +39,8 @@ pub(super) fn run(name: &str, tensors: &SafetensorsBytes<'_>, bench: &Bench) -> 
     let layer = Model::new(Arc::new(artefact.load()?), Arc::clone(&bench.device)).layer(layer, tensors)?;
     let (_, shape) = compare::tensor(tensors, "hidden_states")?;
     let tokens = shape.first().copied().unwrap_or(0);
-    let mut inputs = Vec::new();
-    for buffer in layer.inputs()? {
-        inputs.push(input(tensors, buffer)?);
-    }
-    let inputs: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
-    let mut outputs: Vec<Vec<u8>> = Vec::new();
-    for buffer in layer.outputs()? {
-        outputs.push(vec![0xff; size(buffer, tokens)?]);
-    }
-    layer.launch(tokens, &inputs, &mut outputs.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>())?;
-    let mut results = BTreeMap::new();
-    for (buffer, bytes) in layer.outputs()?.into_iter().zip(&outputs) {
-        if let BufferKind::Output { name } = &buffer.kind {
-            results.insert(name.clone(), compare::floats(buffer.dtype, bytes));
-        }
-    }
+    let results = execute(&layer, tokens, tensors, "")?;
     judge(name, tensors, tolerance, tokens, &results)
-}
-
-/// Bytes of an input of the program, from the tensor of that name.
-fn input(tensors: &dyn Tensors, buffer: &Buffer) -> Result<Vec<u8>, Error> {
-    let name = match &buffer.kind {
-        BufferKind::Input { name } => name,
-        BufferKind::Output { .. } | BufferKind::Weight { .. } | BufferKind::Workspace => &buffer.name,
-    };
-    let (bytes, dtype, _) = compare::raw(tensors, name)?;
-    if dtype == buffer.dtype {
-        return Ok(bytes);
-    }
-    Err(refused(format!("`{name}` of the case is {dtype:?}, the program reads {:?}", buffer.dtype)))
-}
-
-fn size(buffer: &Buffer, tokens: u64) -> Result<usize, Error> {
-    let elements = buffer.shape.iter().try_fold(buffer.dtype.bytes(), |n, d| n.checked_mul(d.eval(tokens)?));
-    elements
-        .and_then(|n| usize::try_from(n).ok())
-        .ok_or_else(|| refused(format!("the output `{}` does not fit into memory", buffer.name)))
 }
 
 fn judge(
@@ -86,10 +48,13 @@ fn judge(
     tensors: &SafetensorsBytes<'_>,
     tolerance: Tolerance,
     tokens: u64,
-    results: &BTreeMap<String, Vec<f64>>,
+    results: &BTreeMap<String, Found>,
 ) -> Result<CaseResult, Error> {
     let result = |key: &str| {
-        results.get(key).ok_or_else(|| refused(format!("the compiled layer has no output `{key}`")))
+        results
+            .get(key)
+            .map(|found| &*found.values)
+            .ok_or_else(|| refused(format!("the compiled layer has no output `{key}`")))
     };
     let (expected, _) = compare::tensor(tensors, "output_ref")?;
     let (max_rel, rms_rel) = compare::difference(result("output")?, &expected);

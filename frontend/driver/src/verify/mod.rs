@@ -5,7 +5,10 @@
 //! run, and compared under its own tolerance.
 
 mod compare;
+mod execute;
 mod golden;
+mod host;
+mod system;
 
 use crate::{Error, Target};
 use moec_runtime::{Device, SafetensorsBytes};
@@ -76,6 +79,7 @@ fn run(name: &str, bytes: &[u8], bench: &Bench) -> Result<CaseResult, Error> {
     let tensors = SafetensorsBytes::new(bytes)?;
     match tensors.text("format") {
         Some("moec-golden-1") => golden::run(name, &tensors, bench),
+        Some("moec-system-golden-1") => system::run(name, &tensors, bench),
         Some(other) => Ok(CaseResult::failed(name.to_owned(), format!("unknown case format `{other}`"))),
         None => Ok(CaseResult::failed(name.to_owned(), "the file has no `format` in its metadata".to_owned())),
     }
