@@ -1,7 +1,7 @@
 //! Time and memory of a training step for one choice.
 //!
 //! Layer times depend on few sizes and are computed once for each of them
-//! ([`LayerSet`]); what depends on the pipeline, recomputation and sharding is
+//! (`LayerSet`); what depends on the pipeline, recomputation and sharding is
 //! added per choice, in well under a microsecond, which makes searches cheap.
 
 use crate::{
