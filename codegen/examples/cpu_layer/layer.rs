@@ -70,10 +70,13 @@ pub(crate) struct Run {
     pub(crate) operations: f64,
 }
 
-/// Replaces a field of a schedule.
-pub(crate) type Change = (String, u64);
+/// A target and fields of its schedules to replace.
+pub(crate) struct Variant {
+    pub(crate) target: Target,
+    pub(crate) changes: Vec<(String, u64)>,
+}
 
-fn change(schedule: &mut Schedule, changes: &[Change]) {
+fn change(schedule: &mut Schedule, changes: &[(String, u64)]) {
     for (field, value) in changes {
         match field.as_str() {
             "mr" => schedule.mr = *value as usize,
@@ -90,22 +93,15 @@ fn change(schedule: &mut Schedule, changes: &[Change]) {
 }
 
 impl<'s> Layer<'s> {
-    pub(crate) fn new(
-        shape: &'s Shape,
-        weights: DType,
-        targets: &[Target],
-        tokens: u64,
-        threads: usize,
-        changes: &[Change],
-    ) -> Self {
-        let products: Vec<_> = targets.iter().map(|t| Self::products(shape, weights, *t, changes)).collect();
+    pub(crate) fn new(shape: &'s Shape, weights: DType, variants: &[Variant], tokens: u64, threads: usize) -> Self {
+        let products: Vec<_> = variants.iter().map(|v| Self::products(shape, weights, v)).collect();
         let largest = |i: usize| products.iter().map(|p| packed_bytes(&p[i])).max().unwrap_or(0);
         let rows = tokens * shape.slots;
         let scratch = products.iter().flatten().map(|p| p.schedule.grid(&p.spec).scratch).max().unwrap_or(0);
         let mut layer = Self {
             shape,
             weights,
-            up: Memory::new(largest(0), 0),
+            up: Memory::new(largest(0).max(64 << 20), 0),
             down: Memory::new(largest(1), 0),
             x: Memory::new((tokens * shape.hidden * 4) as usize, 0),
             h: Memory::new((rows * shape.inner * 4) as usize, 0),
@@ -120,7 +116,8 @@ impl<'s> Layer<'s> {
         layer
     }
 
-    fn products(shape: &Shape, weights: DType, target: Target, changes: &[Change]) -> [Product; 2] {
+    fn products(shape: &Shape, weights: DType, variant: &Variant) -> [Product; 2] {
+        let target = variant.target;
         let a = cpu::operand_type(target, weights);
         let silu = Epilogue::Unary(UnaryFn::Silu, Box::new(Epilogue::Sum(0)));
         let up = Grouped {
@@ -155,7 +152,7 @@ impl<'s> Layer<'s> {
         let specs = [up, down];
         let schedules = specs.each_ref().map(|s| {
             let mut schedule = cpu::schedule(s, target);
-            change(&mut schedule, changes);
+            change(&mut schedule, &variant.changes);
             schedule
         });
         let library = Library::new(target, |b| {
@@ -167,7 +164,7 @@ impl<'s> Layer<'s> {
         specs.map(|spec| {
             let kernel = library.kernel(&spec.symbol);
             let schedule = schedules.next().expect("one each");
-            println!("{} {}: {schedule:?}", target.name(), spec.symbol);
+            println!("{} {:?} {}: {schedule:?}", target.name(), variant.changes, spec.symbol);
             Product { spec, schedule, kernel }
         })
     }
@@ -201,10 +198,7 @@ impl<'s> Layer<'s> {
         let [up, down] = &self.products[target];
         let pointer = |p: &Vec<i32>| p.as_ptr().addr() as u64;
         let launches = [
-            (
-                up,
-                vec![self.x.address(), self.up.address(), pointer(offsets), pointer(map), self.h.address(), tokens],
-            ),
+            (up, vec![self.x.address(), self.up.address(), pointer(offsets), pointer(map), self.h.address(), tokens]),
             (down, vec![self.h.address(), self.down.address(), pointer(offsets), self.y.address(), tokens]),
         ];
         let counters = [AtomicU64::new(0), AtomicU64::new(0)];
@@ -254,7 +248,8 @@ fn packed_bytes(product: &Product) -> usize {
         panic!("CPU kernels read panels");
     };
     let spec = &product.spec;
-    let elements = spec.experts * spec.matrices as u64 * spec.n.next_multiple_of(panel) * spec.k.next_multiple_of(columns);
+    let elements =
+        spec.experts * spec.matrices as u64 * spec.n.next_multiple_of(panel) * spec.k.next_multiple_of(columns);
     (elements * spec.w.bytes()) as usize
 }
 

@@ -1,11 +1,25 @@
 //! The matrix-unit kernel: 32 x 32 sums in four tile registers.
 
-use super::{Kernel, Tile};
+use super::{Chunk, Kernel, Tile, tile::Level};
 use crate::mlir::V;
 
 /// Tile registers: sums 0 to 3 (row tile times 2 plus column tile), operand 4 and 5, weights 6 and 7.
 const OPERAND: u8 = 4;
 const WEIGHTS: u8 = 6;
+
+/// Tiles of a chunk that share the fetching of the next unit.
+const FETCHING_TILES: u64 = 4;
+
+/// Which weights a tile fetches while it computes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fetch {
+    /// Those that it needs soon itself: it is the only one of the chunk.
+    Own,
+    /// Those of the next unit.
+    Ahead,
+    /// None.
+    None,
+}
 
 impl<'c> Kernel<'_, 'c> {
     fn tile_number(&self, register: u8) -> V<'c> {
@@ -37,21 +51,38 @@ impl<'c> Kernel<'_, 'c> {
     }
 
     /// Runs a tile of up to 32 rows: 16 rows at a time when there are no more.
-    pub(super) fn matrix_tile(&self, tile: Tile<'c>) {
+    pub(super) fn matrix_tile(&self, tile: Tile<'c>, chunk: Chunk<'c>) {
         let b = self.b;
-        let both = b.cmpi("sgt", tile.rows, self.c(16));
-        b.if_else(
-            both,
-            &[],
+        let few = b.cmpi("sle", tile.rows, self.c(16));
+        let alone = b.cmpi("sle", chunk.rows, self.c(32));
+        // The first tiles of a chunk fetch a share of the next unit each.
+        let early = b.cmpi("slt", tile.index, self.c(FETCHING_TILES));
+        self.either(
+            few,
+            || self.tile_sums(tile, 1, Fetch::Own),
             || {
-                self.tile_sums(tile, 2);
-                Vec::new()
-            },
-            || {
-                self.tile_sums(tile, 1);
-                Vec::new()
+                let many = || {
+                    self.either(
+                        early,
+                        || self.tile_sums(tile, 2, Fetch::Ahead),
+                        || self.tile_sums(tile, 2, Fetch::None),
+                    );
+                };
+                self.either(alone, || self.tile_sums(tile, 2, Fetch::Own), many);
             },
         );
+    }
+
+    fn either(&self, condition: V<'c>, then: impl FnOnce(), otherwise: impl FnOnce()) {
+        let then = || {
+            then();
+            Vec::new()
+        };
+        let otherwise = || {
+            otherwise();
+            Vec::new()
+        };
+        self.b.if_else(condition, &[], then, otherwise);
     }
 
     /// Address and stride of the sums of row tile `i` and column tile `j`.
@@ -64,7 +95,7 @@ impl<'c> Kernel<'_, 'c> {
         (self.at(tile.sums, at), stride)
     }
 
-    fn tile_sums(&self, tile: Tile<'c>, row_tiles: u8) {
+    fn tile_sums(&self, tile: Tile<'c>, row_tiles: u8, fetch: Fetch) {
         let (b, s) = (self.b, self.schedule);
         let sums = |run: &dyn Fn(u8, V<'c>, u64)| {
             for i in 0..row_tiles {
@@ -79,21 +110,19 @@ impl<'c> Kernel<'_, 'c> {
             zero();
         } else {
             let continued = || sums(&|register, at, stride| self.load_tile(register, at, stride));
-            b.if_else(
-                tile.fresh,
-                &[],
-                || {
-                    zero();
-                    Vec::new()
-                },
-                || {
-                    continued();
-                    Vec::new()
-                },
-            );
+            self.either(tile.fresh, zero, continued);
         }
+        // Of the two panels' lines of each step: a half of the one or the other.
+        let half = b.mulc(b.andi(tile.index, self.c(1)), 512);
+        let beside = b.mulc(b.andi(b.shrui(tile.index, self.c(1)), self.c(1)), s.panel_bytes(self.spec).cast_signed());
+        let ahead = b.gep(tile.ahead, "i8", b.addi(half, beside));
         b.each(self.c(0), tile.steps, |step| {
             let skip = b.mulc(step, 1024);
+            if fetch == Fetch::Ahead {
+                for line in 0..32 / FETCHING_TILES {
+                    self.fetch(self.at(b.gep(ahead, "i8", skip), line * 64), Level::Second);
+                }
+            }
             for i in 0..row_tiles {
                 let strip = self.at(tile.a, u64::from(i) * s.k_block * 32);
                 self.load_tile(OPERAND + i, b.gep(strip, "i8", skip), 64);
@@ -101,9 +130,9 @@ impl<'c> Kernel<'_, 'c> {
             for (j, w) in [(0, tile.w), (1, tile.w1)] {
                 let w = b.gep(w, "i8", skip);
                 self.load_tile(WEIGHTS + j, w, 64);
-                if row_tiles == 1 {
+                if fetch == Fetch::Own {
                     for line in 0..16 {
-                        self.fetch(self.at(w, s.prefetch + line * 64));
+                        self.fetch(self.at(w, s.prefetch + line * 64), Level::First);
                     }
                 }
                 for i in 0..row_tiles {

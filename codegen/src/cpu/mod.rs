@@ -77,6 +77,10 @@ struct Tile<'c> {
     w: V<'c>,
     /// Weights of the second of two tiles side by side (matrix unit).
     w1: V<'c>,
+    /// The weights that the next unit will read in this part of `k`.
+    ahead: V<'c>,
+    /// Number of the tile among those of the chunk.
+    index: V<'c>,
     /// Steps over `k`.
     steps: V<'c>,
     /// Where the sums are kept.
@@ -191,49 +195,59 @@ impl<'b, 'c> Kernel<'b, 'c> {
         });
     }
 
-    /// One block of `k`: the only one, or the one with this index.
+    /// One packed block of `k`: the only one, or the one with this index.
     fn block(&self, item: Item<'c>, chunk: Chunk<'c>, index: Option<V<'c>>) {
         let (b, s, spec) = (self.b, self.schedule, self.spec);
-        let zero = self.c(0);
-        let k0 = index.map_or(zero, |i| b.mulc(i, s.k_block.cast_signed()));
-        let blocks = s.k_blocks(spec);
+        let k0 = index.map_or(self.c(0), |i| b.mulc(i, s.k_block.cast_signed()));
         let columns = match index {
             None => self.c(s.padded_k(spec)),
             Some(_) => b.minsi(self.c(s.k_block), b.subi(self.c(s.padded_k(spec)), k0)),
         };
-        let steps = b.divui(columns, self.c(s.k_step()));
-        let fresh = index.map_or_else(|| b.bool(true), |i| b.cmpi("eq", i, zero));
-        let complete = index.map_or_else(|| b.bool(true), |i| b.cmpi("eq", i, self.c(blocks - 1)));
         if !s.direct {
             self.pack(chunk, k0, columns);
         }
         let slots = self.at(self.scratch, s.pack_bytes(spec));
         let tiles = s.chunk_rows.div_ceil(s.mr as u64);
         b.each(item.begin, item.end, |unit| {
-            let (w, w1) = self.weights(item.expert, unit, k0);
-            let slot0 = b.mulc(b.subi(unit, item.begin), tiles.cast_signed());
-            b.for_(zero, chunk.rows, self.c(s.mr as u64), &[], |row, _| {
-                let rows = b.minsi(b.subi(chunk.rows, row), self.c(s.mr as u64));
-                let sums = if blocks == 1 {
-                    slots
-                } else {
-                    let slot = b.addi(slot0, b.divui(row, self.c(s.mr as u64)));
-                    b.gep(slots, "i8", b.mulc(slot, s.slot_bytes(spec).cast_signed()))
-                };
-                let a = self.operand(chunk, row, k0);
-                let tile = Tile { rows, a, w, w1, steps, sums, fresh };
-                match s.engine {
-                    Engine::Vector => self.vector_tile(tile),
-                    Engine::Matrix => self.matrix_tile(tile),
+            // Sums outlive a unit only when another block of `k` follows.
+            let slots = match index {
+                None => slots,
+                Some(_) => {
+                    let bytes = (tiles * s.slot_bytes(spec)).cast_signed();
+                    b.gep(slots, "i8", b.mulc(b.subi(unit, item.begin), bytes))
                 }
-                let finish = || self.finish(item.expert, b.addi(chunk.first, row), rows, unit, sums);
-                if blocks == 1 {
-                    finish();
-                } else {
-                    b.if_(complete, finish);
-                }
-                Vec::new()
-            });
+            };
+            self.rows(item, chunk, unit, k0, columns, slots);
+        });
+    }
+
+    /// All rows of a chunk times one unit, over the inputs from `k0`.
+    fn rows(&self, item: Item<'c>, chunk: Chunk<'c>, unit: V<'c>, k0: V<'c>, columns: V<'c>, slots: V<'c>) {
+        let (b, s, spec) = (self.b, self.schedule, self.spec);
+        let steps = b.divui(columns, self.c(s.k_step()));
+        let once = s.k_blocks(spec) == 1;
+        let fresh = if once { b.bool(true) } else { b.cmpi("eq", k0, self.c(0)) };
+        let complete = b.cmpi("eq", b.addi(k0, columns), self.c(s.padded_k(spec)));
+        let (w, w1) = self.weights(item.expert, unit, k0);
+        let ahead = self.at(w, s.panels_per_unit(spec) * s.panel_bytes(spec));
+        b.for_(self.c(0), chunk.rows, self.c(s.mr as u64), &[], |row, _| {
+            let rows = b.minsi(b.subi(chunk.rows, row), self.c(s.mr as u64));
+            let tile_index = b.divui(row, self.c(s.mr as u64));
+            let sums =
+                if once { slots } else { b.gep(slots, "i8", b.mulc(tile_index, s.slot_bytes(spec).cast_signed())) };
+            let a = self.operand(chunk, row, k0);
+            let tile = Tile { rows, a, w, w1, ahead, index: tile_index, steps, sums, fresh };
+            match s.engine {
+                Engine::Vector => self.vector_tile(tile),
+                Engine::Matrix => self.matrix_tile(tile, chunk),
+            }
+            let finish = || self.finish(item.expert, b.addi(chunk.first, row), rows, unit, sums);
+            if once {
+                finish();
+            } else {
+                b.if_(complete, finish);
+            }
+            Vec::new()
         });
     }
 

@@ -38,9 +38,13 @@ impl<'c> Kernel<'_, 'c> {
         let panel = s.panel_bytes(self.spec);
         let sums = (s.mr * s.nv * s.lanes * 4) as u64;
         b.each(self.c(0), self.c(self.spec.matrices as u64), |m| {
-            let w = b.gep(tile.w, "i8", b.mulc(m, panel.cast_signed()));
+            let skip = b.mulc(m, panel.cast_signed());
+            let w = b.gep(tile.w, "i8", skip);
+            // Tall tiles fetch the next unit: each one line of every step, so that together they fetch all.
+            let line = b.mulc(b.remui(tile.index, self.c(s.step_bytes(self.spec).div_ceil(64))), 64);
+            let ahead = b.gep(tile.ahead, "i8", b.addi(skip, line));
             let sums = b.gep(tile.sums, "i8", b.mulc(m, sums.cast_signed()));
-            self.sums(Tile { w, sums, ..tile }, rows);
+            self.sums(Tile { w, ahead, sums, ..tile }, rows);
         });
     }
 
@@ -58,13 +62,15 @@ impl<'c> Kernel<'_, 'c> {
             b.if_else(tile.fresh, &types, zeros, || (0..rows * s.nv).map(|i| b.load(place(i), &floats, 4)).collect())
         };
         let sums = b.for_(self.c(0), tile.steps, self.c(1), &init, |step, sums| {
-            let width = s.panel() * s.depth * self.spec.w.bytes();
+            let width = s.step_bytes(self.spec);
             let w = b.gep(tile.w, "i8", b.mulc(step, width.cast_signed()));
             let a = b.gep(tile.a, "f32", b.mulc(step, s.depth.cast_signed()));
             if rows <= FETCHING_ROWS {
                 for line in (0..width).step_by(64) {
-                    self.fetch(self.at(w, s.prefetch + line));
+                    self.fetch(self.at(w, s.prefetch + line), Level::First);
                 }
+            } else {
+                self.fetch(b.gep(tile.ahead, "i8", b.mulc(step, width.cast_signed())), Level::Second);
             }
             let mut sums = sums.to_vec();
             match self.spec.w {
@@ -104,8 +110,18 @@ impl<'c> Kernel<'_, 'c> {
     }
 
     /// Asks for a cache line that is read soon. An address outside the weights does no harm.
-    pub(super) fn fetch(&self, address: V<'c>) {
-        let attributes = [("rw", "0 : i32"), ("hint", "3 : i32"), ("cache", "1 : i32")];
-        self.b.op0("llvm.intr.prefetch", &[address], &attributes);
+    pub(super) fn fetch(&self, address: V<'c>, level: Level) {
+        let hint = match level {
+            Level::First => "3 : i32",
+            Level::Second => "2 : i32",
+        };
+        self.b.op0("llvm.intr.prefetch", &[address], &[("rw", "0 : i32"), ("hint", hint), ("cache", "1 : i32")]);
     }
+}
+
+/// A cache level to fetch into.
+#[derive(Clone, Copy)]
+pub(super) enum Level {
+    First,
+    Second,
 }
