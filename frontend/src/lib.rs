@@ -27,5 +27,5 @@ pub mod weights;
 pub use config::{families, read_config};
 pub use model::{Facts, Form, FormFacts, LatentAttention, Layer, LayerKind, Model};
 pub use relayout::Shapes;
-pub use source::{read_graph, read_model};
+pub use source::{read_graph, read_model, read_model_bytes};
 pub use weights::{Checkpoint, TensorInfo};

@@ -27,19 +27,34 @@ pub fn read_model(path: &Path) -> Result<Model, Vec<Diagnostic>> {
         error.code = Code("E0112");
         one(error.help("expected a config.json, a folder with one, a graph file or IR text"))
     })?;
-    let text = decode(&bytes).map_err(one)?;
-    if path.extension().is_some_and(|e| e == "moe") {
+    read_model_bytes(&bytes, &file)
+}
+
+/// As [`read_model`], from the bytes of a file; `file` names it in findings. Bytes without a file name (`-`)
+/// are IR text when they start like one.
+///
+/// # Errors
+/// As [`read_model`].
+pub fn read_model_bytes(bytes: &[u8], file: &str) -> Result<Model, Vec<Diagnostic>> {
+    let one = |mut error: Diagnostic| {
+        error.file.get_or_insert_with(|| file.to_owned());
+        vec![error]
+    };
+    let text = decode(bytes).map_err(one)?;
+    let is_ir = Path::new(file).extension().is_some_and(|e| e == "moe")
+        || (file == "-" && ["graph", "//"].iter().any(|start| text.trim_start().starts_with(start)));
+    if is_ir {
         let graph = moec_ir::parse(text).map_err(one)?;
-        return read_graph(graph, &file);
+        return read_graph(graph, file);
     }
     let root = parse(text).map_err(one)?;
     if root.get("format").is_some() && root.get("nodes").is_some() {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let graph = moec_ir::json::read_graph(text, &Signature::default())
             .map_err(|errors| errors.into_iter().flat_map(one).collect::<Vec<_>>())?;
-        return read_graph(graph, &file);
+        return read_graph(graph, file);
     }
-    read_config(text, &file)
+    read_config(text, file)
 }
 
 /// A model of one block: a graph that was read, checked; `file` names the model.

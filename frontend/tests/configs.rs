@@ -98,3 +98,23 @@ fn every_block_is_a_sound_graph_that_survives_its_text() {
         }
     }
 }
+
+#[test]
+fn released_configs_give_no_warnings() {
+    for (name, path) in corpus() {
+        if path.ends_with("config.json") {
+            let warnings = read(&path).unwrap_or_else(|e| panic!("{name}: {e:#?}")).warnings;
+            assert!(warnings.is_empty(), "{name}: {warnings:#?}");
+        }
+    }
+}
+
+#[test]
+fn many_layers_are_read_quickly() {
+    let text = r#"{"model_type": "mixtral", "torch_dtype": "bfloat16", "hidden_size": 64, "intermediate_size": 32,
+        "num_hidden_layers": 4096, "num_local_experts": 4096, "num_experts_per_tok": 2}"#;
+    let start = std::time::Instant::now();
+    let model = read_config(text, "config.json").unwrap();
+    assert_eq!((model.forms.len(), model.layers.len()), (1, 4096));
+    assert!(start.elapsed().as_secs() < 10, "{:?}", start.elapsed());
+}

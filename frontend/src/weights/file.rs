@@ -157,9 +157,9 @@ impl Opened {
         if start.checked_add(len as u64).is_none_or(|end| end > self.bytes) {
             return Err(changed());
         }
-        let fail = |error: io::Error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => changed(),
-            _ => unreadable(Path::new(&self.shown), &error),
+        let fail = |error: io::Error| {
+            let short = error.kind() == io::ErrorKind::UnexpectedEof;
+            if short { changed() } else { unreadable(Path::new(&self.shown), &error) }
         };
         let mut bytes = vec![0; len];
         read_at(&self.file, &mut bytes, start).map_err(fail)?;
