@@ -179,6 +179,13 @@ impl Shadow {
         }
     }
 
+    /// The instruction of the last write to a word, when an asynchronous copy made it.
+    pub(crate) fn copied_by(&self, word: usize) -> Option<u32> {
+        let split = self.split.get(word).copied().unwrap_or(0);
+        let c = if split == 0 { &self.cells[word] } else { &self.bytes[split as usize - 1][0] };
+        (!c.w.is_none() && c.w.touch().is_async()).then_some(c.wpc)
+    }
+
     /// Registers an access to the bytes of `mask` (four bits) of a word and tells what is wrong with it. `same` says
     /// that a write does not change the bytes, which is no race of writes.
     pub(crate) fn touch(&mut self, word: usize, mask: u8, write: bool, same: bool, a: &Access<'_>) -> Option<Conflict> {

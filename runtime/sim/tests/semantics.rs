@@ -186,6 +186,41 @@ fn warps_of_a_block_share_nothing_without_a_barrier() -> Result<(), Error> {
 }
 
 #[test]
+fn a_copy_of_unwritten_memory_is_named_with_its_reader() -> Result<(), Error> {
+    // Nothing writes the buffer that a bulk copy carries to shared memory.
+    let ptx = "
+.version 8.7
+.target sm_90a
+.address_size 64
+.visible .entry k(.param .u64 from, .param .u64 out)
+{
+  .reg .pred %p<4>; .reg .b32 %r<8>; .reg .b64 %rd<8>;
+  .shared .align 128 .b8 tile[64];
+  .shared .align 8 .b64 bar;
+  ld.param.u64 %rd0, [from];
+  ld.param.u64 %rd1, [out];
+  mbarrier.init.shared::cta.b64 [bar], 1;
+  mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 64;
+  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [tile], [%rd0], 64, [bar];
+W:
+  mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0;
+  @!%p1 bra W;
+  ld.shared.u32 %r1, [tile];
+  st.global.u32 [%rd1], %r1;
+  ret;
+}";
+    let module = Module::parse(ptx)?;
+    let mut memory = Memory::new();
+    let (from, out) = (memory.alloc(64, 256), memory.alloc(4, 256));
+    let args = vec![Arg::U64(from), Arg::U64(out)];
+    let l = Launch { entry: "k", grid: [1; 3], block: [1; 3], cluster: [1; 3], dynamic_shared: 0, args };
+    let report = launch(&module, &mut memory, &l, &Options::default())?;
+    let lines: Vec<u32> = report.findings.iter().map(|f| f.line).collect();
+    assert_eq!((kinds(&report), lines), (vec![FindingKind::Uninitialized], vec![14, 18]), "{:?}", report.findings);
+    Ok(())
+}
+
+#[test]
 fn an_unknown_instruction_is_an_error_with_its_line() {
     let e = Module::parse(
         ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k()\n{\nfrobnicate.b32 1;\nret;\n}\n",

@@ -217,15 +217,26 @@ impl Cluster<'_> {
 
     pub(super) fn unwritten(&mut self, t: Toucher, spot: Spot) {
         let addr = self.address_of(spot);
-        self.report(
-            FindingKind::Uninitialized,
-            t.pc,
-            t.at,
-            t.lane,
-            Some(addr),
-            "read of memory that nothing has written",
-            None,
-        );
+        let text = "read of memory that nothing has written";
+        // Bytes that a copy brought here from unwritten memory: the copy is named too.
+        let copy = match spot {
+            Spot::Shared(b, at) if self.blocks[b].smem.written(at / 4 * 4, 1, false) => {
+                self.blocks[b].shadow.copied_by((at / 4) as usize)
+            }
+            _ => None,
+        };
+        self.report(FindingKind::Uninitialized, t.pc, t.at, t.lane, Some(addr), text, copy);
+        if let Some(pc) = copy {
+            self.report(
+                FindingKind::Uninitialized,
+                pc,
+                t.at,
+                t.lane,
+                Some(addr),
+                "copy of memory that nothing has written, which is then used",
+                Some(t.pc),
+            );
+        }
     }
 
     /// The generic address of a place.
