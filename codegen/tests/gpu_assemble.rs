@@ -61,26 +61,31 @@ fn kernels_assemble_without_spills() {
     let session = Session::new();
     for target in [Target::Sm80, Target::Sm89, Target::Sm90a] {
         for spec in [up(DType::Bf16), down(DType::Bf16), up(DType::F32), down(DType::F32)] {
-            let schedule = gpu::schedule(&spec, target);
-            let compiled = session
-                .compile(&target, Keep::default(), |b| gpu::emit(b, &spec, &schedule, target))
-                .expect("compiles");
-            let name = format!("{}_{:?}_{}", spec.symbol, spec.a, target.name());
-            let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.ptx"));
-            std::fs::write(&file, &compiled.code).expect("the folder is writable");
-            let Some(ptxas) = ptxas() else {
-                println!("ptxas not found: {name} not assembled");
-                continue;
-            };
-            let output = Command::new(ptxas)
-                .args(["-v", "-arch", target.name(), "-o", "/dev/null"])
-                .arg(&file)
-                .output()
-                .expect("ptxas starts");
-            let text = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(output.status.success(), "{name}: {text}");
-            println!("{name}: {schedule}, dynamic shared {}: {text}", schedule.shared(&spec));
-            assert!(text.contains("0 bytes spill stores, 0 bytes spill loads"), "{name}: {text}");
+            for schedule in [Some(gpu::schedule(&spec, target)), gpu::specialised(&spec, target)].into_iter().flatten()
+            {
+                assemble(&session, &spec, &schedule, target);
+            }
         }
     }
+}
+
+fn assemble(session: &Session, spec: &Grouped, schedule: &gpu::Schedule, target: Target) {
+    let compiled =
+        session.compile(&target, Keep::default(), |b| gpu::emit(b, spec, schedule, target)).expect("compiles");
+    let name = format!("{}_{:?}_{:?}_{}", spec.symbol, spec.a, schedule.kind, target.name());
+    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.ptx"));
+    std::fs::write(&file, &compiled.code).expect("the folder is writable");
+    let Some(ptxas) = ptxas() else {
+        println!("ptxas not found: {name} not assembled");
+        return;
+    };
+    let output = Command::new(ptxas)
+        .args(["-v", "-arch", target.name(), "-o", "/dev/null"])
+        .arg(&file)
+        .output()
+        .expect("ptxas starts");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{name}: {text}");
+    println!("{name}: {schedule}, dynamic shared {}: {text}", schedule.shared(spec));
+    assert!(text.contains("0 bytes spill stores, 0 bytes spill loads"), "{name}: {text}");
 }

@@ -17,6 +17,11 @@ pub(super) fn barrier(b: &Builder<'_>) {
     b.op0("nvvm.barrier0", &[], &[]);
 }
 
+/// `threads` threads of the block meet at barrier `id`.
+pub(super) fn barrier_of(b: &Builder<'_>, id: u32, threads: u32) {
+    b.intrinsic0("llvm.nvvm.barrier.cta.sync.aligned.count", &[number(b, id), number(b, threads)]);
+}
+
 /// The value of another lane.
 pub(super) fn shuffle<'c>(b: &Builder<'c>, value: V<'c>, lane: V<'c>) -> V<'c> {
     b.intrinsic("llvm.nvvm.shfl.sync.idx.i32", &[b.i32(-1), value, lane, b.i32(31)], "i32")
@@ -63,6 +68,17 @@ pub(super) fn commit(b: &Builder<'_>) {
 /// Waits until at most `pending` groups of this thread are in flight.
 pub(super) fn wait_copies(b: &Builder<'_>, pending: u32) {
     b.op0("nvvm.cp.async.wait.group", &[], &[("n", &format!("{pending} : i32"))]);
+}
+
+/// Ordinary writes of this thread become visible to tensor copies and `wgmma`.
+pub(super) fn fence_async(b: &Builder<'_>) {
+    let attributes = [("kind", "#nvvm.proxy_kind<async.shared>"), ("space", "#nvvm.shared_space<cta>")];
+    b.op0("nvvm.fence.proxy", &[], &attributes);
+}
+
+/// A number of the schedule.
+pub(super) fn number<'c>(b: &Builder<'c>, value: u32) -> V<'c> {
+    b.i32(i32::try_from(value).expect("sizes of a schedule fit in 32 bits"))
 }
 
 /// A field of a struct.

@@ -2,7 +2,7 @@
 
 use super::{
     Kernel,
-    device::{at, barrier, register, vector, wide},
+    device::{at, vector, wide},
     schedule::size,
     tile::{Rows, int},
 };
@@ -36,8 +36,8 @@ impl<'c> Kernel<'_, 'c> {
         sums: &[V<'c>],
     ) {
         let (b, spec) = (self.b, self.spec);
-        let pitch = i64::from(self.schedule.staging_pitch(spec));
-        let first_column = b.mulc(column_tile, i64::from(self.schedule.out_columns(spec)));
+        let pitch = i64::from(self.mode.staging_pitch(spec));
+        let first_column = b.mulc(column_tile, i64::from(self.mode.out_columns(spec)));
         let bytes = b.addi(b.mulc(origin[0], pitch), b.mulc(origin[1], i64::from(size(spec.out))));
         let base = at(b, self.shared, bytes);
         let mut values =
@@ -58,7 +58,7 @@ impl<'c> Kernel<'_, 'c> {
             let to = b.gepc(base, "i8", int(offset));
             b.store(value, to, size(spec.out) * u32::try_from(count).expect("one or two columns"));
         }
-        barrier(b);
+        self.meet();
         self.copy_out(rows, first_column);
     }
 
@@ -70,20 +70,20 @@ impl<'c> Kernel<'_, 'c> {
         let pieces = [16 / element, 8 / element, 4 / element];
         let fits = |p: &u32| [spec.out_stride, spec.n].iter().all(|n| n.is_multiple_of(u64::from(*p)));
         let piece = pieces.into_iter().find(fits).unwrap_or(1);
-        let per_row = i64::from(self.schedule.out_columns(spec) / piece);
+        let per_row = i64::from(self.mode.out_columns(spec) / piece);
         let ty = match piece {
             1 => self.element(spec.out).to_owned(),
             _ => format!("vector<{piece}x{}>", self.element(spec.out)),
         };
         let bytes = piece * element;
         let total = b.mulc(rows.count, per_row);
-        let threads = b.i32(int(i64::from(self.schedule.threads())));
+        let threads = b.i32(int(i64::from(self.threads)));
         b.for_(self.thread, total, threads, &[], |index, _| {
             let per_row = b.i32(int(per_row));
             let (row, place) = (b.divui(index, per_row), b.remui(index, per_row));
             let column = b.addi(first_column, b.mulc(place, i64::from(piece)));
             b.if_(b.cmpi("slt", column, b.i32(int(i64::try_from(spec.n).expect("columns fit in 32 bits")))), || {
-                let pitch = i64::from(self.schedule.staging_pitch(spec));
+                let pitch = i64::from(self.mode.staging_pitch(spec));
                 let from = b.addi(b.mulc(row, pitch), b.mulc(place, i64::from(bytes)));
                 let value = b.load(at(b, self.shared, from), &ty, bytes);
                 let stride = i64::try_from(spec.out_stride).expect("rows fit in memory");
@@ -191,9 +191,4 @@ fn sigmoid<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
     let power = b.mulf(x, b.f32(-std::f32::consts::LOG2_E));
     let power = b.intrinsic("llvm.nvvm.ex2.approx.ftz.f", &[power], "f32");
     b.intrinsic("llvm.nvvm.rcp.approx.ftz.f", &[b.addf(power, b.f32(1.0))], "f32")
-}
-
-/// The thread's number in its block.
-pub(super) fn thread<'c>(b: &Builder<'c>) -> V<'c> {
-    register(b, "tid.x")
 }

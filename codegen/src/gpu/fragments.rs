@@ -8,7 +8,7 @@ use super::{
     device::{at, at_const, field},
     epilogue::Place,
     pipeline::Step,
-    schedule::{Schedule, Tile},
+    schedule::Tile,
     swizzle::Swizzle,
 };
 use crate::mlir::{Builder, V};
@@ -23,13 +23,18 @@ pub(super) struct Mma<'c> {
 }
 
 impl<'c> Mma<'c> {
+    /// `m` times `n` blocks from `origin` on.
+    pub(super) fn part(m: u32, n: u32, origin: [V<'c>; 2]) -> Self {
+        Self { m, n, depth: 0, origin }
+    }
+
     /// The part of this warp.
     pub(super) fn new(kernel: &Kernel<'_, 'c>, tile: &Tile) -> Self {
         let b = kernel.b;
-        let Schedule { columns, warps, .. } = *kernel.schedule;
-        let across = warps / tile.warps;
-        let (m, n) = (tile.rows / tile.warps / 16, columns / across / 8);
-        let down = b.i32(tile.warps.cast_signed());
+        let columns = kernel.mode.columns;
+        let across = kernel.schedule.warps / tile.down;
+        let (m, n) = (tile.rows / tile.down / 16, columns / across / 8);
+        let down = b.i32(tile.down.cast_signed());
         let origin = [
             b.mulc(b.remui(kernel.warp, down), i64::from(m * 16)),
             b.mulc(b.divui(kernel.warp, down), i64::from(n * 8)),
@@ -45,10 +50,9 @@ impl<'c> Mma<'c> {
     /// Row and result column that the places of this lane count from.
     pub(super) fn lane_origin(&self, kernel: &Kernel<'_, 'c>) -> [V<'c>; 2] {
         let b = kernel.b;
-        let matrices = b.i32(if kernel.spec.matrices == 2 { 2 } else { 1 });
         let row = b.addi(self.origin[0], b.shrui(kernel.lane, b.i32(2)));
         let pair = b.shli(b.andi(kernel.lane, b.i32(3)), b.i32(1));
-        [row, b.addi(b.divui(self.origin[1], matrices), pair)]
+        [row, b.addi(kernel.result_column(self.origin[1]), pair)]
     }
 
     /// What this lane holds of the result: pairs of neighbouring columns.

@@ -1,12 +1,14 @@
 //! Grouped products on NVIDIA GPUs.
 //!
-//! [`schedule`] picks tile shapes, [`Schedule::layout`] and [`Schedule::grid`] say how weights are packed and how
-//! many blocks are launched, and [`emit`] makes the kernel. One kernel serves every number of tokens and every
-//! routing: it holds one way for each row count of its tiles, and a block takes the lowest tile that holds its rows.
+//! [`schedule`] and [`specialised`] pick tile shapes, [`Schedule::layout`] and [`Schedule::grid`] say how weights are packed and how
+//! many blocks are launched, [`Schedule::parameters`] what the kernel is given, and [`emit`] makes the kernel. One
+//! kernel serves every number of tokens and every routing: it holds one way for each range of row counts, and a
+//! block takes the lowest tile that holds its rows.
 //!
 //! A block finds its expert and rows (`tile`), streams both operands through a ring of stages in shared memory
-//! (`pipeline`, `swizzle`), multiplies (`fragments` on tensor cores, `simt` in f32) and stores (`epilogue`).
-//! The sums of a row use no other row, and always run over `k` in the same order within one kind of tile.
+//! (`pipeline`, `swizzle`), multiplies (`fragments` on tensor cores, `simt` in f32) and stores (`epilogue`). On
+//! Hopper one warpgroup streams while the others multiply (`wgmma`).
+//! The sums of a row use no other row, and always run over `k` in the same order.
 
 mod device;
 mod epilogue;
@@ -16,21 +18,62 @@ mod schedule;
 mod simt;
 mod swizzle;
 mod tile;
+mod wgmma;
 
-pub use schedule::{Kind, Schedule, Tile, schedule};
+pub use schedule::{Kind, Mode, Schedule, Tile, schedule, specialised};
 
 use crate::{
     Target,
     grouped::{Grouped, RowScale, RowSource},
     mlir::{Builder, FuncKind, V},
 };
-use device::{GLOBAL, SHARED};
+use device::{GLOBAL, SHARED, at_const, barrier, barrier_of, register};
 use fragments::Mma;
 use moec_abi::DType;
+use schedule::{COPIERS, matrices};
 use simt::Simt;
 use tile::{Rows, int};
 
+/// One parameter of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parameter {
+    /// Address of the operand `a`.
+    Operand,
+    /// Address of the packed weights.
+    Weights,
+    /// Tensor map over the packed weights: [`Schedule::weight_map`].
+    WeightMap,
+    /// Address of the bias.
+    Bias,
+    /// Address of the first row of each expert.
+    Offsets,
+    /// Address of the map from sorted rows to rows of the operand.
+    Map,
+    /// Address of the scale of each row.
+    Scale,
+    /// Address of the result.
+    Out,
+    /// Number of tokens.
+    Tokens,
+}
+
+impl Parameter {
+    /// MLIR type and attributes.
+    fn ty(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Operand | Self::Weights | Self::Bias | Self::Offsets | Self::Map | Self::Scale | Self::Out => {
+                (GLOBAL, "{}")
+            }
+            Self::WeightMap => {
+                ("!llvm.ptr", "{llvm.byval = !llvm.array<128 x i8>, llvm.align = 64 : i64, nvvm.grid_constant}")
+            }
+            Self::Tokens => ("i64", "{}"),
+        }
+    }
+}
+
 /// Arguments of the kernel.
+#[derive(Clone, Copy)]
 struct Args<'c> {
     a: V<'c>,
     w: V<'c>,
@@ -42,101 +85,156 @@ struct Args<'c> {
     tokens: V<'c>,
 }
 
-/// A kernel under construction.
+/// A kernel under construction, as seen by the threads that work together on a tile.
+#[derive(Clone, Copy)]
 struct Kernel<'b, 'c> {
     b: &'b Builder<'c>,
     spec: &'b Grouped,
     schedule: &'b Schedule,
+    mode: &'b Mode,
     args: Args<'c>,
-    /// Start of the dynamic shared memory.
+    /// Start of the ring in dynamic shared memory; before it lie barriers, if there are any.
     shared: V<'c>,
-    /// Thread in the block, warp in the block, lane in the warp (i32).
+    /// How many threads there are, and the number of this one, its warp and its lane (i32).
+    threads: u32,
     thread: V<'c>,
     warp: V<'c>,
     lane: V<'c>,
 }
 
-/// Emits the kernel `spec.symbol`: one 64-bit parameter for each argument that [`Grouped`] lists.
+/// Emits the kernel `spec.symbol` with the parameters of [`Schedule::parameters`].
 pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target) {
-    debug_assert!(target.is_gpu());
-    let grouped = spec.rows != RowSource::Dense;
-    let present =
-        [true, true, spec.bias, grouped, spec.rows == RowSource::Gathered, spec.scale != RowScale::None, true];
-    let pointers = present.iter().filter(|p| **p).count();
-    let parameters: Vec<_> = std::iter::repeat_n((GLOBAL, "{}"), pointers).chain([("i64", "{}")]).collect();
+    debug_assert!(target.is_gpu(), "{}", target.name());
+    let parameters = schedule.parameters(spec);
+    let types: Vec<_> = parameters.iter().map(|p| p.ty()).collect();
     let ring = format!("{}_shared", spec.symbol);
     b.shared(&ring, 0, 1024);
     let kind = FuncKind::Kernel { threads: schedule.threads(), blocks: schedule.blocks, cluster: 1 };
-    b.func(&spec.symbol, kind, &parameters, |values| {
-        let mut values = values.iter().copied();
-        let mut next = |present: bool| if present { values.next() } else { None };
+    b.func(&spec.symbol, kind, &types, |values| {
+        let find = |wanted| parameters.iter().position(|p| *p == wanted).map(|i| values[i]);
         let args = Args {
-            a: next(true).expect("the operand"),
-            w: next(true).expect("the weights"),
-            bias: next(spec.bias),
-            offsets: next(grouped),
-            map: next(spec.rows == RowSource::Gathered),
-            scale: next(spec.scale != RowScale::None),
-            out: next(true).expect("the result"),
-            tokens: next(true).expect("the number of tokens"),
+            a: find(Parameter::Operand).expect("an operand"),
+            w: find(Parameter::Weights).or(find(Parameter::WeightMap)).expect("weights"),
+            bias: find(Parameter::Bias),
+            offsets: find(Parameter::Offsets),
+            map: find(Parameter::Map),
+            scale: find(Parameter::Scale),
+            out: find(Parameter::Out).expect("a result"),
+            tokens: find(Parameter::Tokens).expect("a number of tokens"),
         };
-        let thread = epilogue::thread(b);
-        let kernel = Kernel {
-            b,
-            spec,
-            schedule,
-            args,
-            shared: b.address_of(&ring, SHARED),
-            thread,
-            warp: b.shrui(thread, b.i32(5)),
-            lane: b.andi(thread, b.i32(31)),
-        };
-        let (row_tile, column_tile) = kernel.block();
-        kernel.with_rows(row_tile, |rows| kernel.ways(&schedule.tiles, rows, column_tile));
+        let shared = at_const(b, b.address_of(&ring, SHARED), u64::from(schedule.header()));
+        let thread = register(b, "tid.x");
+        let (warp, lane) = (b.shrui(thread, b.i32(5)), b.andi(thread, b.i32(31)));
+        let mode = &schedule.modes[0];
+        let kernel = Kernel { b, spec, schedule, mode, args, shared, threads: schedule.threads(), thread, warp, lane };
+        match schedule.kind {
+            Kind::MmaSync | Kind::Simt => kernel.modes(&schedule.modes, &|kernel: &Kernel<'_, '_>| {
+                let pairs = kernel.pairs();
+                let id = register(b, "ctaid.x");
+                b.if_(b.cmpi("ult", id, pairs), || {
+                    kernel.with_pair(id, pairs, |rows, column_tile| {
+                        kernel.ways(&kernel.mode.tiles, rows, &|tile| kernel.way(tile, rows, column_tile));
+                    });
+                });
+            }),
+            Kind::Wgmma => kernel.specialised(),
+        }
     });
 }
 
+impl Schedule {
+    /// What the kernel is given, in order.
+    pub fn parameters(&self, spec: &Grouped) -> Vec<Parameter> {
+        let weights = match self.kind {
+            Kind::MmaSync | Kind::Simt => Parameter::Weights,
+            Kind::Wgmma => Parameter::WeightMap,
+        };
+        [
+            (Parameter::Operand, true),
+            (weights, true),
+            (Parameter::Bias, spec.bias),
+            (Parameter::Offsets, spec.rows != RowSource::Dense),
+            (Parameter::Map, spec.rows == RowSource::Gathered),
+            (Parameter::Scale, spec.scale != RowScale::None),
+            (Parameter::Out, true),
+            (Parameter::Tokens, true),
+        ]
+        .into_iter()
+        .filter_map(|(parameter, present)| present.then_some(parameter))
+        .collect()
+    }
+}
+
 impl<'c> Kernel<'_, 'c> {
+    /// Takes the first of `modes` whose limit holds the rows of the launch.
+    fn modes(&self, modes: &[Mode], body: &dyn Fn(&Kernel<'_, 'c>)) {
+        let b = self.b;
+        let Some((mode, rest)) = modes.split_first() else { return };
+        let run = || body(&Kernel { mode, ..*self });
+        match mode.limit {
+            Some(limit) if !rest.is_empty() => {
+                let limit = b.i32(int(i64::try_from(limit).expect("limits are small")));
+                self.either(b.cmpi("sle", self.launch_rows(), limit), run, || self.modes(rest, body));
+            }
+            Some(_) | None => run(),
+        }
+    }
+
     /// Takes the lowest of `tiles` that holds the rows.
-    fn ways(&self, tiles: &[Tile], rows: Rows<'c>, column_tile: V<'c>) {
+    fn ways(&self, tiles: &[Tile], rows: Rows<'c>, body: &dyn Fn(&Tile)) {
         let b = self.b;
         match tiles {
             [] => {}
-            [tile] => self.way(tile, rows, column_tile),
+            [tile] => body(tile),
             [tile, higher @ ..] => {
                 let low = b.cmpi("sle", rows.count, b.i32(int(i64::from(tile.rows))));
-                b.if_else(
-                    low,
-                    &[],
-                    || {
-                        self.way(tile, rows, column_tile);
-                        Vec::new()
-                    },
-                    || {
-                        self.ways(higher, rows, column_tile);
-                        Vec::new()
-                    },
-                );
+                self.either(low, || body(tile), || self.ways(higher, rows, body));
             }
         }
     }
 
+    fn either(&self, condition: V<'c>, then: impl FnOnce(), otherwise: impl FnOnce()) {
+        let (then, otherwise) = (
+            || {
+                then();
+                Vec::new()
+            },
+            || {
+                otherwise();
+                Vec::new()
+            },
+        );
+        self.b.if_else(condition, &[], then, otherwise);
+    }
+
     fn way(&self, tile: &Tile, rows: Rows<'c>, column_tile: V<'c>) {
-        let matrices = self.spec.matrices;
-        match self.schedule.kind {
-            Kind::MmaSync => {
+        let zero = self.b.f32(0.0);
+        let (origin, places, sums) = match self.schedule.kind {
+            Kind::MmaSync | Kind::Wgmma => {
                 let products = Mma::new(self, tile);
-                let sums = self.accumulate(tile, rows, column_tile, vec![self.b.f32(0.0); products.sums()], &products);
-                let (origin, places) = (products.lane_origin(self), products.places(matrices));
-                self.store(rows, column_tile, origin, &places, &sums);
+                let sums = self.accumulate(tile, rows, column_tile, vec![zero; products.sums()], &products);
+                (products.lane_origin(self), products.places(self.spec.matrices), sums)
             }
             Kind::Simt => {
                 let products = Simt::new(self, tile);
-                let sums = self.accumulate(tile, rows, column_tile, vec![self.b.f32(0.0); products.sums()], &products);
-                let (origin, places) = (products.lane_origin(self), products.places(matrices));
-                self.store(rows, column_tile, origin, &places, &sums);
+                let sums = self.accumulate(tile, rows, column_tile, vec![zero; products.sums()], &products);
+                (products.lane_origin(self), products.places(self.spec.matrices), sums)
             }
+        };
+        self.store(rows, column_tile, origin, &places, &sums);
+    }
+
+    /// The threads that work on the tile meet.
+    fn meet(&self) {
+        match self.schedule.kind {
+            Kind::MmaSync | Kind::Simt => barrier(self.b),
+            Kind::Wgmma => barrier_of(self.b, 1, self.schedule.threads() - COPIERS),
         }
+    }
+
+    /// Column of the result that belongs to a packed column at the start of a block of rows.
+    fn result_column(&self, packed: V<'c>) -> V<'c> {
+        self.b.divui(packed, self.b.i32(int(i64::from(matrices(self.spec)))))
     }
 
     /// MLIR name of an element type.
@@ -144,7 +242,16 @@ impl<'c> Kernel<'_, 'c> {
         match dtype {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
-            other => unreachable!("grouped products of {other:?}"),
+            DType::F64
+            | DType::F16
+            | DType::F8e4m3
+            | DType::F8e5m2
+            | DType::U8
+            | DType::I8
+            | DType::I32
+            | DType::I64 => {
+                unreachable!("grouped products of {dtype:?}")
+            }
         }
     }
 }

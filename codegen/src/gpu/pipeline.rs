@@ -3,7 +3,7 @@
 use super::{
     Kernel,
     device::{at, at_const, barrier, commit, copy_async, wait_copies, wide},
-    schedule::{Tile, size},
+    schedule::{Tile, packed_columns, packed_rows, size},
     swizzle::Swizzle,
     tile::{Rows, int},
 };
@@ -11,7 +11,7 @@ use crate::{grouped::RowSource, mlir::V};
 use moec_abi::DType;
 
 /// What one thread copies of one operand in every stage.
-struct Loader<'c> {
+pub(super) struct Loader<'c> {
     /// Bytes of one copy.
     unit: u32,
     /// Bytes of a row in one stage.
@@ -53,7 +53,7 @@ impl<'c> Kernel<'_, 'c> {
         let b = self.b;
         let loaders = [self.operand(tile, rows), self.weights(tile, rows, column_tile)];
         let a_bytes = u64::from(tile.rows * tile.depth * size(self.spec.a));
-        let stage = int(i64::from(self.schedule.stage_bytes(self.spec, tile)));
+        let stage = int(i64::from(self.mode.stage_bytes(self.spec, tile)));
         let ring = stage * int(i64::from(tile.stages));
         let steps = int(i64::try_from(self.spec.k.div_ceil(u64::from(tile.depth))).expect("steps fit in 32 bits"));
         let ahead = int(i64::from(tile.stages)) - 1;
@@ -95,7 +95,7 @@ impl<'c> Kernel<'_, 'c> {
     }
 
     /// The rows of the operand, looked up through the map if there is one.
-    fn operand(&self, tile: &Tile, rows: Rows<'c>) -> Loader<'c> {
+    pub(super) fn operand(&self, tile: &Tile, rows: Rows<'c>) -> Loader<'c> {
         let (b, spec) = (self.b, self.spec);
         let row_bytes = tile.depth * size(spec.a);
         let whole_rows = spec.k.is_multiple_of(u64::from(tile.depth));
@@ -120,13 +120,13 @@ impl<'c> Kernel<'_, 'c> {
     fn weights(&self, tile: &Tile, rows: Rows<'c>, column_tile: V<'c>) -> Loader<'c> {
         let (b, spec) = (self.b, self.spec);
         let row_bytes = tile.depth * size(spec.w);
-        let packed = i64::try_from(self.schedule.packed_rows(spec)).expect("weights fit in memory");
-        let stride = i64::try_from(self.schedule.packed_columns(spec) * spec.w.bytes()).expect("weights fit in memory");
-        let columns = i64::from(self.schedule.columns);
+        let packed = i64::try_from(packed_rows(spec)).expect("weights fit in memory");
+        let stride = i64::try_from(packed_columns(spec) * spec.w.bytes()).expect("weights fit in memory");
+        let columns = i64::from(self.mode.columns);
         let expert = at(b, self.args.w, b.mulc(wide(b, rows.expert), packed * stride));
         let first = b.mulc(column_tile, columns);
         let base = at(b, expert, b.mulc(wide(b, first), stride));
-        self.loader(self.schedule.columns, row_bytes, 16, None, |row| {
+        self.loader(self.mode.columns, row_bytes, 16, None, |row| {
             let row = if packed % columns == 0 {
                 row
             } else {
@@ -147,7 +147,7 @@ impl<'c> Kernel<'_, 'c> {
         source: impl Fn(V<'c>) -> (V<'c>, Option<V<'c>>),
     ) -> Loader<'c> {
         let b = self.b;
-        let threads = self.schedule.threads();
+        let threads = self.threads;
         let per_row = row_bytes / unit;
         let constant = |value: u32| b.i32(int(i64::from(value)));
         let start = b.mulc(b.remui(self.thread, constant(per_row)), i64::from(unit));
@@ -171,7 +171,7 @@ impl<'c> Kernel<'_, 'c> {
     }
 
     /// Starts the copies of step `step` into the stage at `to`.
-    fn issue(&self, loader: &Loader<'c>, to: V<'c>, step: V<'c>) {
+    pub(super) fn issue(&self, loader: &Loader<'c>, to: V<'c>, step: V<'c>) {
         let b = self.b;
         let along = b.mulc(step, i64::from(loader.row_bytes));
         // Bytes of this thread's piece that lie inside the row.

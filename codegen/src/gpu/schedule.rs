@@ -18,6 +18,8 @@ pub enum Kind {
     MmaSync,
     /// Fused multiply-adds on f32.
     Simt,
+    /// `wgmma` on bf16 with f32 sums: one warpgroup copies, the others multiply.
+    Wgmma,
 }
 
 /// One way through a kernel: a tile for row counts up to [`Tile::rows`].
@@ -29,8 +31,19 @@ pub struct Tile {
     pub depth: u32,
     /// Stages of the ring in shared memory.
     pub stages: u32,
-    /// Warps along the rows; the others lie along the columns.
-    pub warps: u32,
+    /// Warps (warpgroups for [`Kind::Wgmma`]) along the rows; the others lie along the columns.
+    pub down: u32,
+}
+
+/// The tiles for a range of row counts of a whole launch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mode {
+    /// Most rows of a launch for which this mode is taken; the last mode has no limit.
+    pub limit: Option<u64>,
+    /// Packed weight rows of a tile (all matrices).
+    pub columns: u32,
+    /// Tiles by rising height. A block takes the lowest one that holds its rows.
+    pub tiles: Vec<Tile>,
 }
 
 /// How a grouped product is spread over threads and time.
@@ -38,113 +51,46 @@ pub struct Tile {
 pub struct Schedule {
     /// How products are computed.
     pub kind: Kind,
-    /// Packed weight rows of a tile (all matrices).
-    pub columns: u32,
-    /// Warps of a block.
+    /// Warps that multiply.
     pub warps: u32,
     /// Blocks per multiprocessor that registers allow for.
     pub blocks: u32,
-    /// Tiles by rising height. A block takes the lowest one that holds its rows.
-    pub tiles: Vec<Tile>,
+    /// Modes by rising limit: narrow columns while rows are too few to occupy the device with wide ones.
+    pub modes: Vec<Mode>,
 }
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            Kind::MmaSync => "mma.sync",
-            Kind::Simt => "simt",
+        let (kind, groups) = match self.kind {
+            Kind::MmaSync => ("mma.sync", self.warps),
+            Kind::Simt => ("simt", self.warps),
+            Kind::Wgmma => ("wgmma", self.warps / 4),
         };
-        write!(f, "{kind} columns {} warps {}", self.columns, self.warps)?;
-        for t in &self.tiles {
-            write!(
-                f,
-                ", rows {} depth {} stages {} warps {}x{}",
-                t.rows,
-                t.depth,
-                t.stages,
-                t.warps,
-                self.warps / t.warps
-            )?;
+        write!(f, "{kind} warps {}", self.warps)?;
+        for mode in &self.modes {
+            if let Some(limit) = mode.limit {
+                write!(f, "; to {limit} rows")?;
+            } else {
+                f.write_str("; any")?;
+            }
+            for t in &mode.tiles {
+                let Tile { rows, depth, stages, down } = t;
+                write!(f, ", {rows}x{}x{depth} stages {stages} split {down}x{}", mode.columns, groups / down)?;
+            }
         }
         Ok(())
     }
 }
 
-/// Picks the schedule of a product.
-pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
-    let tile = |rows, depth, stages, warps| Tile { rows, depth, stages, warps };
-    if spec.a != DType::Bf16 || spec.w != DType::Bf16 {
-        let tiles = vec![tile(16, 32, 3, 1), tile(64, 32, 3, 2)];
-        return Schedule { kind: Kind::Simt, columns: 64, warps: 4, blocks: 2, tiles };
-    }
-    // Two blocks share a multiprocessor: 164 KiB of shared memory on sm_80, 100 on sm_89, 228 on sm_90.
-    let tiles = match target {
-        Target::Sm89 => vec![tile(16, 32, 5, 1), tile(64, 32, 4, 2), tile(128, 32, 3, 2)],
-        Target::Sm90a => vec![tile(16, 64, 6, 1), tile(64, 64, 4, 2), tile(128, 64, 3, 2)],
-        Target::X86V3 | Target::X86V4 | Target::X86V4Amx | Target::Aarch64 | Target::Sm80 => {
-            vec![tile(16, 64, 4, 1), tile(64, 32, 5, 2), tile(128, 32, 4, 2)]
-        }
-    };
-    Schedule { kind: Kind::MmaSync, columns: 128, warps: 4, blocks: 2, tiles }
-}
-
-impl Schedule {
+impl Mode {
     /// Rows of the highest tile: row tiles are counted in this unit.
     pub fn rows(&self) -> u32 {
         self.tiles.iter().map(|t| t.rows).max().unwrap_or(1)
     }
 
-    /// Order of the packed weights.
-    pub fn layout(&self, spec: &Grouped) -> Layout {
-        // Whole lines of 128 bytes, so that no tile ends inside a copy.
-        Layout::Interleaved { block: BLOCK, columns: 128 / spec.w.bytes() }
-    }
-
-    /// Elements between packed rows.
-    pub fn packed_columns(&self, spec: &Grouped) -> u64 {
-        spec.k.next_multiple_of(128 / spec.w.bytes())
-    }
-
-    /// Packed rows of one expert.
-    pub fn packed_rows(&self, spec: &Grouped) -> u64 {
-        spec.n.next_multiple_of(BLOCK) * spec.matrices as u64
-    }
-
     /// Column tiles of one expert.
     pub fn column_tiles(&self, spec: &Grouped) -> u64 {
-        self.packed_rows(spec).div_ceil(u64::from(self.columns))
-    }
-
-    /// The launch: enough blocks for every distribution of rows over experts.
-    pub fn grid(&self, spec: &Grouped) -> GpuGrid {
-        let rows = u64::from(self.rows());
-        let row_tiles = match spec.rows {
-            RowSource::Dense => Expr::Tokens.ceil_div(rows),
-            RowSource::Gathered | RowSource::Sorted => {
-                let sorted = Expr::Tokens.times(spec.rows_per_token);
-                let active = Expr::Min(Box::new(sorted.clone()), Box::new(Expr::Const(spec.experts)));
-                // An expert's last tile may be nearly empty, the others are full.
-                active.plus(sorted.ceil_div(rows))
-            }
-        };
-        GpuGrid {
-            blocks: [row_tiles.times(self.column_tiles(spec)), Expr::Const(1), Expr::Const(1)],
-            threads: [self.threads(), 1, 1],
-            cluster: [1, 1, 1],
-            shared: self.shared(spec),
-            dependent: false,
-        }
-    }
-
-    /// Threads of a block.
-    pub fn threads(&self) -> u32 {
-        self.warps * 32
-    }
-
-    /// Bytes of dynamic shared memory.
-    pub fn shared(&self, spec: &Grouped) -> u32 {
-        let bytes = |t: &Tile| (t.stages * self.stage_bytes(spec, t)).max(self.staging_bytes(spec, t));
-        self.tiles.iter().map(bytes).max().unwrap_or(0)
+        packed_rows(spec).div_ceil(u64::from(self.columns))
     }
 
     /// Bytes of one stage: rows of the operand, then packed rows of the weights.
@@ -154,7 +100,7 @@ impl Schedule {
 
     /// Result columns of a tile.
     pub(super) fn out_columns(&self, spec: &Grouped) -> u32 {
-        self.columns / u32::try_from(spec.matrices).expect("one or two matrices")
+        self.columns / matrices(spec)
     }
 
     /// Bytes between rows of the result in shared memory. The gap keeps the rows that a warp writes in different banks.
@@ -162,9 +108,142 @@ impl Schedule {
         (self.out_columns(spec) + 8) * size(spec.out)
     }
 
-    fn staging_bytes(&self, spec: &Grouped, tile: &Tile) -> u32 {
-        tile.rows * self.staging_pitch(spec)
+    /// Blocks for `rows` rows of a launch: enough for every distribution over experts.
+    fn blocks(&self, spec: &Grouped, rows: &Expr) -> Expr {
+        let full = rows.clone().ceil_div(u64::from(self.rows()));
+        let row_tiles = match spec.rows {
+            RowSource::Dense => full,
+            // An expert's last tile may be nearly empty, the others are full.
+            RowSource::Gathered | RowSource::Sorted => {
+                Expr::Min(Box::new(rows.clone()), Box::new(Expr::Const(spec.experts))).plus(full)
+            }
+        };
+        row_tiles.times(self.column_tiles(spec))
     }
+}
+
+/// Picks the schedule of a product from kernels that every GPU target runs.
+pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
+    if spec.a != DType::Bf16 || spec.w != DType::Bf16 {
+        let modes = vec![Mode { limit: None, columns: 64, tiles: vec![tile(16, 32, 3, 1), tile(64, 32, 3, 2)] }];
+        return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes };
+    }
+    // Two blocks share a multiprocessor: 164 KiB of shared memory on sm_80, 100 on sm_89, 228 on sm_90.
+    let (few, many) = if target == Target::Sm89 {
+        (
+            vec![tile(16, 64, 4, 1), tile(64, 64, 3, 2)],
+            vec![tile(16, 32, 5, 1), tile(64, 32, 4, 2), tile(128, 32, 3, 2)],
+        )
+    } else {
+        (
+            vec![tile(16, 64, 7, 1), tile(64, 64, 4, 2)],
+            vec![tile(16, 64, 4, 1), tile(64, 32, 5, 2), tile(128, 32, 4, 2)],
+        )
+    };
+    let wide = Mode { limit: None, columns: 128, tiles: many };
+    let narrow = Mode { limit: few_rows(spec, &wide, 2), columns: 64, tiles: few };
+    Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes: vec![narrow, wide] }
+}
+
+/// The schedule with the instructions of this target alone, if it has any for the product. Its kernel takes a tensor
+/// map in place of the weights: see [`Schedule::parameters`].
+pub fn specialised(spec: &Grouped, target: Target) -> Option<Schedule> {
+    if target != Target::Sm90a || spec.a != DType::Bf16 || spec.w != DType::Bf16 {
+        return None;
+    }
+    let wide = Mode { limit: None, columns: 256, tiles: vec![tile(64, 64, 4, 1), tile(128, 64, 4, 2)] };
+    let narrow = Mode { limit: few_rows(spec, &wide, 1), columns: 128, tiles: vec![tile(64, 64, 8, 1)] };
+    Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes: vec![narrow, wide] })
+}
+
+fn tile(rows: u32, depth: u32, stages: u32, down: u32) -> Tile {
+    Tile { rows, depth, stages, down }
+}
+
+/// Most rows for which blocks of mode `wide` cannot fill the device, with `each` blocks on a multiprocessor.
+fn few_rows(spec: &Grouped, wide: &Mode, each: u64) -> Option<u64> {
+    let blocks = MULTIPROCESSORS * each;
+    let columns = wide.column_tiles(spec);
+    let row_tiles = blocks.div_ceil(columns);
+    // Few rows fall to different experts; once all experts have some, only whole tiles add blocks.
+    let beyond = row_tiles.saturating_sub(spec.experts) * u64::from(wide.rows());
+    Some(row_tiles.min(spec.experts) + beyond)
+}
+
+/// Multiprocessors of the larger devices: 108 (A100), 142 (L40S), 132 (H100, H200).
+const MULTIPROCESSORS: u64 = 128;
+
+impl Schedule {
+    /// Order of the packed weights.
+    pub fn layout(&self, spec: &Grouped) -> Layout {
+        // Whole lines of 128 bytes, so that no tile ends inside a copy.
+        Layout::Interleaved { block: BLOCK, columns: 128 / spec.w.bytes() }
+    }
+
+    /// The launch: enough blocks for every distribution of rows over experts.
+    pub fn grid(&self, spec: &Grouped) -> GpuGrid {
+        let rows = match spec.rows {
+            RowSource::Dense => Expr::Tokens,
+            RowSource::Gathered | RowSource::Sorted => Expr::Tokens.times(spec.rows_per_token),
+        };
+        let blocks = self.modes.iter().map(|mode| {
+            let reached = match mode.limit {
+                Some(limit) => Expr::Min(Box::new(rows.clone()), Box::new(Expr::Const(limit))),
+                None => rows.clone(),
+            };
+            mode.blocks(spec, &reached)
+        });
+        let blocks = blocks.reduce(|x, y| Expr::Max(Box::new(x), Box::new(y))).unwrap_or(Expr::Const(1));
+        GpuGrid {
+            blocks: [blocks, Expr::Const(1), Expr::Const(1)],
+            threads: [self.threads(), 1, 1],
+            cluster: [1, 1, 1],
+            shared: self.shared(spec),
+            dependent: self.kind == Kind::Wgmma,
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        match self.kind {
+            Kind::MmaSync | Kind::Simt => self.warps * 32,
+            Kind::Wgmma => self.warps * 32 + COPIERS,
+        }
+    }
+
+    /// Bytes of dynamic shared memory.
+    pub fn shared(&self, spec: &Grouped) -> u32 {
+        let bytes =
+            |mode: &Mode, t: &Tile| (t.stages * mode.stage_bytes(spec, t)).max(t.rows * mode.staging_pitch(spec));
+        let tiles = self.modes.iter().flat_map(|m| m.tiles.iter().map(move |t| bytes(m, t)));
+        self.header() + tiles.max().unwrap_or(0)
+    }
+
+    /// Bytes of shared memory before the ring: barriers.
+    pub(super) fn header(&self) -> u32 {
+        match self.kind {
+            Kind::MmaSync | Kind::Simt => 0,
+            Kind::Wgmma => 1024,
+        }
+    }
+}
+
+/// Threads of the warpgroup that copies, for [`Kind::Wgmma`].
+pub(super) const COPIERS: u32 = 128;
+
+/// Elements between packed rows.
+pub(super) fn packed_columns(spec: &Grouped) -> u64 {
+    spec.k.next_multiple_of(128 / spec.w.bytes())
+}
+
+/// Packed rows of one expert.
+pub(super) fn packed_rows(spec: &Grouped) -> u64 {
+    spec.n.next_multiple_of(BLOCK) * u64::from(matrices(spec))
+}
+
+/// Matrices of the slot.
+pub(super) fn matrices(spec: &Grouped) -> u32 {
+    u32::try_from(spec.matrices).expect("one or two matrices")
 }
 
 /// Bytes of an element.

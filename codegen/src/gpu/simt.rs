@@ -9,7 +9,7 @@ use super::{
     device::{at, element},
     epilogue::Place,
     pipeline::Step,
-    schedule::{Schedule, Tile, size},
+    schedule::{Tile, size},
     swizzle::Swizzle,
 };
 use crate::mlir::V;
@@ -30,10 +30,10 @@ impl<'c> Simt<'c> {
     /// The part of this lane.
     pub(super) fn new(kernel: &Kernel<'_, 'c>, tile: &Tile) -> Self {
         let b = kernel.b;
-        let Schedule { columns, warps, .. } = *kernel.schedule;
-        let across = warps / tile.warps;
-        let (m, n) = (tile.rows / tile.warps / 4, columns / across / 8);
-        let down = b.i32(tile.warps.cast_signed());
+        let columns = kernel.mode.columns;
+        let across = kernel.schedule.warps / tile.down;
+        let (m, n) = (tile.rows / tile.down / 4, columns / across / 8);
+        let down = b.i32(tile.down.cast_signed());
         let warp_row = b.mulc(b.remui(kernel.warp, down), i64::from(m * 4));
         let warp_column = b.mulc(b.divui(kernel.warp, down), i64::from(n * 8));
         let row = b.addi(warp_row, b.shrui(kernel.lane, b.i32(3)));
@@ -49,8 +49,7 @@ impl<'c> Simt<'c> {
     /// Row and result column that the places of this lane count from.
     pub(super) fn lane_origin(&self, kernel: &Kernel<'_, 'c>) -> [V<'c>; 2] {
         let b = kernel.b;
-        let matrices = b.i32(if kernel.spec.matrices == 2 { 2 } else { 1 });
-        let column = b.divui(self.warp_column, matrices);
+        let column = kernel.result_column(self.warp_column);
         [self.origin[0], b.addi(column, b.andi(kernel.lane, b.i32(7)))]
     }
 

@@ -5,7 +5,7 @@
 
 use super::{
     Kernel,
-    device::{ballot, lowest_bit, narrow, register, scan, shuffle},
+    device::{ballot, lowest_bit, narrow, scan, shuffle},
 };
 use crate::{grouped::RowSource, mlir::V};
 
@@ -24,23 +24,60 @@ pub(super) struct Rows<'c> {
 }
 
 impl<'c> Kernel<'_, 'c> {
-    /// Splits the block's number into a row tile and a column tile.
-    pub(super) fn block(&self) -> (V<'c>, V<'c>) {
+    /// Rows of the whole launch (i32).
+    pub(super) fn launch_rows(&self) -> V<'c> {
+        let tokens = narrow(self.b, self.args.tokens);
+        match self.spec.rows {
+            RowSource::Dense => tokens,
+            RowSource::Gathered | RowSource::Sorted => {
+                let slots = i64::try_from(self.spec.rows_per_token).expect("slots fit in 32 bits");
+                self.b.mulc(tokens, slots)
+            }
+        }
+    }
+
+    /// Number of pairs of a row tile and a column tile, as on the host.
+    pub(super) fn pairs(&self) -> V<'c> {
         let b = self.b;
-        let id = register(b, "ctaid.x");
-        let columns = i64::try_from(self.schedule.column_tiles(self.spec)).expect("column tiles fit in a grid");
-        let row_tiles = b.divui(register(b, "nctaid.x"), b.i32(int(columns)));
+        let rows = self.launch_rows();
+        let full = self.tiles(b.i32(0), rows);
+        let row_tiles = match self.spec.rows {
+            RowSource::Dense => full,
+            RowSource::Gathered | RowSource::Sorted => b.addi(b.minsi(rows, self.experts()), full),
+        };
+        b.mulc(row_tiles, self.column_tiles())
+    }
+
+    fn column_tiles(&self) -> i64 {
+        i64::try_from(self.mode.column_tiles(self.spec)).expect("column tiles fit in a grid")
+    }
+
+    fn experts(&self) -> V<'c> {
+        self.b.i32(int(i64::try_from(self.spec.experts).expect("experts fit in 32 bits")))
+    }
+
+    /// Splits the number of a pair, less than `pairs`, into its row tile and its column tile.
+    pub(super) fn pair(&self, id: V<'c>, pairs: V<'c>) -> (V<'c>, V<'c>) {
+        let b = self.b;
+        let columns = self.column_tiles();
+        let row_tiles = b.divui(pairs, b.i32(int(columns)));
         let group = b.divui(id, b.i32(int(GROUP * columns)));
         let first = b.mulc(group, GROUP);
-        let size = b.same("arith.minui", &[b.subi(row_tiles, first), b.i32(int(GROUP))], &[]);
+        let size = b.minsi(b.subi(row_tiles, first), b.i32(int(GROUP)));
         let inside = b.subi(id, b.mulc(group, GROUP * columns));
         (b.addi(first, b.remui(inside, size)), b.divui(inside, size))
     }
 
+    /// Calls `body` with the rows and the column tile of pair `id`, if there are any rows.
+    pub(super) fn with_pair(&self, id: V<'c>, pairs: V<'c>, body: impl FnOnce(Rows<'c>, V<'c>)) {
+        let (row_tile, column_tile) = self.pair(id, pairs);
+        self.with_rows(row_tile, |rows| body(rows, column_tile));
+    }
+
     /// Calls `body` with the rows of row tile `tile`, if it has any.
-    pub(super) fn with_rows(&self, tile: V<'c>, body: impl FnOnce(Rows<'c>)) {
+    fn with_rows(&self, tile: V<'c>, body: impl FnOnce(Rows<'c>)) {
         let b = self.b;
-        let height = i64::from(self.schedule.rows());
+        let height = i64::from(self.mode.rows());
         match self.spec.rows {
             RowSource::Dense => {
                 let first = b.mulc(tile, height);
@@ -59,14 +96,14 @@ impl<'c> Kernel<'_, 'c> {
 
     fn offset(&self, expert: V<'c>) -> V<'c> {
         let b = self.b;
-        let last = b.i32(int(i64::try_from(self.spec.experts).expect("experts fit in 32 bits")));
-        let place = b.gep(self.args.offsets.expect("grouped products have offsets"), "i32", b.minsi(expert, last));
+        let place = b.minsi(expert, self.experts());
+        let place = b.gep(self.args.offsets.expect("grouped products have offsets"), "i32", place);
         b.load(place, "i32", 4)
     }
 
     fn tiles(&self, begin: V<'c>, end: V<'c>) -> V<'c> {
         let b = self.b;
-        let height = self.schedule.rows();
+        let height = self.mode.rows();
         b.divui(b.addc(b.subi(end, begin), i64::from(height) - 1), b.i32(int(i64::from(height))))
     }
 
@@ -104,7 +141,7 @@ impl<'c> Kernel<'_, 'c> {
             if each > 1 {
                 return self.search(expert, each, rest, body);
             }
-            let height = self.schedule.rows();
+            let height = self.mode.rows();
             let first = b.addi(shuffle(b, first, lane), b.mulc(rest, i64::from(height)));
             let left = b.subi(shuffle(b, last, lane), first);
             let count = b.minsi(left, b.i32(int(i64::from(height))));

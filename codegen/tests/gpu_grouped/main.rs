@@ -1,0 +1,239 @@
+//! Grouped products run on the interpreter and agree with sums in f64.
+
+mod case;
+
+use case::{Argument, Case, Routing, dense, down, up};
+use moec_abi::{DType, Expr, TensorMap};
+use moec_codegen::{
+    Target, gpu,
+    grouped::{Epilogue, Grouped, RowScale, RowSource},
+    mlir::{Keep, Session},
+};
+use moec_sim::{Arg, Counts, Finding, Launch, MapType, Memory, Module, Options, Swizzle, TensorMapDesc};
+
+type Cases<'a> = &'a [(u64, Routing)];
+
+fn check(spec: &Grouped, target: Target, cases: Cases<'_>) {
+    check_schedule(spec, &gpu::schedule(spec, target), target, cases);
+}
+
+fn check_hopper(spec: &Grouped, cases: Cases<'_>) {
+    let schedule = gpu::specialised(spec, Target::Sm90a).expect("bf16 has a Hopper kernel");
+    check_schedule(spec, &schedule, Target::Sm90a, cases);
+}
+
+/// Runs the cases in each mode alone, since small products never leave the mode for few rows, and one with all modes.
+fn check_schedule(spec: &Grouped, schedule: &gpu::Schedule, target: Target, cases: Cases<'_>) {
+    for mode in &schedule.modes {
+        let alone = gpu::Schedule { modes: vec![gpu::Mode { limit: None, ..mode.clone() }], ..schedule.clone() };
+        run(spec, &alone, target, cases);
+    }
+    if schedule.modes.len() > 1 {
+        let limited = |mode: &gpu::Mode| gpu::Mode { limit: mode.limit.map(|_| 64), ..mode.clone() };
+        let schedule = gpu::Schedule { modes: schedule.modes.iter().map(limited).collect(), ..schedule.clone() };
+        run(spec, &schedule, target, &[(32, Routing::Even), (33, Routing::Even)]);
+    }
+}
+
+/// Compiles a product once and runs the cases, with the checker on.
+/// Returns the counts of the last case.
+fn run(spec: &Grouped, schedule: &gpu::Schedule, target: Target, cases: Cases<'_>) -> Counts {
+    let compiled =
+        Session::new().compile(&target, Keep::default(), |b| gpu::emit(b, spec, schedule, target)).expect("compiles");
+    let ptx = String::from_utf8(compiled.code).expect("PTX is text");
+    let module = Module::parse(&ptx).unwrap_or_else(|e| panic!("{e}\n{ptx}"));
+    let mut counts = Counts::default();
+    for &(tokens, routing) in cases {
+        let case = Case { spec: spec.clone(), tokens, routing };
+        let data = case.data(&schedule.layout(spec));
+        let mut memory = Memory::new();
+        let mut out = (0, 0);
+        let mut args = Vec::new();
+        for (parameter, argument) in schedule.parameters(spec).into_iter().zip(&data.arguments) {
+            let value = match argument {
+                Argument::Read(bytes) => {
+                    let address = memory.alloc(bytes.len() as u64, 256);
+                    memory.write(address, bytes).expect("in bounds");
+                    address
+                }
+                Argument::Written(bytes) => {
+                    out = (memory.alloc(*bytes, 256), *bytes);
+                    out.0
+                }
+                Argument::Value(value) => *value,
+            };
+            args.push(match parameter {
+                gpu::Parameter::WeightMap => Arg::TensorMap(tensor_map(&schedule.weight_map(spec, 0), value)),
+                _ => Arg::U64(value),
+            });
+        }
+        let grid = schedule.grid(spec);
+        let blocks = grid.blocks.each_ref().map(|e| u32::try_from(e.eval(tokens).expect("fits")).expect("fits"));
+        let launch = Launch {
+            entry: &spec.symbol,
+            grid: blocks,
+            block: grid.threads,
+            cluster: grid.cluster,
+            dynamic_shared: grid.shared,
+            args,
+        };
+        let options = Options { seed: tokens, ..Options::default() };
+        let report = moec_sim::launch(&module, &mut memory, &launch, &options).expect("launches");
+        let findings: Vec<_> = report.findings.iter().map(ToString::to_string).collect();
+        assert!(findings.is_empty(), "{case:?}: {}\n{}", findings.join("\n"), lines(&ptx, &report.findings));
+        case.compare(&data, &memory.read(out.0, out.1).expect("in bounds"));
+        counts = report.counts;
+    }
+    counts
+}
+
+/// The lines that findings name.
+fn lines(ptx: &str, findings: &[Finding]) -> String {
+    let line = |n: u32| ptx.lines().nth(n as usize - 1).unwrap_or_default().to_owned();
+    findings.iter().map(|f| line(f.line)).collect::<Vec<_>>().join("\n")
+}
+
+fn tensor_map(map: &TensorMap, base: u64) -> TensorMapDesc {
+    let known = |e: &Expr| e.known().expect("weights do not depend on tokens");
+    TensorMapDesc {
+        dtype: MapType::Bf16,
+        base,
+        dims: map.dims.iter().map(known).collect(),
+        strides: map.strides.iter().map(known).collect(),
+        box_dims: map.box_dims.clone(),
+        element_strides: Vec::new(),
+        swizzle: Swizzle::B128,
+    }
+}
+
+const EVEN: [(u64, Routing); 9] = [
+    (1, Routing::Even),
+    (2, Routing::Even),
+    (7, Routing::Even),
+    (16, Routing::Even),
+    (17, Routing::Even),
+    (63, Routing::Even),
+    (64, Routing::Even),
+    (65, Routing::Even),
+    (129, Routing::Even),
+];
+
+#[test]
+fn gate_and_up_in_bf16() {
+    check(&up(DType::Bf16), Target::Sm80, &EVEN);
+}
+
+#[test]
+fn down_in_bf16() {
+    check(&down(DType::Bf16), Target::Sm80, &EVEN);
+}
+
+#[test]
+fn gate_and_up_in_f32() {
+    check(&up(DType::F32), Target::Sm80, &EVEN);
+}
+
+#[test]
+fn down_in_f32() {
+    check(&down(DType::F32), Target::Sm80, &EVEN);
+}
+
+#[test]
+fn dense_products() {
+    for dtype in [DType::Bf16, DType::F32] {
+        check(&dense(dtype), Target::Sm80, &EVEN);
+    }
+}
+
+#[test]
+fn uneven_routing() {
+    let routings = [Routing::Skewed, Routing::AllTo(0), Routing::AllTo(4), Routing::NoneTo(0), Routing::NoneTo(2)];
+    for dtype in [DType::Bf16, DType::F32] {
+        check(&up(dtype), Target::Sm80, &routings.map(|r| (70, r)));
+    }
+}
+
+#[test]
+fn every_target() {
+    for spec in [up(DType::Bf16), down(DType::Bf16)] {
+        check(&spec, Target::Sm89, &[(3, Routing::Skewed), (40, Routing::Skewed), (150, Routing::Skewed)]);
+    }
+}
+
+#[test]
+fn hopper() {
+    let routings = [Routing::Skewed, Routing::AllTo(0), Routing::AllTo(4), Routing::NoneTo(0)];
+    for spec in [up(DType::Bf16), down(DType::Bf16)] {
+        check_hopper(&spec, &EVEN);
+        check_hopper(&spec, &routings.map(|r| (70, r)));
+    }
+    check_hopper(&dense(DType::Bf16), &EVEN);
+    let spec =
+        Grouped { bias: true, scale: RowScale::Input, k: 100, n: 70, a_stride: 102, out_stride: 70, ..up(DType::Bf16) };
+    check_hopper(&spec, &[(1, Routing::Even), (19, Routing::Skewed), (70, Routing::AllTo(3))]);
+    let spec = Grouped { out: DType::F32, k: 7, n: 5, a_stride: 7, out_stride: 6, ..down(DType::Bf16) };
+    check_hopper(&spec, &[(1, Routing::Even), (19, Routing::Skewed)]);
+}
+
+#[test]
+fn odd_sizes() {
+    for (k, n, a_stride, out_stride) in [(1, 1, 1, 1), (33, 17, 40, 17), (100, 70, 102, 72), (65, 9, 66, 12)] {
+        let spec = Grouped { k, n, a_stride, out_stride, ..up(DType::Bf16) };
+        check(&spec, Target::Sm80, &[(1, Routing::Even), (19, Routing::Skewed), (70, Routing::AllTo(3))]);
+    }
+    let spec = Grouped { k: 7, n: 5, a_stride: 7, out_stride: 6, ..up(DType::F32) };
+    check(&spec, Target::Sm80, &[(1, Routing::Even), (19, Routing::Skewed)]);
+}
+
+#[test]
+fn mixed_types_bias_and_scales() {
+    let (f32, bf16) = (DType::F32, DType::Bf16);
+    for (a, w, out, scale) in [
+        (f32, bf16, f32, RowScale::Input),
+        (bf16, f32, bf16, RowScale::Output),
+        (bf16, bf16, f32, RowScale::Input),
+        (f32, bf16, bf16, RowScale::None),
+    ] {
+        let spec = Grouped { a, w, out, scale, bias: true, ..up(a) };
+        check(&spec, Target::Sm80, &[(9, Routing::Skewed)]);
+    }
+}
+
+#[test]
+fn many_experts() {
+    for experts in [1, 32, 33, 257, 4096] {
+        let spec = Grouped {
+            experts,
+            rows: RowSource::Sorted,
+            n: 8,
+            k: 16,
+            a_stride: 16,
+            out_stride: 8,
+            epilogue: Epilogue::Sum(0),
+            matrices: 1,
+            ..up(DType::F32)
+        };
+        check(&spec, Target::Sm80, &[(3, Routing::AllTo(experts - 1)), (40, Routing::Skewed)]);
+    }
+}
+
+/// Two experts of a Qwen3-30B-A3B layer, one row each: what a token costs.
+#[test]
+fn weights_are_read_once_and_without_bank_conflicts() {
+    let shapes = [(up(DType::Bf16), 2048, 768), (down(DType::Bf16), 768, 2048)];
+    for (spec, k, n) in shapes {
+        let spec = Grouped { k, n, a_stride: k, out_stride: n, experts: 2, ..spec };
+        let schedules = [
+            (gpu::schedule(&spec, Target::Sm80), Target::Sm80),
+            (gpu::specialised(&spec, Target::Sm90a).expect("bf16 has a Hopper kernel"), Target::Sm90a),
+        ];
+        for (schedule, target) in schedules {
+            let counts = run(&spec, &schedule, target, &[(1, Routing::Even)]);
+            println!("{} {}: {counts:?}", spec.symbol, target.name());
+            let weights = 2 * spec.matrices as u64 * k * n * 2;
+            assert!(counts.global_bytes_read >= weights, "{counts:?}");
+            assert!(counts.global_bytes_read <= weights + weights / 10, "{counts:?}");
+            assert!(counts.bank_conflicts() * 20 <= counts.shared_wavefronts_ideal, "{counts:?}");
+        }
+    }
+}
