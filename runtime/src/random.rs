@@ -10,10 +10,6 @@ use crate::{
     weights::expand,
 };
 use moec_abi::{DType, Packing, Slot, Source, View};
-use rand_chacha::{
-    ChaCha8Rng,
-    rand_core::{Rng, SeedableRng},
-};
 use std::collections::BTreeMap;
 
 /// Largest size of a random weight.
@@ -175,8 +171,7 @@ impl Generator {
     fn fill(&self, first: u64, out: &mut [u8]) {
         const BATCH: usize = 4096;
         let size = self.dtype.bytes() as usize;
-        let mut rng = ChaCha8Rng::from_seed(self.seed);
-        rng.set_word_pos(u128::from(first / 2));
+        let mut word = first / 2;
         let table: [f64; 512] =
             std::array::from_fn(|k| number::round(DType::Bf16, (k as f64 - 256.0) * AMPLITUDE / 256.0));
         let halves = table.map(|value| half::bf16::from_f64(value).to_le_bytes());
@@ -187,7 +182,9 @@ impl Generator {
         let mut rest = out;
         while !rest.is_empty() {
             let count = (rest.len() / size).min(BATCH - skip);
-            rng.fill_bytes(&mut stream[..(2 * (skip + count)).next_multiple_of(4)]);
+            let needed = (2 * (skip + count)).next_multiple_of(4);
+            chacha8(&self.seed, word, &mut stream[..needed]);
+            word += needed as u64 / 4;
             let bits = stream.as_chunks::<2>().0.iter().skip(skip).map(|b| u16::from_le_bytes(*b));
             let (batch, tail) = rest.split_at_mut(count * size);
             match (self.fill, self.dtype) {
@@ -205,6 +202,51 @@ impl Generator {
             (rest, index, skip) = (tail, index + count as u64, 0);
         }
     }
+}
+
+/// The ChaCha8 stream of a key from a 32-bit word on, by random access: any part costs the same.
+///
+/// Bernstein's variant: a 64-bit block counter and stream number 0.
+fn chacha8(key: &[u8; 32], word: u64, out: &mut [u8]) {
+    let mut start = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    for (state, bytes) in start[4..12].iter_mut().zip(key.as_chunks::<4>().0) {
+        *state = u32::from_le_bytes(*bytes);
+    }
+    let (mut block, mut skip) = (word / 16, (word % 16) as usize * 4);
+    let mut rest = out;
+    while !rest.is_empty() {
+        start[12] = block as u32;
+        start[13] = (block >> 32) as u32;
+        let mut x: [u32; 16] = start;
+        for _ in 0..4 {
+            for (a, b, c, d) in [(0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)] {
+                quarter(&mut x, a, b, c, d);
+            }
+            for (a, b, c, d) in [(0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14)] {
+                quarter(&mut x, a, b, c, d);
+            }
+        }
+        let mut bytes = [0; 64];
+        for ((to, x), s) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(x).zip(start) {
+            *to = x.wrapping_add(s).to_le_bytes();
+        }
+        let count = rest.len().min(64 - skip);
+        let (now, later) = rest.split_at_mut(count);
+        now.copy_from_slice(&bytes[skip..skip + count]);
+        (rest, block, skip) = (later, block.wrapping_add(1), 0);
+    }
+}
+
+#[inline]
+fn quarter(x: &mut [u32; 16], a: usize, b: usize, c: usize, d: usize) {
+    x[a] = x[a].wrapping_add(x[b]);
+    x[d] = (x[d] ^ x[a]).rotate_left(16);
+    x[c] = x[c].wrapping_add(x[d]);
+    x[b] = (x[b] ^ x[c]).rotate_left(12);
+    x[a] = x[a].wrapping_add(x[b]);
+    x[d] = (x[d] ^ x[a]).rotate_left(8);
+    x[c] = x[c].wrapping_add(x[d]);
+    x[b] = (x[b] ^ x[c]).rotate_left(7);
 }
 
 fn one(fill: Fill, dtype: DType, table: &[f64; 512], bits: u16, index: u64, element: &mut [u8]) {
@@ -234,5 +276,29 @@ impl ReadAt for Generator {
         }
         self.fill(offset / size, out);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand_chacha::{
+        ChaCha8Rng,
+        rand_core::{Rng, SeedableRng},
+    };
+
+    #[test]
+    fn the_stream_is_that_of_chacha8() {
+        let key = std::array::from_fn(|i| i as u8 * 7);
+        for word in [0, 1, 15, 16, 1000, 1 << 33] {
+            for bytes in [4, 60, 64, 68, 1024] {
+                let mut rng = ChaCha8Rng::from_seed(key);
+                rng.set_word_pos(u128::from(word));
+                let (mut wanted, mut got) = (vec![0; bytes], vec![0; bytes]);
+                rng.fill_bytes(&mut wanted);
+                chacha8(&key, word, &mut got);
+                assert_eq!(got, wanted, "{word} {bytes}");
+            }
+        }
     }
 }

@@ -30,6 +30,11 @@ pub fn cpu_runs(target: &str) -> Result<(), String> {
             "x86-64" => return Ok(()),
             "x86-64-v3" => return missing(&v3),
             "x86-64-v4" => return missing(&[&v3[..], &v4].concat()),
+            "x86-64-v4-amx" => {
+                missing(&[&v3[..], &v4].concat())?;
+                let granted = moec_launch::processor::reaches(5);
+                return missing(&[("amx-bf16, or the system does not grant it", granted)]);
+            }
             _ => {}
         }
     }
@@ -43,6 +48,7 @@ pub fn cpu_runs(target: &str) -> Result<(), String> {
 /// How good a CPU target is among those that run; larger is better.
 pub(crate) fn cpu_rank(target: &str) -> u32 {
     match target {
+        "x86-64-v4-amx" => 5,
         "x86-64-v4" => 4,
         "x86-64-v3" => 3,
         "aarch64" => 2,
