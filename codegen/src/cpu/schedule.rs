@@ -93,7 +93,7 @@ fn vector(spec: &Grouped, target: Target) -> Schedule {
         k_block: spec.k.next_multiple_of(depth).min(4096),
         dense_rows: 0,
         direct: spec.a == DType::F32 && spec.rows != RowSource::Gathered && spec.k.is_multiple_of(depth),
-        prefetch: 1024,
+        prefetch: 4096,
     };
     s.chunk_rows = (CHUNK_BYTES / (s.packed_stride() * 4)).max(1).next_multiple_of(mr as u64).max(2 * mr as u64);
     // About 128 columns per item, 512 when there are many rows.
@@ -118,7 +118,7 @@ fn matrix(spec: &Grouped) -> Schedule {
         k_block: spec.k.next_multiple_of(32).min(4096),
         dense_rows: 0,
         direct: false,
-        prefetch: 4096,
+        prefetch: 8192,
     };
     s.chunk_rows = (MATRIX_CHUNK_BYTES / (s.k_block * 2)).max(1).next_multiple_of(32).min(512);
     let width = s.unit_width(spec) * spec.matrices as u64;

@@ -4,9 +4,6 @@ use super::{Kernel, Tile};
 use crate::mlir::V;
 use moec_abi::DType;
 
-/// Tiles with at most this many rows wait for memory: they fetch weights ahead.
-const FETCHING_ROWS: usize = 4;
-
 impl<'c> Kernel<'_, 'c> {
     /// Runs a tile of any height: one loop for each.
     pub(super) fn vector_tile(&self, tile: Tile<'c>) {
@@ -65,11 +62,10 @@ impl<'c> Kernel<'_, 'c> {
             let width = s.step_bytes(self.spec);
             let w = b.gep(tile.w, "i8", b.mulc(step, width.cast_signed()));
             let a = b.gep(tile.a, "f32", b.mulc(step, s.depth.cast_signed()));
-            if rows <= FETCHING_ROWS {
-                for line in (0..width).step_by(64) {
-                    self.fetch(self.at(w, s.prefetch + line), Level::First);
-                }
-            } else {
+            for line in (0..width).step_by(64) {
+                self.fetch(self.at(w, s.prefetch + line), Level::First);
+            }
+            if rows == s.mr {
                 self.fetch(b.gep(tile.ahead, "i8", b.mulc(step, width.cast_signed())), Level::Second);
             }
             let mut sums = sums.to_vec();
