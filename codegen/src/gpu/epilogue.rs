@@ -50,9 +50,10 @@ impl<'c> Kernel<'_, 'c> {
             let results: Vec<_> = results.collect();
             let value = vector(b, &results);
             let count = results.len();
-            let value = match spec.out {
-                DType::F32 => value,
-                _ => b.cast("arith.truncf", value, &format!("vector<{count}xbf16>")),
+            let value = if spec.out == DType::F32 {
+                value
+            } else {
+                b.cast("arith.truncf", value, &format!("vector<{count}xbf16>"))
             };
             let offset = i64::from(place.row) * pitch + i64::from(place.column * size(spec.out));
             let to = b.gepc(base, "i8", int(offset));
@@ -118,10 +119,7 @@ impl<'c> Values<'_, '_, 'c> {
             let biases = self.bias(column);
             sums = sums.into_iter().zip(biases).map(|(s, bias)| b.addf(s, bias)).collect();
         }
-        let value = match spec.out {
-            DType::F32 => spec.epilogue.emit(b, &sums),
-            _ => fast(b, &spec.epilogue, &sums),
-        };
+        let value = if spec.out == DType::F32 { spec.epilogue.emit(b, &sums) } else { fast(b, &spec.epilogue, &sums) };
         if spec.scale == RowScale::Output { b.mulf(value, self.scale(row)) } else { value }
     }
 
@@ -167,7 +165,7 @@ fn fast<'c>(b: &Builder<'c>, epilogue: &Epilogue, sums: &[V<'c>]) -> V<'c> {
                 UnaryFn::Sigmoid => sigmoid(b, x),
                 UnaryFn::GeluTanh => {
                     let cubic = b.fma(b.mulf(b.mulf(x, x), x), b.f32(0.044_715), x);
-                    b.mulf(x, sigmoid(b, b.mulf(cubic, b.f32(1.595_769_1))))
+                    b.mulf(x, sigmoid(b, b.mulf(cubic, b.f32(1.595_769))))
                 }
                 UnaryFn::Relu
                 | UnaryFn::Relu2
