@@ -67,8 +67,10 @@ impl Expr {
     /// Quotient rounded up, folded for numbers.
     #[must_use]
     pub fn ceil_div(self, divisor: u64) -> Self {
+        if divisor <= 1 {
+            return self;
+        }
         match self {
-            e if divisor <= 1 => e,
             Self::Const(c) => Self::Const(c.div_ceil(divisor)),
             e @ (Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..) | Self::Min(..) | Self::Max(..)) => {
                 Self::CeilDiv(Box::new(e), divisor)
