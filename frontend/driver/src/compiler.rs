@@ -10,7 +10,15 @@ use moec_codegen::{
 use moec_frontend::{Form, Model};
 use moec_ir::Graph;
 use moec_passes::{Outcome, Remark};
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    num::NonZero,
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 /// How to compile.
 #[derive(Clone, Debug)]
@@ -120,7 +128,6 @@ impl Compiler {
     /// # Errors
     /// See [`Error`].
     pub fn compile_forms(&self, model: &str, forms: &[Form]) -> Result<Artefact, Error> {
-        let session = Session::new();
         let mut artefact = Artefact {
             manifest: Manifest {
                 schema: moec_abi::SCHEMA,
@@ -135,31 +142,24 @@ impl Compiler {
         };
         for (i, form) in forms.iter().enumerate() {
             let name = if forms.len() == 1 { model.to_owned() } else { format!("{model}_{i}") };
-            self.form(&session, &mut artefact, name, form)?;
+            artefact.forms.push(self.fuse(name, form)?);
         }
-        Ok(artefact)
-    }
-
-    fn form(&self, session: &Session, artefact: &mut Artefact, name: String, form: &Form) -> Result<(), Error> {
-        let mut graph = form.graph.clone();
-        graph.name.clone_from(&name);
-        if !self.outputs.is_empty() {
-            graph.outputs.retain(|o| self.outputs.contains(&o.name) || o.name.starts_with("state_"));
-        }
-        let mut kernels = graph.clone();
-        let passes = moec_passes::run(&mut kernels, self.dump_passes)?;
-        let mut targets = Vec::new();
-        for target in &self.targets {
+        let jobs: Vec<(usize, Target)> =
+            (0..forms.len()).flat_map(|form| self.targets.iter().map(move |t| (form, *t))).collect();
+        let results = generate(&jobs, |session, (form, target)| {
             let options = lower::Options {
-                target: *target,
+                target,
                 keep: self.keep,
-                layers: form.layers.clone(),
-                prefixes: form.prefixes.clone(),
+                layers: forms[form].layers.clone(),
+                prefixes: forms[form].prefixes.clone(),
             };
-            let CompiledForm { program, compiled, schedules } = lower::compile(session, &kernels, &options)?;
+            lower::compile(session, &artefact.forms[form].kernels, &options)
+        });
+        for ((form, target), result) in jobs.iter().zip(results) {
+            let CompiledForm { program, compiled, schedules } = result?;
             artefact.files.insert(program.code.clone(), compiled.code);
             artefact.manifest.programs.push(program);
-            targets.push(TargetReport {
+            artefact.forms[*form].targets.push(TargetReport {
                 target: *target,
                 mlir: compiled.mlir,
                 llvm: compiled.llvm,
@@ -168,7 +168,45 @@ impl Compiler {
                 stages: compiled.stages,
             });
         }
-        artefact.forms.push(FormReport { name, graph, kernels, passes, targets });
-        Ok(())
+        Ok(artefact)
     }
+
+    /// Runs the passes over one form.
+    fn fuse(&self, name: String, form: &Form) -> Result<FormReport, Error> {
+        let mut graph = form.graph.clone();
+        graph.name.clone_from(&name);
+        if !self.outputs.is_empty() {
+            graph.outputs.retain(|o| self.outputs.contains(&o.name) || o.name.starts_with("state_"));
+        }
+        let mut kernels = graph.clone();
+        let passes = moec_passes::run(&mut kernels, self.dump_passes)?;
+        Ok(FormReport { name, graph, kernels, passes, targets: Vec::new() })
+    }
+}
+
+/// Does the jobs on all cores; results come in the order of the jobs.
+///
+/// MLIR contexts are not shared between threads, so every thread has its own.
+fn generate<R: Send + Sync>(jobs: &[(usize, Target)], run: impl Fn(&Session, (usize, Target)) -> R + Sync) -> Vec<R> {
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(jobs.len());
+    if threads <= 1 {
+        let session = Session::new();
+        return jobs.iter().map(|job| run(&session, *job)).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let results: Vec<OnceLock<R>> = jobs.iter().map(|_| OnceLock::new()).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let session = Session::new();
+                while let Some((i, job)) =
+                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, jobs.get(i)?)))
+                {
+                    // Each place is written once, by the thread that drew its number.
+                    let _ = results[i].set(run(&session, *job));
+                }
+            });
+        }
+    });
+    results.into_iter().filter_map(OnceLock::into_inner).collect()
 }
