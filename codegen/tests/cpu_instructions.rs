@@ -33,7 +33,7 @@ fn loops(assembly: &str) -> Vec<Loop<'_>> {
             if line.starts_with(".LBB") {
                 break;
             }
-            if line.starts_with('j') && line.ends_with(label) {
+            if (line.starts_with('j') || line.starts_with("b.")) && line.ends_with(label) {
                 let lines = lines[start + 1..=end].iter().copied().filter(|l| !l.is_empty() && !l.starts_with('.'));
                 found.push(Loop { lines: lines.collect() });
                 break;
@@ -73,10 +73,9 @@ fn hottest(target: Target, w: DType, check: impl FnOnce(&cpu::Schedule, &Loop<'_
     };
     // Loops of lower tiles may be unrolled; the one of full tiles has whole steps of the most rows.
     let full = loops.iter().filter(|l| l.multiplies() >= step && l.multiplies().is_multiple_of(step));
-    let hottest = full.max_by_key(|l| l.count(|l| l.starts_with("vbroadcast")) + l.multiplies()).expect("a loop");
-    if std::env::var_os("SHOW").is_some() {
-        println!("{}", hottest.lines.join("\n"));
-    }
+    let hottest = full
+        .max_by_key(|l| l.count(|l| l.starts_with("vbroadcast") || l.starts_with("ld")) + l.multiplies())
+        .expect("a loop");
     check(&schedule, hottest);
 }
 
@@ -111,4 +110,14 @@ fn tile_loops_load_one_tile_for_each_product() {
         assert_eq!(hottest.count(|l| l.starts_with("tileload")), hottest.multiplies());
         assert_eq!(hottest.count(|l| l.contains("(%rsp)") || l.starts_with("tilestore")), 0, "the loop spills");
     });
+}
+
+#[test]
+fn arm_loops_keep_their_sums_in_registers() {
+    for w in [DType::Bf16, DType::F32] {
+        hottest(Target::Aarch64, w, |schedule, hottest| {
+            assert!(hottest.multiplies() >= schedule.mr * schedule.nv * schedule.depth as usize);
+            assert_eq!(hottest.count(|l| l.contains("[sp")), 0, "{w:?}: the loop spills: {:?}", hottest.lines);
+        });
+    }
 }

@@ -256,11 +256,10 @@ fn packed_bytes(product: &Product) -> usize {
 /// Small random numbers, a mebibyte of them again and again.
 fn fill(memory: &mut Memory, dtype: DType) {
     let mut random = Random(5);
-    let bytes: Vec<u8> = match dtype {
-        DType::Bf16 => {
-            (0..1 << 19).flat_map(|_| half::bf16::from_f32(random.float() * 0.05).to_bits().to_ne_bytes()).collect()
-        }
-        _ => (0..1 << 18).flat_map(|_| (random.float() * 0.05).to_ne_bytes()).collect(),
+    let bytes: Vec<u8> = if dtype == DType::Bf16 {
+        (0..1 << 19).flat_map(|_| half::bf16::from_f32(random.float() * 0.05).to_bits().to_ne_bytes()).collect()
+    } else {
+        (0..1 << 18).flat_map(|_| (random.float() * 0.05).to_ne_bytes()).collect()
     };
     for part in memory.slice_mut::<u8>().chunks_mut(bytes.len()) {
         let n = part.len();

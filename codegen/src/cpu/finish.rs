@@ -56,9 +56,10 @@ impl<'c> Kernel<'_, 'c> {
         if let (RowScale::Output, Some(scale)) = (spec.scale, scale) {
             y = b.mulf(y, scale);
         }
-        match spec.out {
-            DType::Bf16 => self.store_some(self.bf16(y), out, "i16", column, from),
-            _ => self.store_some(y, out, "f32", column, from),
+        if spec.out == DType::Bf16 {
+            self.store_some(self.bf16(y), out, "i16", column, from);
+        } else {
+            self.store_some(y, out, "f32", column, from);
         }
     }
 

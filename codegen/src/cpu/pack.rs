@@ -57,14 +57,13 @@ impl<'c> Kernel<'_, 'c> {
         let vectors = b.mulc(b.divui(real, self.c(lanes)), lanes.cast_signed());
         let copy = |i: V<'c>, ty: &dyn Fn(&str) -> String| {
             let target = b.gep(to, "f32", i);
-            match self.spec.a {
-                DType::Bf16 => {
-                    let bits = b.load(b.gep(from, "i16", i), &ty("i16"), 2);
-                    let wide = b.cast("arith.extui", bits, &ty("i32"));
-                    let shift = if ty("i32") == "i32" { b.i32(16) } else { b.i32s(16, self.lanes) };
-                    b.store(b.bitcast(b.shli(wide, shift), &ty("f32")), target, 4);
-                }
-                _ => b.store(b.load(b.gep(from, "f32", i), &ty("f32"), 4), target, 4),
+            if self.spec.a == DType::Bf16 {
+                let bits = b.load(b.gep(from, "i16", i), &ty("i16"), 2);
+                let wide = b.cast("arith.extui", bits, &ty("i32"));
+                let shift = if ty("i32") == "i32" { b.i32(16) } else { b.i32s(16, self.lanes) };
+                b.store(b.bitcast(b.shli(wide, shift), &ty("f32")), target, 4);
+            } else {
+                b.store(b.load(b.gep(from, "f32", i), &ty("f32"), 4), target, 4);
             }
         };
         b.for_(self.c(0), vectors, self.c(lanes), &[], |i, _| {

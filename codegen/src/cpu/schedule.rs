@@ -54,10 +54,7 @@ pub struct Schedule {
 
 /// The type of the left operand with which products with weights of type `w` are fastest.
 pub fn operand_type(target: Target, w: DType) -> DType {
-    match (target, w) {
-        (Target::X86V4Amx, DType::Bf16) => DType::Bf16,
-        _ => DType::F32,
-    }
+    if target == Target::X86V4Amx && w == DType::Bf16 { DType::Bf16 } else { DType::F32 }
 }
 
 /// Picks a schedule.
@@ -73,6 +70,8 @@ fn vector(spec: &Grouped, target: Target) -> Schedule {
     let depth = if spec.w == DType::Bf16 { 2 } else { 1 };
     // Heights that fit the registers beside the weights of one step and one broadcast, widest first.
     let shapes: &[(usize, usize)] = match (target.vector_registers(), depth) {
+        // Arm needs a register for the mask of the upper halves, which x86 reads from memory.
+        (32, 2) if target == Target::Aarch64 => &[(7, 3), (5, 4), (10, 2), (16, 1)],
         (32, _) => &[(8, 3), (6, 4), (12, 2), (16, 1)],
         (_, 1) => &[(6, 2), (4, 3), (10, 1)],
         _ => &[(5, 2), (8, 1)],

@@ -69,21 +69,18 @@ impl<'c> Kernel<'_, 'c> {
                 self.fetch(b.gep(tile.ahead, "i8", b.mulc(step, width.cast_signed())), Level::Second);
             }
             let mut sums = sums.to_vec();
-            match self.spec.w {
-                DType::Bf16 => {
-                    let pairs: Vec<_> = (0..s.nv)
-                        .map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &format!("vector<{lanes}xi32>"), 4))
-                        .collect();
-                    let low: Vec<_> = pairs.iter().map(|p| b.bitcast(b.shli(*p, b.i32s(16, lanes)), &floats)).collect();
-                    self.multiply(a, 0, &low, &mut sums);
-                    let high: Vec<_> =
-                        pairs.iter().map(|p| b.bitcast(b.andi(*p, b.i32s(-65536, lanes)), &floats)).collect();
-                    self.multiply(a, 1, &high, &mut sums);
-                }
-                _ => {
-                    let w: Vec<_> = (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &floats, 4)).collect();
-                    self.multiply(a, 0, &w, &mut sums);
-                }
+            if self.spec.w == DType::Bf16 {
+                let integers = format!("vector<{lanes}xi32>");
+                let pairs: Vec<_> =
+                    (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &integers, 4)).collect();
+                let low: Vec<_> = pairs.iter().map(|p| b.bitcast(b.shli(*p, b.i32s(16, lanes)), &floats)).collect();
+                self.multiply(a, 0, &low, &mut sums);
+                let high: Vec<_> =
+                    pairs.iter().map(|p| b.bitcast(b.andi(*p, b.i32s(-65536, lanes)), &floats)).collect();
+                self.multiply(a, 1, &high, &mut sums);
+            } else {
+                let w: Vec<_> = (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &floats, 4)).collect();
+                self.multiply(a, 0, &w, &mut sums);
             }
             sums
         });

@@ -23,9 +23,10 @@ impl Numbers {
     }
 
     fn memory(&self) -> Memory {
-        match self.dtype {
-            DType::Bf16 => Memory::of(&self.values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect::<Vec<_>>()),
-            _ => Memory::of(&self.values),
+        if self.dtype == DType::Bf16 {
+            Memory::of(&self.values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect::<Vec<_>>())
+        } else {
+            Memory::of(&self.values)
         }
     }
 }
@@ -134,9 +135,10 @@ impl Case {
         let grid = schedule.grid(spec);
         let scratch: Vec<_> = (0..threads).map(|_| Memory::new(grid.scratch as usize, 0xff)).collect();
         run(kernel, &args, grid.items.eval(self.tokens).expect("fits"), grain, &scratch);
-        match spec.out {
-            DType::Bf16 => out.slice::<u16>().iter().map(|x| f32::from_bits(u32::from(*x) << 16)).collect(),
-            _ => out.slice::<f32>().to_vec(),
+        if spec.out == DType::Bf16 {
+            out.slice::<u16>().iter().map(|x| f32::from_bits(u32::from(*x) << 16)).collect()
+        } else {
+            out.slice::<f32>().to_vec()
         }
     }
 
@@ -152,7 +154,7 @@ impl Case {
             }
             let row = &self.a.values[self.row(p) * spec.a_stride as usize..][..spec.k as usize];
             let out = &result[p * spec.out_stride as usize..];
-            for n in 0..spec.n as usize {
+            for (n, got) in out[..spec.n as usize].iter().enumerate() {
                 let (mut sums, mut size) = (Vec::new(), 0_f64);
                 for m in 0..spec.matrices {
                     let matrix = expert * spec.matrices + m;
@@ -176,7 +178,7 @@ impl Case {
                     tolerance *= f64::from(self.scale[p]);
                 }
                 tolerance += y.abs() * if spec.out == DType::Bf16 { 2_f64.powi(-8) } else { 2_f64.powi(-21) } + 1e-30;
-                let got = f64::from(out[n]);
+                let got = f64::from(*got);
                 assert!(
                     (got - y).abs() <= tolerance,
                     "{spec:?}\n{schedule:?}\ntokens {}, row {p}, column {n}: {got} is not {y} within {tolerance}",
