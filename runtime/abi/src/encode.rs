@@ -63,6 +63,7 @@ pub fn cpu_level(target: &str) -> u64 {
     match target {
         "x86-64-v3" => 3,
         "x86-64-v4" => 4,
+        "x86-64-v4-amx" => 5,
         _ => 0,
     }
 }
@@ -252,7 +253,7 @@ fn slots(program: &Program, words: &mut Words) -> Result<(u64, u64), EncodeError
         for matrix in &slot.matrices {
             let plain = match matrix.source.packing {
                 Packing::Plain => 1,
-                Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } => 0,
+                Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } | Packing::Composed(_) => 0,
             };
             let (count, views) = views(&matrix.source.view, words);
             let (rows, columns) = (words.put(&matrix.rows), words.put(&matrix.columns));
@@ -312,6 +313,9 @@ pub fn fingerprint(slots: &[Slot]) -> u64 {
         for matrix in &slot.matrices {
             matrix.rows.iter().chain(&matrix.columns).copied().for_each(&mut add);
             matrix.source.tensor.bytes().for_each(|b| add(u64::from(b)));
+            if let Packing::Composed(recipe) = &matrix.source.packing {
+                format!("{recipe:?}").bytes().for_each(|b| add(u64::from(b)));
+            }
         }
     }
     sum

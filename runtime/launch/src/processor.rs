@@ -25,7 +25,38 @@ pub fn reaches(level: u64) -> bool {
         return false;
     }
     // avx512 f, dq, cd, bw, vl, and their registers kept by the system.
-    level == 3 || (level == 4 && bits(seven.ebx, &[16, 17, 28, 30, 31]) && bits(low, &[5, 6, 7]))
+    if level == 3 {
+        return true;
+    }
+    let avx512 = bits(seven.ebx, &[16, 17, 28, 30, 31]) && bits(low, &[5, 6, 7]);
+    // amx-bf16, amx-tile; avx512-bf16; the registers of the matrix unit kept by the system.
+    let matrix =
+        || bits(seven.edx, &[22, 24]) && seven.eax >= 1 && bits(__cpuid_count(7, 1).eax, &[5]) && bits(low, &[17, 18]);
+    match level {
+        4 => avx512,
+        5 => avx512 && matrix() && matrix_unit_granted(),
+        _ => false,
+    }
+}
+
+/// Asks the system for the state of the matrix unit, which it keeps for processes that want it.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn matrix_unit_granted() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+    const XFEATURE_XTILEDATA: u64 = 18;
+    let answer: i64;
+    // SAFETY: the call changes nothing but the permission; the system clobbers rcx and r11.
+    unsafe {
+        core::arch::asm!("syscall", inlateout("rax") ARCH_PRCTL => answer, in("rdi") ARCH_REQ_XCOMP_PERM,
+            in("rsi") XFEATURE_XTILEDATA, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    answer == 0
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+const fn matrix_unit_granted() -> bool {
+    false
 }
 
 /// Whether the processor reaches `level`; see `format::H_CPU`.
