@@ -51,22 +51,22 @@ impl Code {
         Code::Solver,
     ];
 
-    /// The published form, `E0801` to `E0813`.
+    /// The published form, `E0411` to `E0423`.
     pub fn as_str(self) -> &'static str {
         match self {
-            Code::NotJson => "E0801",
-            Code::UnknownForm => "E0802",
-            Code::Empty => "E0803",
-            Code::Ragged => "E0804",
-            Code::BadLoad => "E0805",
-            Code::BadCount => "E0806",
-            Code::NotDivisible => "E0807",
-            Code::TooFewSlots => "E0808",
-            Code::WrongInput => "E0809",
-            Code::BadTrace => "E0810",
-            Code::TooLarge => "E0811",
-            Code::BadOption => "E0812",
-            Code::Solver => "E0813",
+            Code::NotJson => "E0411",
+            Code::UnknownForm => "E0412",
+            Code::Empty => "E0413",
+            Code::Ragged => "E0414",
+            Code::BadLoad => "E0415",
+            Code::BadCount => "E0416",
+            Code::NotDivisible => "E0417",
+            Code::TooFewSlots => "E0418",
+            Code::WrongInput => "E0419",
+            Code::BadTrace => "E0420",
+            Code::TooLarge => "E0421",
+            Code::BadOption => "E0422",
+            Code::Solver => "E0423",
         }
     }
 }
