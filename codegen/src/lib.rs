@@ -4,6 +4,7 @@ pub mod cpu;
 mod error;
 pub mod gpu;
 pub mod grouped;
+pub mod limits;
 pub mod lower;
 pub mod math;
 pub mod mlir;
