@@ -11,7 +11,8 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [device, target, files @ ..] = args.as_slice() else { return ExitCode::from(2) };
     let Some(target) = Target::from_name(target) else { return ExitCode::from(2) };
-    let device: Arc<dyn Device> = if device == "sim" { Arc::new(Sim::new(moec_sim::Options::default())) } else { Arc::new(Cpu::new(2)) };
+    let device: Arc<dyn Device> =
+        if device == "sim" { Arc::new(Sim::new(moec_sim::Options::default())) } else { Arc::new(Cpu::new(2)) };
     let bench = Bench { device, target };
     let mut failed = 0;
     for file in files {

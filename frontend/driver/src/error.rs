@@ -1,6 +1,6 @@
 //! What can go wrong, by whose concern it is.
 
-use moec_ir::Diagnostic;
+use moec_ir::{Code, Diagnostic};
 use thiserror::Error;
 
 /// A failure of the driver.
@@ -31,6 +31,27 @@ pub enum Error {
         /// What the system said.
         message: String,
     },
+    /// The machine: files that cannot be written, tools that fail.
+    #[error("{message}")]
+    Machine {
+        /// Entry of the table behind `moec explain`.
+        code: Code,
+        /// What is, and what was needed.
+        message: String,
+        /// The next step.
+        help: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn machine(code: Code, message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self::Machine { code, message: message.into(), help: help.into() }
+    }
+
+    /// Input that is refused without a place in a file.
+    pub(crate) fn refused(code: &'static str, message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self::Input(vec![Diagnostic::error(Code(code), message).help(help)])
+    }
 }
 
 impl From<moec_codegen::CodegenError> for Error {

@@ -6,7 +6,7 @@ use moec_abi::DType;
 use moec_runtime::Tensors;
 
 /// Bytes of a tensor as f64.
-pub(super) fn floats(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+pub(crate) fn floats(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     match dtype {
         DType::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
         DType::F32 => bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
@@ -38,7 +38,7 @@ pub(super) fn raw(tensors: &dyn Tensors, name: &str) -> Result<(Vec<u8>, DType, 
 /// Largest and root-mean-square difference, relative to the largest and the root mean square of `expected`.
 ///
 /// A NaN in place of a number is an infinite difference.
-pub(super) fn difference(got: &[f64], expected: &[f64]) -> (f64, f64) {
+pub(crate) fn difference(got: &[f64], expected: &[f64]) -> (f64, f64) {
     if got.len() != expected.len() {
         return (f64::INFINITY, f64::INFINITY);
     }

@@ -4,7 +4,7 @@
 //! says which form it has. Each is built from its own config or graph, compiled for the device,
 //! run, and compared under its own tolerance.
 
-mod compare;
+pub(crate) mod compare;
 mod execute;
 mod golden;
 mod host;

@@ -1,0 +1,101 @@
+//! Where the weights of a run come from.
+
+use crate::Error;
+use indexmap::IndexMap;
+use moec_abi::{DType, Program};
+use moec_frontend::Checkpoint;
+use moec_runtime::{Code, Content, Random, ReadAt, RuntimeError, TensorView, Tensors};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// Weights as a user names them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// Invented values, from a seed.
+    Random(u64),
+    /// A checkpoint: a safetensors file, an index, or a folder with either.
+    Folder(PathBuf),
+}
+
+impl Weights {
+    /// The tensors for a layer of a program.
+    ///
+    /// # Errors
+    /// The checkpoint is not one, or nothing can be invented for the program.
+    pub fn open(&self, program: &Program, prefix: &str) -> Result<Box<dyn Tensors>, Error> {
+        match self {
+            Self::Random(seed) => Ok(Box::new(Random::new(&program.slots, prefix, *seed)?)),
+            Self::Folder(path) => Ok(Box::new(Opened::new(path)?)),
+        }
+    }
+}
+
+/// A checkpoint that the frontend has opened and checked, for the runtime.
+struct Opened(IndexMap<String, Reader>);
+
+struct Reader {
+    checkpoint: Arc<Checkpoint>,
+    name: String,
+    dtype: DType,
+    shape: Vec<u64>,
+    bytes: u64,
+}
+
+impl Opened {
+    fn new(path: &Path) -> Result<Self, Error> {
+        let checkpoint = Arc::new(Checkpoint::open(path).map_err(|d| Error::Input(vec![d]))?);
+        let mut tensors = IndexMap::new();
+        for (name, info) in checkpoint.tensors() {
+            let Some(dtype) = info.dtype.map(element).or_else(|| (info.type_name == "F8_E8M0").then_some(DType::U8))
+            else {
+                continue;
+            };
+            let reader = Reader {
+                checkpoint: Arc::clone(&checkpoint),
+                name: name.to_owned(),
+                dtype,
+                shape: info.shape.clone(),
+                bytes: info.bytes,
+            };
+            tensors.insert(name.to_owned(), reader);
+        }
+        Ok(Self(tensors))
+    }
+}
+
+const fn element(dtype: moec_ir::DType) -> DType {
+    match dtype {
+        moec_ir::DType::F64 => DType::F64,
+        moec_ir::DType::F32 => DType::F32,
+        moec_ir::DType::Bf16 => DType::Bf16,
+        moec_ir::DType::F16 => DType::F16,
+        moec_ir::DType::F8e4m3 => DType::F8e4m3,
+        moec_ir::DType::F8e5m2 => DType::F8e5m2,
+        moec_ir::DType::U8 => DType::U8,
+        moec_ir::DType::I8 => DType::I8,
+        moec_ir::DType::I32 => DType::I32,
+        moec_ir::DType::I64 => DType::I64,
+    }
+}
+
+impl Tensors for Opened {
+    fn find(&self, name: &str) -> Option<TensorView<'_>> {
+        let reader = self.0.get(name)?;
+        let content = Content::Reader { reader, offset: 0, bytes: reader.bytes };
+        Some(TensorView { dtype: reader.dtype, shape: reader.shape.clone(), content })
+    }
+}
+
+impl ReadAt for Reader {
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> moec_runtime::Result<()> {
+        let range = offset..offset.saturating_add(out.len() as u64);
+        let bytes = self
+            .checkpoint
+            .read(&self.name, range)
+            .map_err(|d| RuntimeError::new(Code::File, format!("{}: {}", d.code.0, d.message)))?;
+        out.copy_from_slice(&bytes);
+        Ok(())
+    }
+}
