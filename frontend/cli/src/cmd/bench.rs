@@ -1,0 +1,253 @@
+//! `moec bench`: rows of times, or of counts on the simulator.
+
+use super::run::{Loaded, load};
+use crate::{args::Bench, context::Context, failure::Failure};
+use moec::{
+    Target,
+    bench::{self, Options, Routing, Row},
+    frontend::{Form, FormFacts},
+    ir::Graph,
+    limits::{self, Limits},
+    peers::{self, Peer},
+    run::{Input, Prepared},
+    runtime::{Device, Sim},
+};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// Measures and prints.
+pub(crate) fn run(cx: &Context, args: &Bench) -> Result<(), Failure> {
+    if args.tokens.is_empty() || args.tokens.contains(&0) {
+        return Err(Failure::Usage("`--tokens` takes numbers from 1 on".to_owned()));
+    }
+    let routing = Spread::parse(&args.routing)?;
+    if args.on.device == "sim" {
+        return counts(cx, args, &routing);
+    }
+    let loaded = load(cx, &args.what, &args.on, &["output", "topk_indices"])?;
+    let layers: Vec<u64> = match args.on.layer {
+        Some(layer) => vec![layer],
+        None => first_layers(&loaded),
+    };
+    let mut rows = Vec::new();
+    for layer in layers {
+        let mut on = args.on.clone();
+        on.layer = Some(layer);
+        measure(cx, args, &loaded, &on, &routing, &mut rows)?;
+    }
+    if cx.is_json() { cx.json(&json!({"schema": 1, "rows": rows})) } else { Ok(()) }
+}
+
+/// A layer of each form.
+fn first_layers(loaded: &Loaded) -> Vec<u64> {
+    let mut layers: Vec<u64> =
+        loaded.artefact.manifest().programs.iter().filter_map(|p| p.layers.first().copied()).collect();
+    layers.dedup();
+    layers.sort_unstable();
+    layers.dedup();
+    layers
+}
+
+/// `--routing` as it was written, before a layer is there.
+enum Spread {
+    Made(Routing),
+    File(String),
+}
+
+impl Spread {
+    fn parse(text: &str) -> Result<Self, Failure> {
+        match text.split_once(':').unwrap_or((text, "")) {
+            ("uniform", "") => Ok(Self::Made(Routing::Uniform)),
+            ("all-to-one", "") => Ok(Self::Made(Routing::AllToOne)),
+            ("zipf", s) => {
+                let s = s.parse::<f64>().ok().filter(|s| s.is_finite() && *s >= 0.0);
+                s.map(|s| Self::Made(Routing::Zipf(s)))
+                    .ok_or_else(|| Failure::Usage(format!("`--routing {text}`: a number is due after `zipf:`")))
+            }
+            ("file", path) if !path.is_empty() => Ok(Self::File(path.to_owned())),
+            _ => {
+                Err(Failure::Usage(format!("`--routing {text}` is not known: uniform, zipf:S, all-to-one, file:PATH")))
+            }
+        }
+    }
+
+    /// The routing for a layer; a file says how many tokens there are.
+    fn of(&self, prepared: &Prepared, tokens: u64) -> Result<(Routing, u64), Failure> {
+        match self {
+            Self::Made(routing) => Ok((routing.clone(), tokens)),
+            Self::File(path) => {
+                let (tokens, inputs) = prepared.inputs(&Input::File(path.into()))?;
+                Ok((Routing::Given(inputs), tokens))
+            }
+        }
+    }
+}
+
+fn facts(graph: &Graph) -> FormFacts {
+    Form { graph: graph.clone(), layers: vec![0], prefixes: vec![String::new()] }.facts()
+}
+
+/// Rows of one layer.
+fn measure(
+    cx: &Context,
+    args: &Bench,
+    loaded: &Loaded,
+    on: &crate::args::Where,
+    spread: &Spread,
+    rows: &mut Vec<Value>,
+) -> Result<(), Failure> {
+    let first = loaded.prepare(on)?;
+    let graph = loaded.graph(&first)?;
+    let facts = facts(&graph);
+    let target = Target::from_name(&first.program()?.target);
+    let on_cpu = on.device == "cpu";
+    let limits = match target {
+        Some(target) if on_cpu && bench::has_limits(target) => Some(limits::measure(&loaded.device, target)?),
+        Some(_) | None => None,
+    };
+    let copies = bench::copies(first.layer().weights_bytes());
+    let mut layers = vec![first];
+    while layers.len() < copies {
+        layers.push(loaded.prepare(on)?);
+    }
+    head(cx, &layers, limits);
+    let mut measured: Vec<Row> = Vec::new();
+    for &tokens in &args.tokens {
+        let Some(first) = layers.first() else { continue };
+        let (routing, tokens) = spread.of(first, tokens)?;
+        let options = Options { tokens, routing, launches: args.reps, kernels_only: !on_cpu };
+        let model = &loaded.artefact.manifest().model;
+        let mut row = bench::measure(model, &layers, &graph, &facts, &options, limits)?;
+        row.device.clone_from(&on.device);
+        row.routing.clone_from(&args.routing);
+        if !cx.is_json() {
+            cx.result(line(&row))?;
+        }
+        measured.push(row);
+        if matches!(spread, Spread::File(_)) {
+            break;
+        }
+    }
+    let peer = match &args.peers {
+        Some(_) => {
+            let tokens: Vec<u64> = measured.iter().map(|r| r.tokens).collect();
+            let dtype = measured.first().map_or("f32", |r| r.dtype.as_str());
+            Some(peers::torch(&facts, dtype, &on.device, on.threads, &tokens)?)
+        }
+        None => None,
+    };
+    if let (Some(peer), false) = (&peer, cx.is_json()) {
+        cx.result(peer_lines(peer, &measured))?;
+    }
+    for row in &measured {
+        rows.push(with_peer(row, peer.as_ref())?);
+    }
+    Ok(())
+}
+
+/// What is measured, and how.
+fn head(cx: &Context, layers: &[Prepared], limits: Option<Limits>) {
+    let Some(first) = layers.first() else { return };
+    let limits = limits
+        .map_or_else(String::new, |l| format!("; limits {:.1} GB/s read, {:.0} GFLOP/s", l.read * 1e-9, l.peak * 1e-9));
+    cx.say(
+        "Timing",
+        &format!(
+            "layer {}: {}; weights {} x {}{limits}",
+            first.layer().number(),
+            first.layer().describe(),
+            layers.len(),
+            super::compile::size(first.layer().weights_bytes())
+        ),
+    );
+}
+
+fn line(row: &Row) -> String {
+    let share = row.floor_share.map_or_else(String::new, |s| format!("  {:>4.0} % of the floor", 100.0 * s));
+    let hit = row.experts_hit.map_or_else(String::new, |h| format!("  {h:.0} experts hit"));
+    format!(
+        "{:>6} tokens  {:>9.3} ms  (p5 {:.3}, p95 {:.3}, {} launches)  {:>6.1} GB/s  {:>7.1} GFLOP/s{share}{hit}\n",
+        row.tokens, row.median_ms, row.p5_ms, row.p95_ms, row.launches, row.gb_per_s, row.gflop_per_s
+    )
+}
+
+fn peer_lines(peer: &Peer, rows: &[Row]) -> String {
+    let lines = peer.rows.iter().zip(rows).map(|(p, ours)| {
+        format!(
+            "{:>6} tokens  {:>9.3} ms  {} {}, {} calls, ratio {:.2}\n",
+            p.tokens,
+            p.median_ms,
+            peer.name,
+            peer.version,
+            p.launches,
+            p.median_ms / ours.median_ms
+        )
+    });
+    lines.collect()
+}
+
+fn with_peer(row: &Row, peer: Option<&Peer>) -> Result<Value, Failure> {
+    let mut value = serde_json::to_value(row).map_err(|e| Failure::Bug(e.to_string()))?;
+    let found = peer.and_then(|p| Some((p, p.rows.iter().find(|r| r.tokens == row.tokens)?)));
+    if let (Some((peer, timed)), Some(members)) = (found, value.as_object_mut()) {
+        members.insert(
+            "peers".to_owned(),
+            json!([{"name": peer.name, "version": peer.version, "median_ms": timed.median_ms,
+                    "ratio": timed.median_ms / row.median_ms}]),
+        );
+    }
+    Ok(value)
+}
+
+/// Counts of the simulator, a row for each number of tokens.
+fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
+    let mut loaded = load(cx, &args.what, &args.on, &["output", "topk_indices"])?;
+    // The device is kept as what it is, so that it can be asked for its counts.
+    let sim = Arc::new(Sim::new(moec::sim::Options::default()));
+    loaded.device = Arc::clone(&sim) as Arc<dyn Device>;
+    let mut rows = Vec::new();
+    let prepared = loaded.prepare(&args.on)?;
+    let graph = loaded.graph(&prepared)?;
+    for &tokens in &args.tokens {
+        let (routing, tokens) = spread.of(&prepared, tokens)?;
+        sim.take_counts();
+        let options = Options { tokens, routing, launches: Some(1), kernels_only: true };
+        bench::once(&prepared, &graph, &facts(&graph), &options)?;
+        let c = sim.take_counts().total;
+        let program = prepared.program()?;
+        let row = json!({
+            "model": loaded.artefact.manifest().model, "layer": prepared.layer().number(), "device": "sim",
+            "target": program.target, "tokens": tokens, "routing": args.routing,
+            "instructions": c.warp_instructions, "bytes_global": c.global_bytes_read + c.global_bytes_written,
+            "bytes_shared": c.shared_bytes_read + c.shared_bytes_written, "bank_conflicts": c.bank_conflicts(),
+            "registers": c.registers, "shared_bytes": c.shared_bytes, "tensor_flops": c.tensor_flops,
+            "blocks": c.blocks, "occupancy": f64::from(c.occupancy_permille) / 1000.0,
+        });
+        if !cx.is_json() {
+            cx.result(format!(
+                "{tokens:>6} tokens  {} instructions, {} bytes global, {} bytes shared, {} bank conflicts, {} registers, {} bytes of shared memory\n",
+                c.warp_instructions,
+                c.global_bytes_read + c.global_bytes_written,
+                c.shared_bytes_read + c.shared_bytes_written,
+                c.bank_conflicts(),
+                c.registers,
+                c.shared_bytes
+            ))?;
+        }
+        rows.push(row);
+    }
+    if cx.is_json() { cx.json(&json!({"schema": 1, "rows": rows})) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spreads_are_read() {
+        assert!(Spread::parse("uniform").is_ok());
+        assert!(Spread::parse("zipf:1.1").is_ok());
+        assert!(Spread::parse("zipf:x").is_err());
+        assert!(Spread::parse("file:").is_err());
+    }
+}

@@ -1,0 +1,125 @@
+//! `moec place`: experts onto GPUs by load.
+
+use crate::{args::Place as Args, context::Context, failure::Failure};
+use moec::{
+    ir::{Code, Diagnostic},
+    place::{self, Input, Method, Options, PlaceError, Placement, Trace},
+    runtime::{SafetensorsBytes, Tensors as _},
+};
+use std::{fmt::Write as _, path::Path};
+
+fn refused(error: PlaceError) -> Failure {
+    Failure::Refused(vec![Diagnostic::error(Code(error.code.as_str()), error.message).help(error.help)])
+}
+
+/// Places, and prints the result.
+pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
+    let options = Options {
+        method: args.method.as_deref().map(Method::from_name).transpose().map_err(refused)?,
+        gpus: args.gpus,
+        nodes: args.nodes,
+        replicas: args.replicas,
+        groups: args.expert_groups,
+        experts_per_gpu: args.per_gpu,
+        alpha: args.alpha,
+        lambda: args.lambda,
+        min_tokens: args.min_tokens,
+        experts: args.experts,
+        time_limit_s: args.time_limit,
+        ..Options::default()
+    };
+    let input = read(cx, &args.input, options.experts)?;
+    let placement = place::place(&input, &options).map_err(refused)?;
+    if cx.is_json() {
+        return cx.json(&serde_json::to_value(&placement).map_err(|e| Failure::Bug(e.to_string()))?);
+    }
+    cx.result(text(&placement))
+}
+
+/// Loads or a trace, by what the file is.
+fn read(cx: &Context, path: &Path, experts: Option<usize>) -> Result<Input, Failure> {
+    let bytes = if path == Path::new("-") {
+        cx.stdin()?
+    } else {
+        std::fs::read(path).map_err(|e| {
+            let help = "name a file with loads or a trace, or - for stdin";
+            Failure::refused("E0803", format!("cannot read {}: {e}", path.display()), help)
+        })?
+    };
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("safetensors") => trace(&bytes, experts),
+        Some("jsonl") => {
+            let text = text_of(&bytes)?;
+            Ok(Input::from(Trace::from_jsonl(text, experts).map_err(refused)?))
+        }
+        _ => Input::from_json(text_of(&bytes)?).map_err(refused),
+    }
+}
+
+fn text_of(bytes: &[u8]) -> Result<&str, Failure> {
+    std::str::from_utf8(bytes).map_err(|e| {
+        Failure::refused("E0411", format!("the file is not text: {e}"), "loads are JSON, traces JSON lines")
+    })
+}
+
+/// Ids per token of each layer: the tensors of integers, in the order of their names.
+fn trace(bytes: &[u8], experts: Option<usize>) -> Result<Input, Failure> {
+    let file = SafetensorsBytes::new(bytes)?;
+    let mut layers: Vec<(Vec<i64>, usize)> = Vec::new();
+    let mut names = file.names();
+    names.sort_by_key(|name| (digits(name), name.clone()));
+    for name in names {
+        let Some(view) = file.find(&name) else { continue };
+        let [_, width] = view.shape.as_slice() else { continue };
+        let tensor = moec::run::Tensor {
+            name: name.clone(),
+            dtype: view.dtype,
+            shape: view.shape.clone(),
+            bytes: view.read(0, view.bytes())?.into_owned(),
+        };
+        if matches!(view.dtype, moec::abi::DType::I32 | moec::abi::DType::I64) {
+            let ids = tensor.numbers().into_iter().map(|v| v as i64).collect();
+            layers.push((ids, usize::try_from(*width).unwrap_or(0)));
+        }
+    }
+    if layers.is_empty() {
+        let help = "a trace has a tensor [tokens, slots] of I32 or I64 for each layer";
+        return Err(Failure::refused("E0420", "the file holds no routed ids", help));
+    }
+    let layers: Vec<(&[i64], usize)> = layers.iter().map(|(ids, width)| (ids.as_slice(), *width)).collect();
+    Ok(Input::from(Trace::from_layers(&layers, experts).map_err(refused)?))
+}
+
+/// Numbers of a name, so that `layer.10` follows `layer.9`.
+fn digits(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+}
+
+fn text(placement: &Placement) -> String {
+    let mut out = String::new();
+    match (placement.replicated(), placement) {
+        (Some(slots), _) => {
+            for (layer, load) in slots.gpu_load.iter().enumerate() {
+                let worst = slots.max_over_mean.get(layer).copied().unwrap_or(1.0);
+                let plain = slots.contiguous_no_replica_max_over_mean.as_ref().and_then(|p| p.get(layer));
+                let plain = plain.map_or_else(String::new, |p| format!(", {p:.3} without placement"));
+                let _ = writeln!(out, "layer {layer}: busiest over mean {worst:.3}{plain}");
+                let loads: Vec<String> = load.iter().map(|l| format!("{l:.0}")).collect();
+                let _ = writeln!(out, "  load of the GPUs: {}", loads.join(", "));
+                if let Some(counts) = slots.logcnt.get(layer) {
+                    let many: Vec<String> =
+                        counts.iter().enumerate().filter(|(_, n)| **n > 1).map(|(e, n)| format!("{e} x{n}")).collect();
+                    if !many.is_empty() {
+                        let _ = writeln!(out, "  experts with replicas: {}", many.join(", "));
+                    }
+                }
+            }
+            out.push_str("`--format json` prints which expert lies in which slot\n");
+        }
+        (None, other) => {
+            let value = serde_json::to_value(other).unwrap_or_default();
+            let _ = writeln!(out, "{value:#}");
+        }
+    }
+    out
+}

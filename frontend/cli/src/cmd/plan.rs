@@ -1,0 +1,168 @@
+//! `moec plan`: mappings of a model onto GPUs.
+
+use crate::{
+    args::{Format, Plan as Args},
+    context::Context,
+    failure::Failure,
+};
+use moec::{
+    ir::{Code, Diagnostic},
+    plan::{
+        self, Cluster, Mapping, ModelShape, Objective, PlanError, PlanReport, Precision, Request, Routing, Strategy,
+        choice::Recompute,
+    },
+};
+use serde_json::Value;
+use std::{fmt::Write as _, path::Path};
+
+fn refused(error: PlanError) -> Failure {
+    Failure::Refused(vec![Diagnostic::error(Code(error.code), error.message).help(error.help)])
+}
+
+/// Plans, and prints the best mappings.
+pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
+    let fixed = Mapping::parse_fixed(&args.fix).map_err(refused)?;
+    if args.groups {
+        let groups = plan::groups(args.gpus, &fixed.mapping(), &args.order).map_err(refused)?;
+        let value = serde_json::to_value(&groups).map_err(|e| Failure::Bug(e.to_string()))?;
+        return cx.json(&value);
+    }
+    let Some(path) = &args.model else { return Err(Failure::Usage("plan needs a MODEL".to_owned())) };
+    let model = shape(cx, path)?;
+    let cluster = cluster(&args.cluster)?;
+    let mut request = match args.objective.as_str() {
+        "prefill" => Request::serve(Objective::Prefill, args.gpus, args.seq, args.generate),
+        "decode" => Request::serve(Objective::Decode, args.gpus, args.seq, args.generate),
+        _ => Request::train(args.gpus, args.seq, args.global_batch.unwrap_or(args.gpus.max(256))),
+    };
+    if let Some(batch) = args.global_batch {
+        request.global_batch = batch;
+    }
+    request.fixed = fixed;
+    request.top = args.top;
+    request.order.clone_from(&args.order);
+    request.latency_bound_ms = args.latency;
+    request.memory_limit_gib = args.memory;
+    request.capacity_factor = args.capacity;
+    request.software.clone_from(&args.software);
+    request.precision = match args.precision.as_str() {
+        "fp8" => Precision::Fp8,
+        "fp4" => Precision::Fp4,
+        _ => Precision::Bf16,
+    };
+    request.routing = match args.routing.split_once(':') {
+        None if args.routing == "balanced" => Routing::Balanced,
+        Some(("zipf", s)) => {
+            let s = s.parse().map_err(|_| Failure::Usage(format!("`--routing {}`: a number is due", args.routing)))?;
+            Routing::Zipf(s)
+        }
+        _ => return Err(Failure::Usage(format!("`--routing {}` is not known: balanced, zipf:S", args.routing))),
+    };
+    if let Some(name) = &args.strategy {
+        let known = Strategy::ALL.map(Strategy::name).join(", ");
+        let strategy = Strategy::from_name(name)
+            .ok_or_else(|| Failure::Usage(format!("there is no strategy `{name}`: {known}")))?;
+        request.strategy = Some(strategy);
+    }
+    let report = plan::plan_report(&model, &cluster, &request).map_err(refused)?;
+    match cx.format {
+        Format::Json => cx.json(&serde_json::to_value(&report).map_err(|e| Failure::Bug(e.to_string()))?),
+        Format::Html => cx.result(plan::html::html(&report, &model, &cluster, &request).map_err(refused)?),
+        Format::Text => cx.result(text(&report)),
+    }
+}
+
+/// What planning needs of a config.
+fn shape(cx: &Context, path: &Path) -> Result<ModelShape, Failure> {
+    let bytes = if path == Path::new("-") {
+        cx.stdin()?
+    } else {
+        let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+        // The frontend's refusals point into the file.
+        moec::frontend::read_model(&file)?;
+        std::fs::read(&file).map_err(|e| {
+            Failure::refused("E0112", format!("cannot read {}: {e}", file.display()), "name a config.json")
+        })?
+    };
+    let value: Value = serde_json::from_slice(&bytes)
+        .map_err(|e| Failure::refused("E0405", format!("not JSON: {e}"), "planning reads a config.json"))?;
+    ModelShape::from_config_json(&value).map_err(refused)
+}
+
+fn cluster(name: &str) -> Result<Cluster, Failure> {
+    let path = Path::new(name);
+    if Cluster::preset_names().contains(&name) || !path.is_file() {
+        return Cluster::preset(name).map_err(refused);
+    }
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
+    Cluster::from_json(&text).map_err(refused)
+}
+
+fn text(report: &PlanReport) -> String {
+    let mut out = format!(
+        "{} on {} x {}: {} choices evaluated, {} branches skipped by a bound\n",
+        report.model, report.gpus, report.cluster, report.evaluated, report.pruned
+    );
+    for (i, p) in report.plans.iter().enumerate() {
+        let (a, e) = (&p.attention, &p.experts);
+        let _ = write!(
+            out,
+            "\n{}. attention tp {} cp {} dp {} pp {}; experts etp {} ep {} edp {} pp {}\n   ",
+            i + 1,
+            a.tp,
+            a.cp,
+            a.dp,
+            a.pp,
+            e.etp,
+            e.ep,
+            e.edp,
+            e.pp
+        );
+        let recompute = match p.recompute {
+            Recompute::None => "nothing recomputed",
+            Recompute::Selective => "selective recomputation",
+            Recompute::Full => "full recomputation",
+        };
+        let _ = match p.objective {
+            Objective::Train => writeln!(
+                out,
+                "micro-batch {} x {}, virtual stages {}, {recompute}",
+                p.micro_batch, p.micro_batches, p.vpp
+            ),
+            Objective::Prefill | Objective::Decode => writeln!(out, "{} requests a rank", p.micro_batch),
+        };
+        let _ = write!(out, "   step {:.1} ms, {:.0} tokens/s a GPU", p.step_ms, p.tokens_per_s_per_gpu);
+        for (name, value) in [("MFU", p.mfu.map(|m| format!("{:.1} %", 100.0 * m)))].into_iter().chain([
+            ("first token", p.ttft_ms.map(|t| format!("{t:.1} ms"))),
+            ("a token", p.tpot_ms.map(|t| format!("{t:.2} ms"))),
+        ]) {
+            if let Some(value) = value {
+                let _ = write!(out, ", {name} {value}");
+            }
+        }
+        let memory = serde_json::to_value(&p.memory_gib).unwrap_or(Value::Null);
+        let _ = writeln!(out, "{}", if p.feasible { "" } else { " (does not fit)" });
+        let _ = writeln!(out, "   memory GiB: {}", numbers(&memory));
+        let times: Vec<String> =
+            p.time_ms.iter().filter(|(_, t)| **t > 0.0).map(|(n, t)| format!("{n} {t:.1}")).collect();
+        let _ = writeln!(out, "   time ms: {}", times.join(", "));
+        if let Some(why) = &p.why {
+            let _ = writeln!(out, "   {why}");
+        }
+    }
+    if !report.sensitivity.is_empty() {
+        out.push_str("\nchanging one size of the first:\n");
+        for s in &report.sensitivity {
+            let _ = writeln!(out, "  {}", s.text);
+        }
+    }
+    out
+}
+
+/// Members of an object of numbers, those that are not zero.
+fn numbers(value: &Value) -> String {
+    let members = value.as_object().into_iter().flatten();
+    let shown = members.filter_map(|(name, v)| Some((name, v.as_f64()?))).filter(|(_, v)| *v != 0.0);
+    shown.map(|(name, v)| format!("{name} {v:.1}")).collect::<Vec<_>>().join(", ")
+}
