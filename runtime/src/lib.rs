@@ -27,6 +27,7 @@ mod layer;
 mod number;
 mod pack;
 mod random;
+mod recipe;
 #[cfg(feature = "sim")]
 mod sim;
 mod target;

@@ -6,6 +6,7 @@
 use crate::{
     error::{Code, Result, RuntimeError},
     number,
+    recipe::in_group,
     tensors::{Content, ReadAt, TensorView, Tensors},
     weights::expand,
 };
@@ -72,6 +73,8 @@ impl Random {
                     blocks.push(16);
                     put(name, DType::U8, blocks, Fill::Bytes);
                 }
+                // Its parts are listed in its place.
+                Packing::Composed(_) => {}
             }
         }
         Ok(Self(tensors))
@@ -90,6 +93,14 @@ type Shapes = BTreeMap<String, (Source, Vec<u64>, u64)>;
 
 /// Notes the smallest shape with which `source` can be read.
 fn add(shapes: &mut Shapes, source: &Source, size: (u64, u64), expert: u64, prefix: &str) -> Result<()> {
+    if let Packing::Composed(recipe) = &source.packing {
+        for (i, matrix) in recipe.parts().into_iter().enumerate() {
+            let (number, group) = recipe.number(i, expert);
+            let size = matrix.size_of(number).unwrap_or((1, 1));
+            add(shapes, &in_group(&matrix.source, group), size, expert, prefix)?;
+        }
+        return Ok(());
+    }
     let name = expand(&source.tensor, prefix, expert);
     let known = shapes.get(&name).map(|(_, shape, _)| shape.clone());
     // A vector has one axis, unless a view needs two.

@@ -6,6 +6,7 @@
 use crate::{
     error::{Code, Result, RuntimeError},
     number::{self, E2M1, E4M3, E5M2, e8m0},
+    recipe::{Dense, compose},
     tensors::{TensorView, Tensors},
 };
 use half::{bf16, f16};
@@ -72,6 +73,12 @@ impl Tiles {
     }
 }
 
+/// Where values come from.
+enum Origin<'a> {
+    Stored(TensorView<'a>),
+    Composed(Dense),
+}
+
 /// A source bound to the stored bytes of one expert.
 pub(crate) struct Bound<'a> {
     codec: Codec<'a>,
@@ -91,10 +98,20 @@ impl<'a> Bound<'a> {
         tensors: &'a dyn Tensors,
     ) -> Result<Self> {
         let name = expand(&source.tensor, prefix, expert);
-        let stored = find(tensors, &name)?;
-        let shape = decoded_shape(&source.packing, &stored, &name)?;
+        let (origin, shape) = match &source.packing {
+            Packing::Composed(recipe) => {
+                let dense = compose(recipe, expert, prefix, tensors)?;
+                let shape = vec![dense.rows as u64, dense.columns as u64];
+                (Origin::Composed(dense), shape)
+            }
+            Packing::Plain | Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } => {
+                let stored = find(tensors, &name)?;
+                let shape = decoded_shape(&source.packing, &stored, &name)?;
+                (Origin::Stored(stored), shape)
+            }
+        };
         let mismatch = |what: &str| {
-            let message = format!("tensor {name} of shape {:?} {what} {rows} x {columns}", stored.shape);
+            let message = format!("tensor {name} of shape {shape:?} {what} {rows} x {columns}");
             RuntimeError::new(Code::TensorMismatch, message)
                 .with_help("the checkpoint does not belong to the configuration that was compiled")
         };
@@ -112,7 +129,15 @@ impl<'a> Bound<'a> {
             Some(table) => (table.iter().copied().min().unwrap_or(0), table.iter().copied().max().map_or(0, |m| m + 1)),
             None => access.span(),
         };
-        let (codec, base) = load(&source.packing, &stored, &shape, start, end, tensors, |n| expand(n, prefix, expert))?;
+        let (codec, base) = match origin {
+            Origin::Composed(dense) => {
+                let bytes = dense.values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                (Codec::Plain { dtype: DType::F32, bytes: Cow::Owned(bytes) }, 0)
+            }
+            Origin::Stored(stored) => {
+                load(&source.packing, &stored, &shape, start, end, tensors, |n| expand(n, prefix, expert))?
+            }
+        };
         match &mut table {
             Some(table) => table.iter_mut().for_each(|at| *at -= base),
             None => matrix.offset = matrix.offset.saturating_sub(base),
@@ -286,7 +311,7 @@ fn decoded_shape(packing: &Packing, stored: &TensorView<'_>, name: &str) -> Resu
         Err(RuntimeError::new(Code::TensorMismatch, message))
     };
     match packing {
-        Packing::Plain => Ok(stored.shape.clone()),
+        Packing::Plain | Packing::Composed(_) => Ok(stored.shape.clone()),
         Packing::Fp8Block { block, .. } => match stored.dtype {
             DType::F8e4m3 | DType::F8e5m2 if stored.shape.len() >= 2 && !block.contains(&0) => Ok(stored.shape.clone()),
             DType::F8e4m3 | DType::F8e5m2 => wrong("a matrix of 8-bit floats in tiles"),
@@ -366,7 +391,7 @@ fn load<'a>(
         RuntimeError::new(Code::TensorMismatch, message)
     };
     match packing {
-        Packing::Plain => {
+        Packing::Plain | Packing::Composed(_) => {
             let size = stored.dtype.bytes();
             Ok((Codec::Plain { dtype: stored.dtype, bytes: stored.read(start * size, end * size)? }, start))
         }

@@ -285,7 +285,7 @@ fn pack(p: &str, index: usize, slot: &Slot, program: &Program) -> String {
         let source = &matrix.source;
         native &= match source.packing {
             Packing::Plain => true,
-            Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } => false,
+            Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } | Packing::Composed(_) => false,
         };
         let each = source.tensor.contains("{e}");
         let first = m as u64 * slot.experts;

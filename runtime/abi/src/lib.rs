@@ -11,10 +11,12 @@ mod encode;
 mod expr;
 pub mod format;
 pub mod header;
+mod recipe;
 mod weights;
 
 pub use encode::{EncodeError, cpu_level, dtype_number, encode, fingerprint, weight_offsets};
 pub use expr::Expr;
+pub use recipe::Recipe;
 pub use weights::{Layout, Matrix, Packing, Slot, Source, View};
 
 /// Version of the manifest; a runtime refuses a newer one.

@@ -1,6 +1,6 @@
 //! Weight slots: from checkpoint tensors to packed bytes, as data.
 
-use crate::DType;
+use crate::{DType, Recipe};
 use serde::{Deserialize, Serialize};
 
 /// Encoding of a stored tensor.
@@ -21,6 +21,8 @@ pub enum Packing {
         /// Name of the tensor of shared exponents.
         scales: String,
     },
+    /// Composed of several tensors, expert by expert; the source's own name is for people.
+    Composed(Box<Recipe>),
 }
 
 /// One step from a stored tensor to a matrix; see the field of the same name in the graph IR.
