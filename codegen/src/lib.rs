@@ -1,5 +1,6 @@
 //! Kernel ops to machine code: schedule, MLIR, LLVM, object or PTX.
 
+pub mod batch;
 pub mod cpu;
 mod error;
 pub mod gpu;

@@ -27,6 +27,8 @@ pub struct PlanKernel {
     pub first: u64,
     /// One past the last expert that has rows; slots of other experts get no row.
     pub end: u64,
+    /// Experts between them that have no rows.
+    pub holes: Vec<[u64; 2]>,
     /// Slots of a row.
     pub slots: u64,
     /// Consecutive tokens that a route row covers.
@@ -91,8 +93,7 @@ impl PlanKernel {
         if target.is_gpu() {
             let threads = u32::try_from(WARPS * 32).unwrap_or(32);
             let kind = FuncKind::Kernel { threads, blocks: 1, cluster: 1 };
-            let parameters: Vec<(&str, &str)> =
-                (0..n).map(|_| ("!llvm.ptr<1>", "{}")).chain([("i64", "{}")]).collect();
+            let parameters: Vec<(&str, &str)> = (0..n).map(|_| ("!llvm.ptr<1>", "{}")).chain([("i64", "{}")]).collect();
             b.func(&self.symbol, kind, &parameters, |a| self.gpu(b, &self.args(a)));
         } else {
             let parameters = [("!llvm.ptr", "{}"), ("i64", "{}"), ("i64", "{}"), ("!llvm.ptr", "{}")];
@@ -116,7 +117,10 @@ impl PlanKernel {
             b.addi(b.muli(row, slots), b.remui(r, slots))
         };
         let id = b.cast("arith.extsi", b.load(b.gep(args.idx, "i32", source), "i32", 4), "i64");
-        let on = b.andi(b.cmpi("sge", id, b.i64(c(self.first))), b.cmpi("slt", id, b.i64(c(self.end))));
+        let within = |low: u64, high: u64| b.andi(b.cmpi("sge", id, b.i64(c(low))), b.cmpi("slt", id, b.i64(c(high))));
+        let on = self.holes.iter().fold(within(self.first, self.end), |on, [low, high]| {
+            b.andi(on, b.xori(within(*low, *high), b.bool(true)))
+        });
         (b.select(on, b.addc(id, -c(self.first)), b.i64(0)), on)
     }
 
@@ -237,13 +241,11 @@ impl PlanKernel {
         let experts = b.i64(c(self.experts()));
         let first = b.minsi(b.mulc(lane, run), experts);
         let last = b.minsi(b.addc(first, run), experts);
-        let own = b.for_(first, last, b.i64(1), &[b.i32(0)], |e, sum| {
-            vec![b.addi(sum[0], b.load(count(e), "i32", 4))]
-        })[0];
+        let own =
+            b.for_(first, last, b.i64(1), &[b.i32(0)], |e, sum| vec![b.addi(sum[0], b.load(count(e), "i32", 4))])[0];
         let lane32 = b.cast("arith.trunci", lane, "i32");
         let inclusive = [1, 2, 4, 8, 16].into_iter().fold(own, |sum, distance| {
-            let other =
-                b.intrinsic("llvm.nvvm.shfl.sync.up.i32", &[b.i32(-1), sum, b.i32(distance), b.i32(0)], "i32");
+            let other = b.intrinsic("llvm.nvvm.shfl.sync.up.i32", &[b.i32(-1), sum, b.i32(distance), b.i32(0)], "i32");
             let reaches = b.cmpi("sge", lane32, b.i32(distance));
             b.addi(sum, b.select(reaches, other, b.i32(0)))
         });

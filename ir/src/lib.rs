@@ -26,6 +26,7 @@ mod nearest;
 mod op;
 pub mod ops;
 mod outline;
+mod rows;
 mod text;
 mod types;
 mod verify;

@@ -3,7 +3,10 @@
 //! Before: `ffn` and `linear` ops. After: `kernel.dense` with the activation fused into the first
 //! product of a feed-forward network. Small products stay for the row kernels.
 
-use crate::{Changed, Pass, PassCx, region};
+use crate::{
+    Changed, Pass, PassCx,
+    region::{self, Products},
+};
 use moec_ir::{
     Graph, NodeId, Op, WeightSpec,
     ops::{Ffn, KernelKind, Linear},
@@ -17,7 +20,11 @@ fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     for id in graph.order() {
         let fused = match graph.node(id).op.clone() {
             Op::Ffn(ffn) => network(graph, id, &ffn, cx),
-            Op::Linear(linear) if region::is_large(graph, &linear.w) => outline(graph, id, cx),
+            Op::Linear(linear)
+                if region::is_large(graph, &linear.w) || !region::is_row_op(graph, id, Products::Small) =>
+            {
+                outline(graph, id, cx)
+            }
             _ => false,
         };
         if fused {
@@ -27,35 +34,25 @@ fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     changed
 }
 
-/// Splits a feed-forward network into two products.
+/// Splits a feed-forward network into two products, unless a row kernel can compute it.
 fn network(graph: &mut Graph, id: NodeId, ffn: &Ffn, cx: &PassCx<'_>) -> bool {
-    let plain = |spec: &WeightSpec| match spec {
-        WeightSpec::Plain(name) => Some(name.clone()),
-        WeightSpec::Mul { .. }
-        | WeightSpec::Base { .. }
-        | WeightSpec::Grouped { .. }
-        | WeightSpec::Ternary { .. }
-        | WeightSpec::Slice { .. }
-        | WeightSpec::Take { .. } => None,
-    };
-    let (Some(x), Some(down)) = (graph.operands(id).first().copied(), ffn.down.as_ref().and_then(plain)) else {
-        cx.remark(graph, id, "not fused: the down matrix is composed");
-        return false;
-    };
-    let bias = match &ffn.down_bias {
-        None => None,
-        Some(spec) => match plain(spec) {
-            Some(name) => Some(name),
-            None => return false,
-        },
-    };
-    let large = [Some(&ffn.up), ffn.gate.as_ref(), ffn.down.as_ref()];
-    if !large.into_iter().flatten().filter_map(plain).any(|name| region::is_large(graph, &name)) {
+    if region::is_row_op(graph, id, Products::Small) {
         return false;
     }
+    let (Some(x), Some(down)) = (graph.operands(id).first().copied(), ffn.down.as_ref()) else {
+        return outline(graph, id, cx);
+    };
+    let second = match (down, &ffn.down_bias) {
+        (WeightSpec::Plain(w), None) if !ffn.a8 => Op::Linear(Linear { w: w.clone(), b: None }),
+        (WeightSpec::Plain(w), Some(WeightSpec::Plain(b))) if !ffn.a8 => {
+            Op::Linear(Linear { w: w.clone(), b: Some(b.clone()) })
+        }
+        // Rounded activations take no bias.
+        (down, bias) => Op::Ffn(Box::new(region::product(down, bias.as_ref().filter(|_| !ffn.a8), ffn.a8))),
+    };
     let inner = Ffn { down: None, down_bias: None, ..ffn.clone() };
     let up = graph.add("", Op::Ffn(Box::new(inner)), &[x]);
-    let out = graph.add("", Op::Linear(Linear { w: down, b: bias }), &[up]);
+    let out = graph.add("", second, &[up]);
     let round = graph.node(id).round;
     graph.set_round(out, round);
     graph.replace_uses(id, out);

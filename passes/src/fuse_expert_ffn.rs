@@ -4,7 +4,7 @@
 //! After: `kernel.up` (gather, gate and up products, activation) and `kernel.down`.
 //! A bank of single matrices needs one kernel only.
 
-use crate::{Changed, Pass, PassCx};
+use crate::{Changed, Pass, PassCx, region};
 use moec_ir::{
     Graph, NodeId, Op,
     ops::{BankPart, Experts, Ffn, KernelKind, LinearBank, PartKind},
@@ -59,6 +59,8 @@ fn fuse(graph: &mut Graph, id: NodeId, cx: &PassCx<'_>) {
     });
     let outer = map(&op.bank, |kind| match kind {
         PartKind::Ffn(ffn) => match &ffn.down {
+            // A product with rounded activations is a network without activation.
+            Some(down) if ffn.a8 => PartKind::Ffn(Box::new(region::product(down, None, true))),
             Some(down) => PartKind::Linear(LinearBank { w: down.clone(), bias: ffn.down_bias.clone() }),
             None => PartKind::Identity {},
         },

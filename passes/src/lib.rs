@@ -4,6 +4,7 @@
 //! verifies the graph after each and can dump it. No pass changes what a graph means.
 
 mod clean_up;
+mod fuse_batch;
 mod fuse_combine;
 mod fuse_dense;
 mod fuse_expert_ffn;
@@ -13,6 +14,8 @@ mod manager;
 mod plan_dispatch;
 mod region;
 mod split_banks;
+mod split_einsums;
+mod split_widths;
 
 pub use manager::{Changed, Dump, Failure, Outcome, PassCx, Remark, Timing, run, run_named};
 
@@ -32,11 +35,14 @@ pub struct Pass {
 /// All passes, in the order in which they run.
 pub const PIPELINE: &[Pass] = &[
     clean_up::PASS,
+    split_einsums::PASS,
     fuse_gating::PASS,
+    split_widths::PASS,
     split_banks::PASS,
     plan_dispatch::PASS,
     fuse_expert_ffn::PASS,
     fuse_dense::PASS,
     fuse_combine::PASS,
     fuse_rows::PASS,
+    fuse_batch::PASS,
 ];

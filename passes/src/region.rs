@@ -5,7 +5,7 @@
 
 use moec_ir::{
     Dim, Extent, Graph, NodeId, Op, Type, WeightSpec,
-    ops::{PartKind, ProductKey, SelectRule, Shape},
+    ops::{Ffn, LimitOn, PartKind, SelectRule, Shape, UnaryFn},
 };
 use std::collections::BTreeSet;
 
@@ -58,6 +58,23 @@ fn is_param(graph: &Graph, id: NodeId) -> bool {
     matches!(graph.node(id).op, Op::Param(_))
 }
 
+/// Whether the weights of an elementwise op are the same for all rows.
+fn weights_repeat(graph: &Graph, id: NodeId) -> bool {
+    let node = graph.node(id);
+    let Some(Type::Tensor(result)) = &node.ty else { return true };
+    let names = match &node.op {
+        Op::Binary(op) => vec![op.w.as_ref()],
+        Op::Norm(op) => vec![op.w.as_ref(), op.b.as_ref(), op.mean.as_ref(), op.var.as_ref()],
+        _ => Vec::new(),
+    };
+    names.into_iter().flatten().all(|name| {
+        graph.weights.get(name).is_some_and(|w| {
+            let first = w.shape.first().map(Extent::max);
+            w.shape.len() < result.shape.len() || (w.shape.len() == result.shape.len() && first == Some(1))
+        })
+    })
+}
+
 /// Whether a node treats each of `rows` rows alone and can be part of a row kernel.
 pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
     let node = graph.node(id);
@@ -65,8 +82,11 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
     let large = |name: &str| products == Products::Small && is_large(graph, name);
     let fits = match &node.op {
         Op::Linear(op) => !large(&op.w),
-        Op::Unary(_) | Op::Binary(_) | Op::Gather(_) | Op::Adjust(_) | Op::Weigh(_) | Op::Override(_) => true,
-        Op::Norm(_) | Op::Softmax(_) => matches!(ty, Type::Tensor(t) if t.shape.len() >= 2),
+        Op::Unary(_) | Op::Gather(_) | Op::Adjust(_) | Op::Weigh(_) | Op::Override(_) => true,
+        Op::Binary(_) => weights_repeat(graph, id),
+        Op::Norm(_) | Op::Softmax(_) => {
+            matches!(ty, Type::Tensor(t) if t.shape.len() >= 2) && weights_repeat(graph, id)
+        }
         Op::Reduce(op) => matches!(operand_rank(graph, id), Some(rank) if axis(op.axis, rank) >= 1),
         Op::Shape(op) => match op {
             Shape::Concat { axis: a } | Shape::Slice { axis: a, .. } | Shape::Repeat { axis: a, .. } => {
@@ -78,7 +98,7 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
             Shape::Pad { .. } => false,
         },
         Op::Select(op) => !matches!(op.rule, SelectRule::ExpertChoice { .. }),
-        Op::ProductKey(op) => !matches!(op, ProductKey::Tucker { .. }),
+        Op::ProductKey(_) => true,
         Op::Ffn(op) => {
             let specs = [Some(&op.up), op.gate.as_ref(), op.down.as_ref()];
             let plain = specs.iter().flatten().all(|s| matches!(s, WeightSpec::Plain(_)));
@@ -87,7 +107,7 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
                 && !specs.into_iter().flatten().any(|s| products == Products::Small && is_large_spec(graph, s))
         }
         Op::Combine(_) => true,
-        Op::Dispatch(op) => op.repeat == 1 && !op.weighted && feeds_simple_bank(graph, id),
+        Op::Dispatch(_) => feeds_simple_bank(graph, id),
         Op::Experts(op) => op.bank.iter().all(|p| is_simple(&p.kind)),
         Op::Input(_)
         | Op::Param(_)
@@ -101,6 +121,25 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
         | Op::Kernel(_) => false,
     };
     fits && rows_agree(graph, id, ty)
+}
+
+/// A product with a composed matrix, or with rounded activations: a network that is its first product alone.
+pub(crate) fn product(w: &WeightSpec, bias: Option<&WeightSpec>, a8: bool) -> Ffn {
+    Ffn {
+        gate: None,
+        gate_bias: None,
+        up: w.clone(),
+        up_bias: bias.cloned(),
+        down: None,
+        down_bias: None,
+        act: Some(UnaryFn::Identity),
+        packed: false,
+        a8,
+        limit: None,
+        limit_on: LimitOn::Gate,
+        alpha: None,
+        up_add: 0.0,
+    }
 }
 
 /// Whether experts of this kind need no matrix product.
@@ -141,9 +180,10 @@ fn rows_agree(graph: &Graph, id: NodeId, ty: &Type) -> bool {
     }
     let Some(own) = rows(ty) else { return false };
     known(ty)
-        && graph.operands(id).iter().all(|operand| {
-            is_param(graph, *operand)
-                || graph.node(*operand).ty.as_ref().is_some_and(|ty| rows(ty) == Some(own) && known(ty))
+        && graph.operands(id).iter().enumerate().all(|(i, operand)| {
+            graph.node(*operand).ty.as_ref().is_some_and(|ty| {
+                graph.is_shared_by_rows(id, i) || (rows(ty) == Some(own) && known(ty) && !is_param(graph, *operand))
+            })
         })
 }
 
@@ -153,11 +193,18 @@ pub(crate) fn grow(graph: &Graph, sink: NodeId, products: Products) -> Vec<NodeI
         return Vec::new();
     }
     let mut inside = BTreeSet::from([sink]);
+    let own = graph.node(sink).ty.as_ref().and_then(rows).cloned();
+    // A route may cover several tokens with a row; it is computed elsewhere then.
+    let same_rows = |id: NodeId| match graph.node(id).ty.as_ref() {
+        Some(ty @ (Type::Tensor(_) | Type::Route(_))) => rows(ty) == own.as_ref(),
+        Some(Type::Plan(_) | Type::Ragged(_)) => true,
+        None => false,
+    };
     // Users come after their operands, so one pass against the order sees all users first.
     for id in graph.order().into_iter().rev() {
         let users = graph.users(id);
         let only_here = !users.is_empty() && users.iter().all(|u| inside.contains(u)) && !graph.is_output(id);
-        if only_here && (is_row_op(graph, id, products) || is_param(graph, id)) {
+        if only_here && ((same_rows(id) && is_row_op(graph, id, products)) || is_param(graph, id)) {
             inside.insert(id);
         }
     }

@@ -3,19 +3,21 @@
 use super::{
     Kernels, Lowering,
     memory::{self, Place, dim},
-    weights,
+    weights::{self, Values},
 };
 use crate::{
-    CodegenError, cpu, gpu,
+    CodegenError,
+    batch::Quantise,
+    cpu, gpu,
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     rows::type_of,
 };
 use moec_abi::{Arg, DType, Expr, Grid, Layout};
-use std::borrow::Cow;
 use moec_ir::{
     Extent, Graph, NodeId, Op, Type, View, WeightSpec,
     ops::{BinaryFn, Dispatch, Ffn, Kernel, LimitOn, Linear, PartKind, UnaryFn},
 };
+use std::borrow::Cow;
 
 /// One product of a kernel op: matrices of some experts, and what happens to the sums.
 struct Product<'g> {
@@ -24,10 +26,12 @@ struct Product<'g> {
     /// Experts as they count in names.
     names: [u64; 2],
     /// Matrices, each with further views; gate before up.
-    matrices: Vec<(Cow<'g, WeightSpec>, Vec<View>)>,
+    matrices: Vec<Values<'g>>,
     /// Biases of the matrices.
-    biases: Vec<(Cow<'g, WeightSpec>, Vec<View>)>,
+    biases: Vec<Values<'g>>,
     epilogue: Epilogue,
+    /// Whether rows of the operand are rounded to signed bytes.
+    a8: bool,
     /// Rows of one matrix.
     n: u64,
     /// Columns of one matrix.
@@ -76,13 +80,24 @@ fn activation(ffn: &Ffn) -> Epilogue {
     binary(BinaryFn::Mul, gate, up)
 }
 
-/// What a plan must provide to the ops that use it: experts with rows, sorted weights, repeat.
-pub(super) fn plan_needs(graph: &Graph, plan: NodeId) -> Result<([u64; 2], bool, u64), CodegenError> {
+/// What a plan must provide to the ops that use it.
+pub(super) struct Needs {
+    /// Experts from the first to the last that has rows.
+    pub(super) range: [u64; 2],
+    /// Experts between them that have none.
+    pub(super) holes: Vec<[u64; 2]>,
+    /// Whether weights are needed in sorted order.
+    pub(super) scale: bool,
+    /// Tokens that a row of the route covers.
+    pub(super) repeat: u64,
+}
+
+pub(super) fn plan_needs(graph: &Graph, plan: NodeId) -> Result<Needs, CodegenError> {
     let Type::Plan(ty) = type_of(graph, plan)? else {
         let node = graph.node(plan).name.clone();
         return Err(CodegenError::Unsupported { node, what: "the value is no plan".into() });
     };
-    let (mut range, mut scale, mut repeat) = (None::<[u64; 2]>, false, 1);
+    let (mut parts, mut scale, mut repeat) = (Vec::<[u64; 2]>::new(), false, 1);
     for user in graph.users(plan) {
         let Op::Kernel(kernel) = &graph.node(user).op else { continue };
         for id in kernel.body.order() {
@@ -90,8 +105,7 @@ pub(super) fn plan_needs(graph: &Graph, plan: NodeId) -> Result<([u64; 2], bool,
                 Op::Experts(experts) => {
                     for part in &experts.bank {
                         if !matches!(part.kind, PartKind::Zero {}) {
-                            let [low, high] = range.unwrap_or(part.ids);
-                            range = Some([low.min(part.ids[0]), high.max(part.ids[1])]);
+                            parts.push(part.ids);
                         }
                     }
                 }
@@ -103,7 +117,19 @@ pub(super) fn plan_needs(graph: &Graph, plan: NodeId) -> Result<([u64; 2], bool,
             }
         }
     }
-    Ok((range.unwrap_or([0, ty.experts]), scale, repeat))
+    parts.sort_unstable();
+    let range = match (parts.first(), parts.iter().map(|p| p[1]).max()) {
+        (Some(first), Some(end)) => [first[0], end],
+        (None, _) | (_, None) => [0, ty.experts],
+    };
+    let (mut holes, mut next) = (Vec::new(), range[0]);
+    for [start, end] in parts {
+        if start > next {
+            holes.push([next, start]);
+        }
+        next = next.max(end);
+    }
+    Ok(Needs { range, holes, scale, repeat })
 }
 
 impl<'g> Lowering<'g> {
@@ -160,7 +186,10 @@ impl<'g> Lowering<'g> {
     ) -> Result<(), CodegenError> {
         let graph = self.graph;
         let width = products.iter().map(|p| p.n).max().unwrap_or(0);
-        let packed = products.iter().flat_map(|p| &p.matrices).map(|(spec, _)| weights::packed_type(body, spec));
+        let packed = products.iter().flat_map(|p| &p.matrices).map(|values| match values {
+            Values::Of(spec, _) => weights::packed_type(body, spec),
+            Values::Zeros(_) => DType::F32,
+        });
         let w = if packed.into_iter().all(|t| t == DType::Bf16) { DType::Bf16 } else { DType::F32 };
         let inside = match graph.node(id).op {
             Op::Kernel(Kernel { kind: moec_ir::ops::KernelKind::Down, .. }) => DType::F32,
@@ -193,6 +222,16 @@ impl<'g> Lowering<'g> {
             _ => (1, self.leading_of_rows(id)?),
         };
         for (i, product) in products.iter().enumerate() {
+            let (a, a_type) = match (product.a8, plan) {
+                (false, _) => (a, a_type),
+                (true, plan) => {
+                    let rows = match (source, plan.map(|p| type_of(graph, p)).transpose()?) {
+                        (Place::Ragged { .. }, Some(Type::Plan(route))) => tokens.clone().times(route.slots),
+                        (_, _) => tokens.clone(),
+                    };
+                    (self.quantise(id, (source, a, a_type), product, plan_place.as_ref(), rows, i), DType::F32)
+                }
+            };
             let a_stride = match source {
                 Place::Ragged { width, .. } => *width,
                 Place::Tensor { .. } | Place::Route { .. } | Place::Plan { .. } => product.k,
@@ -243,6 +282,37 @@ impl<'g> Lowering<'g> {
         Ok(())
     }
 
+    /// Rows of the operand rounded to signed bytes, in memory of their own.
+    fn quantise(
+        &mut self,
+        id: NodeId,
+        (source, a, dtype): (&Place, usize, DType),
+        product: &Product<'_>,
+        plan: Option<&Place>,
+        rows: Expr,
+        i: usize,
+    ) -> usize {
+        let (stride, range) = match (source, plan) {
+            (Place::Ragged { width, .. }, Some(Place::Plan { offsets, first, .. })) => {
+                let bytes = Expr::Const((product.ids[0] - first) * 4);
+                (*width, Some(Arg::Offset { buffer: *offsets, bytes }))
+            }
+            (_, _) => (product.k, None),
+        };
+        let symbol = self.symbol(id, &format!("_rounded_{i}"));
+        let sorted = range.is_some().then_some(product.ids[1] - product.ids[0]);
+        let kernel = Quantise { symbol: symbol.clone(), a: dtype, width: product.k, stride, sorted };
+        let name = format!("{}.rounded", self.graph.node(id).name);
+        let out = self.memory.scratch(name, DType::F32, vec![rows.clone(), stride.into()]);
+        let mut args = vec![Arg::Buffer(a)];
+        args.extend(range);
+        args.extend([Arg::Buffer(out), Arg::Value(rows.clone())]);
+        let grid = kernel.grid(self.target, rows);
+        self.launch(id, symbol, args, grid);
+        self.kernels.push(Kernels::Quantise(kernel));
+        out
+    }
+
     fn schedule(&mut self, spec: &Grouped, tokens: &Expr) -> (Kernels<'g>, Layout, Grid) {
         if self.target.is_gpu() {
             let schedule = gpu::schedule(spec, self.target);
@@ -288,22 +358,12 @@ impl<'g> Lowering<'g> {
         }
     }
 
-    fn sizes(&self, id: NodeId, body: &Graph, spec: &WeightSpec) -> Result<(u64, u64), CodegenError> {
-        let WeightSpec::Plain(name) = spec else {
-            return self.fail(
-                id,
-                "composed weights (`mul`, `base`, `codes`, `slice`, `take`) cannot be compiled yet",
-            );
-        };
-        match body.weights.get(name).map(|w| w.shape.as_slice()) {
-            Some([rows, columns]) => {
-                if matches!((rows, columns), (Extent::Fixed(_), Extent::Fixed(_))) {
-                    Ok((rows.max(), columns.max()))
-                } else {
-                    self.fail(id, "experts of different widths cannot be compiled yet")
-                }
-            }
-            _ => self.fail(id, format!("weight `{name}` is no matrix")),
+    /// Rows and columns of a weight for the experts of a part.
+    fn sizes(&self, id: NodeId, body: &Graph, spec: &WeightSpec, names: [u64; 2]) -> Result<(u64, u64), CodegenError> {
+        let matrix = weights::of_spec(body, id, self.graph, spec)?;
+        match weights::uniform(&matrix, names) {
+            Some(sizes) => Ok(sizes),
+            None => self.fail(id, "experts of one part differ in size; split the part"),
         }
     }
 
@@ -315,44 +375,42 @@ impl<'g> Lowering<'g> {
         ids: [u64; 2],
         names: [u64; 2],
     ) -> Result<Product<'g>, CodegenError> {
-        if ffn.a8 {
-            return self.fail(id, "int8 activations (`a8`) cannot be compiled yet");
-        }
         if ffn.down.is_some() {
             return self.fail(id, "a feed-forward network must be split into two products first");
         }
-        let (n, k) = self.sizes(id, body, &ffn.up)?;
-        let half = |start: u64| vec![View::Slice { axis: 0, start, len: n / 2, step: 1 }];
+        let (n, k) = self.sizes(id, body, &ffn.up, names)?;
+        let half = |start: u64, len: u64| vec![View::Slice { axis: 0, start, len, step: 1 }];
+        let whole = |spec: &'g WeightSpec| Values::Of(Cow::Borrowed(spec), Vec::new());
+        let part = |spec: &'g WeightSpec, view: Vec<View>| Values::Of(Cow::Borrowed(spec), view);
         let (matrices, n) = match &ffn.gate {
-            Some(gate) => (vec![(Cow::Borrowed(gate), Vec::new()), (Cow::Borrowed(&ffn.up), Vec::new())], n),
+            Some(gate) => (vec![whole(gate), whole(&ffn.up)], n),
             // The first half holds the values, the second the gate.
-            None if ffn.packed => (vec![(Cow::Borrowed(&ffn.up), half(n / 2)), (Cow::Borrowed(&ffn.up), half(0))], n / 2),
-            None => (vec![(Cow::Borrowed(&ffn.up), Vec::new())], n),
+            None if ffn.packed => (vec![part(&ffn.up, half(n / 2, n / 2)), part(&ffn.up, half(0, n / 2))], n / 2),
+            None => (vec![whole(&ffn.up)], n),
         };
-        let half = |start: u64| vec![View::Slice { axis: 0, start, len: n, step: 1 }];
         let biases = match (&ffn.gate_bias, &ffn.up_bias) {
             (None, None) => Vec::new(),
-            (Some(gate), Some(up)) => vec![(Cow::Borrowed(gate), Vec::new()), (Cow::Borrowed(up), Vec::new())],
-            (None, Some(up)) if ffn.packed => vec![(Cow::Borrowed(up), half(n)), (Cow::Borrowed(up), half(0))],
-            (None, Some(up)) if ffn.gate.is_none() => vec![(Cow::Borrowed(up), Vec::new())],
-            (Some(_), None) | (None, Some(_)) => {
-                return self.fail(id, "a bias on only one of gate and up cannot be compiled yet");
-            }
+            // Products with rounded activations take no bias.
+            (Some(_) | None, Some(_) | None) if ffn.a8 => Vec::new(),
+            (None, Some(up)) if ffn.packed => vec![part(up, half(n, n)), part(up, half(0, n))],
+            (None, Some(up)) if ffn.gate.is_none() => vec![whole(up)],
+            (gate, up) => [gate, up].map(|bias| bias.as_ref().map_or(Values::Zeros(n), whole)).to_vec(),
         };
-        Ok(Product { ids, names, matrices, biases, epilogue: activation(ffn), n, k })
+        Ok(Product { ids, names, matrices, biases, epilogue: activation(ffn), a8: ffn.a8, n, k })
     }
 
     /// A product of all rows with one matrix.
     fn dense(&self, id: NodeId, body: &Graph, linear: &Linear) -> Result<Product<'g>, CodegenError> {
         let w = WeightSpec::Plain(linear.w.clone());
-        let (n, k) = self.sizes(id, body, &w)?;
-        let bias = linear.b.clone().map(|b| (Cow::Owned(WeightSpec::Plain(b)), Vec::new()));
+        let (n, k) = self.sizes(id, body, &w, [0, 1])?;
+        let bias = linear.b.clone().map(|b| Values::Of(Cow::Owned(WeightSpec::Plain(b)), Vec::new()));
         Ok(Product {
             ids: [0, 1],
             names: [0, 1],
-            matrices: vec![(Cow::Owned(w), Vec::new())],
+            matrices: vec![Values::Of(Cow::Owned(w), Vec::new())],
             biases: bias.into_iter().collect(),
             epilogue: Epilogue::Sum(0),
+            a8: false,
             n,
             k,
         })
@@ -366,13 +424,14 @@ impl<'g> Lowering<'g> {
         ids: [u64; 2],
         names: [u64; 2],
     ) -> Result<Product<'g>, CodegenError> {
-        let (n, k) = self.sizes(id, body, w)?;
+        let (n, k) = self.sizes(id, body, w, names)?;
         Ok(Product {
             ids,
             names,
-            matrices: vec![(Cow::Borrowed(w), Vec::new())],
-            biases: bias.map(|b| vec![(Cow::Borrowed(b), Vec::new())]).unwrap_or_default(),
+            matrices: vec![Values::Of(Cow::Borrowed(w), Vec::new())],
+            biases: bias.map(|b| vec![Values::Of(Cow::Borrowed(b), Vec::new())]).unwrap_or_default(),
             epilogue: Epilogue::Sum(0),
+            a8: false,
             n,
             k,
         })

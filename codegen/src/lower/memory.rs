@@ -25,6 +25,8 @@ pub(crate) enum Place {
         scale: Option<usize>,
         /// First expert that has rows.
         first: u64,
+        /// Number of experts from there on that offsets are kept for.
+        experts: u64,
     },
     /// Rows in sorted order.
     Ragged { buffer: usize, dtype: DType, width: u64, plan: NodeId, positions: usize },
@@ -162,7 +164,10 @@ impl Memory {
                 Place::Route { idx, w }
             }
             Type::Plan(_) | Type::Ragged(_) => {
-                return Err(CodegenError::Unsupported { node: name, what: "the kernel gives no tensor or route".into() });
+                return Err(CodegenError::Unsupported {
+                    node: name,
+                    what: "the kernel gives no tensor or route".into(),
+                });
             }
         };
         self.places.insert(id, place.clone());
@@ -183,6 +188,16 @@ impl Memory {
         Ok(place)
     }
 
+    /// The same memory for another node.
+    pub(crate) fn alias(&mut self, id: NodeId, place: Place) {
+        self.places.insert(id, place);
+    }
+
+    /// Memory for numbers of one launch.
+    pub(crate) fn scratch(&mut self, name: String, dtype: DType, shape: Vec<Expr>) -> usize {
+        self.buffer(name, BufferKind::Workspace, dtype, shape)
+    }
+
     /// Memory for a plan.
     pub(crate) fn plan(
         &mut self,
@@ -194,12 +209,14 @@ impl Memory {
     ) -> Place {
         let name = &graph.node(id).name;
         let routes = dim(&ty.rows).times(kernel.repeat * ty.slots);
-        let mut make = |part: &str, dtype, shape| self.buffer(format!("{name}.{part}"), BufferKind::Workspace, dtype, shape);
+        let mut make =
+            |part: &str, dtype, shape| self.buffer(format!("{name}.{part}"), BufferKind::Workspace, dtype, shape);
         let offsets = make("offsets", DType::I32, vec![Expr::Const(kernel.experts() + 1)]);
         let map = make("map", DType::I32, vec![routes.clone()]);
         let positions = make("positions", DType::I32, vec![routes.clone()]);
         let scale = kernel.scale.then(|| make("scale", DType::F32, vec![routes]));
-        let place = Place::Plan { idx, w, offsets, map, positions, scale, first: kernel.first };
+        let place =
+            Place::Plan { idx, w, offsets, map, positions, scale, first: kernel.first, experts: kernel.experts() };
         self.places.insert(id, place.clone());
         place
     }
@@ -213,7 +230,8 @@ impl Memory {
         (dtype, width): (DType, u64),
     ) -> Result<Place, CodegenError> {
         let name = graph.node(id).name.clone();
-        let (Type::Ragged(ty), Some(Place::Plan { positions, .. })) = (type_of(graph, id)?, self.places.get(&plan)) else {
+        let (Type::Ragged(ty), Some(Place::Plan { positions, .. })) = (type_of(graph, id)?, self.places.get(&plan))
+        else {
             return Err(CodegenError::Unsupported { node: name, what: "the rows have no plan".into() });
         };
         let positions = *positions;
@@ -276,10 +294,9 @@ fn bytes(buffer: &Buffer) -> Expr {
 pub(crate) fn max_tokens(buffers: &[Buffer], workspace: &Expr, launches: &[Launch]) -> u64 {
     let fits = |tokens: u64| {
         let sizes = buffers.iter().all(|b| bytes(b).eval(tokens).is_some_and(|n| n < 1 << 62));
-        let rows = buffers
-            .iter()
-            .filter(|b| b.dtype == DType::I32)
-            .all(|b| b.shape.iter().fold(Expr::Const(1), |n, d| n.times(d.clone())).eval(tokens).is_some_and(|n| n < 1 << 31));
+        let rows = buffers.iter().filter(|b| b.dtype == DType::I32).all(|b| {
+            b.shape.iter().fold(Expr::Const(1), |n, d| n.times(d.clone())).eval(tokens).is_some_and(|n| n < 1 << 31)
+        });
         let grids = launches.iter().all(|l| match &l.grid {
             moec_abi::Grid::Cpu(grid) => grid.items.eval(tokens).is_some(),
             moec_abi::Grid::Gpu(grid) => {

@@ -3,17 +3,21 @@
 //! Every value that crosses a kernel boundary gets memory, every weight a packed slot, every
 //! kernel op one or more launches. What the kernels look like inside is the emitters' business.
 
+mod batch;
 mod grouped;
 mod memory;
 mod weights;
 
 use crate::{
-    CodegenError, Target, cpu, gpu,
+    CodegenError, Target,
+    batch::{BatchKernel, Quantise},
+    cpu, gpu,
     grouped::Grouped,
     mlir::{Builder, Compiled, Keep, Session},
     plan::PlanKernel,
     rows::{InputPart, OutputPart, RowArg, RowKernel, type_of},
 };
+pub(crate) use memory::dim as extent;
 use memory::{Memory, Place, dim};
 use moec_abi::{Arg, Expr, Grid, Launch, Program};
 use moec_ir::{
@@ -49,6 +53,8 @@ pub struct CompiledForm {
 enum Kernels<'g> {
     Rows(RowKernel<'g>),
     Plan(PlanKernel),
+    Batch(BatchKernel<'g>),
+    Quantise(Quantise),
     Cpu(Grouped, cpu::Schedule),
     Gpu(Grouped, gpu::Schedule),
 }
@@ -114,6 +120,11 @@ impl Kernels<'_> {
                 kernel.emit(b, target);
                 Ok(())
             }
+            Self::Batch(kernel) => kernel.emit(b, target),
+            Self::Quantise(kernel) => {
+                kernel.emit(b, target);
+                Ok(())
+            }
             Self::Cpu(spec, schedule) => {
                 cpu::emit(b, spec, schedule, target);
                 Ok(())
@@ -161,9 +172,7 @@ impl<'g> Lowering<'g> {
                 KernelKind::Gate | KernelKind::Combine | KernelKind::Rows => self.rows(id, kernel),
                 KernelKind::Plan => self.plan(id),
                 KernelKind::Up | KernelKind::Down | KernelKind::Dense => self.products(id, kernel),
-                KernelKind::Attention | KernelKind::Batch => {
-                    self.fail(id, format!("kernels of kind `{}` cannot be compiled yet", kernel.kind.name()))
-                }
+                KernelKind::Attention | KernelKind::Batch => self.batch(id, kernel),
             },
             op @ (Op::Param(_)
             | Op::Linear(_)
@@ -217,7 +226,7 @@ impl<'g> Lowering<'g> {
                         (Some(place), InputPart::Idx) => place.idx(),
                         (Some(place), InputPart::Weights) => place.weights(),
                         (Some(place), InputPart::Positions) => place.positions(),
-                        (None, _) => None,
+                        (Some(_), InputPart::Map | InputPart::Offsets | InputPart::Scale) | (None, _) => None,
                     }
                 }
                 RowArg::Weight { name, layout, dtype } => {
@@ -256,7 +265,7 @@ impl<'g> Lowering<'g> {
     fn plan(&mut self, id: NodeId) -> Result<(), CodegenError> {
         let Some(route) = self.graph.operands(id).first().copied() else { return self.fail(id, "no route") };
         let Type::Plan(ty) = type_of(self.graph, id)?.clone() else { return self.fail(id, "the value is no plan") };
-        let (range, scale, repeat) = grouped::plan_needs(self.graph, id)?;
+        let grouped::Needs { range, holes, scale, repeat } = grouped::plan_needs(self.graph, id)?;
         let Some(Place::Route { idx, w, .. }) = self.memory.place(route).cloned() else {
             return self.fail(id, "the route has no memory");
         };
@@ -265,6 +274,7 @@ impl<'g> Lowering<'g> {
             symbol: symbol.clone(),
             first: range[0],
             end: range[1],
+            holes,
             slots: ty.slots,
             repeat,
             scale,

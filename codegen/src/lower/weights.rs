@@ -2,7 +2,7 @@
 
 use super::memory::dtype;
 use crate::CodegenError;
-use moec_abi::{DType, Layout, Matrix, Packing, Slot, Source, View};
+use moec_abi::{DType, Layout, Matrix, Packing, Recipe, Slot, Source, View};
 use moec_ir::{Extent, Graph, NodeId, WeightSpec};
 use std::borrow::Cow;
 
@@ -59,13 +59,105 @@ fn matrix(graph: &Graph, node: NodeId, outer: &Graph, name: &str) -> Result<Matr
     Ok(Matrix { source: source(&weight.source, weight.dtype), rows, columns })
 }
 
+/// The value of a weight specification, sizes by the expert's number.
+pub(super) fn of_spec(graph: &Graph, node: NodeId, outer: &Graph, spec: &WeightSpec) -> Result<Matrix, CodegenError> {
+    let part = |name: &str| matrix(graph, node, outer, name);
+    let composed = |recipe: Recipe, rows: Vec<u64>, columns: Vec<u64>| {
+        let tensor = spec.names().first().map_or_else(String::new, |n| (*n).clone());
+        let packing = Packing::Composed(Box::new(recipe));
+        let source = Source { tensor, packing, view: Vec::new(), dtype: DType::F32 };
+        Matrix { source, rows, columns }
+    };
+    Ok(match spec {
+        WeightSpec::Plain(name) => part(name)?,
+        WeightSpec::Mul { mul: [a, b], group } => {
+            let (left, right) = (part(a)?, part(b)?);
+            let rows = left.rows.clone();
+            // Columns are those of the expert's group.
+            let columns = match right.columns.as_slice() {
+                [one] => vec![*one],
+                each => {
+                    let of = |g: &u64| usize::try_from(*g).ok().and_then(|g| each.get(g)).copied().unwrap_or(0);
+                    group.iter().map(of).collect()
+                }
+            };
+            composed(Recipe::Product { left, right, groups: group.clone() }, rows, columns)
+        }
+        WeightSpec::Base { base, a, b, scale } => {
+            let base = part(base)?;
+            let (rows, columns) = (base.rows.clone(), base.columns.clone());
+            composed(Recipe::Adapted { base, a: part(a)?, b: part(b)?, scale: scale.to_bits() }, rows, columns)
+        }
+        WeightSpec::Grouped { codes, scale, zero, group_size, .. } => {
+            let codes = part(codes)?;
+            let (rows, columns) = (codes.rows.clone(), codes.columns.clone());
+            let (scale, zero) = (part(scale)?, part(zero)?);
+            composed(Recipe::Grouped { codes, scale, zero, group_size: *group_size }, rows, columns)
+        }
+        WeightSpec::Ternary { codes, scale } => {
+            let vector = graph.weights.get(scale).is_some_and(|w| w.shape.len() == 1);
+            let (codes, mut scale) = (part(codes)?, part(scale)?);
+            if vector {
+                // Aligned at the last axis.
+                std::mem::swap(&mut scale.rows, &mut scale.columns);
+            }
+            let (rows, columns) = (codes.rows.clone(), codes.columns.clone());
+            composed(Recipe::Scaled { codes, scale }, rows, columns)
+        }
+        WeightSpec::Slice { slice, axis, n } => {
+            let mut dense = part(slice)?;
+            let sizes = if *axis == 0 { &mut dense.rows } else { &mut dense.columns };
+            sizes.iter_mut().for_each(|size| *size /= (*n).max(1));
+            let view = View::ExpertRows { rows: sizes.first().copied().unwrap_or(0) };
+            let views = &mut dense.source.view;
+            if *axis == 0 {
+                views.push(view);
+            } else {
+                views.extend([View::Transpose, view, View::Transpose]);
+            }
+            dense
+        }
+        WeightSpec::Take { take, ids, axis } => {
+            let (dense, ids) = (part(take)?, part(ids)?);
+            let (mut rows, mut columns) = (dense.rows.clone(), dense.columns.clone());
+            if *axis == 0 {
+                rows.clone_from(&ids.rows);
+            } else {
+                columns.clone_from(&ids.rows);
+            }
+            composed(Recipe::Take { dense, ids, axis: *axis }, rows, columns)
+        }
+    })
+}
+
+/// Rows and columns, if they are the same for all experts of the range.
+pub(super) fn uniform(matrix: &Matrix, ids: [u64; 2]) -> Option<(u64, u64)> {
+    let mut sizes = (ids[0]..ids[1]).map(|e| matrix.size_of(e));
+    let first = sizes.next()??;
+    sizes.all(|size| size == Some(first)).then_some(first)
+}
+
+/// Values of a matrix or vector of a slot.
+#[derive(Clone, Debug)]
+pub(super) enum Values<'g> {
+    /// A weight, with further views.
+    Of(Cow<'g, WeightSpec>, Vec<moec_ir::View>),
+    /// So many zeros.
+    Zeros(u64),
+}
+
+/// Zeros in place of a vector.
+fn zeros(n: u64) -> Matrix {
+    let packing = Packing::Composed(Box::new(Recipe::Zero { shape: [n, 1] }));
+    let source = Source { tensor: "zero".to_owned(), packing, view: Vec::new(), dtype: DType::F32 };
+    Matrix { source, rows: vec![n], columns: vec![1] }
+}
+
 /// Element type in which weights of the graph are packed for products.
 pub(super) fn packed_type(graph: &Graph, spec: &WeightSpec) -> DType {
-    let narrow = spec
-        .names()
-        .first()
-        .and_then(|n| graph.weights.get(*n))
-        .is_some_and(|w| w.dtype == moec_ir::DType::Bf16);
+    // Composed values are computed, so that they need the full type.
+    let narrow = matches!(spec, WeightSpec::Plain(_) | WeightSpec::Slice { .. } | WeightSpec::Take { .. })
+        && spec.names().first().and_then(|n| graph.weights.get(*n)).is_some_and(|w| w.dtype == moec_ir::DType::Bf16);
     if narrow { DType::Bf16 } else { DType::F32 }
 }
 
@@ -90,25 +182,33 @@ pub(super) fn bank(
     graph: &Graph,
     node: NodeId,
     outer: &Graph,
-    specs: &[(Cow<'_, WeightSpec>, Vec<moec_ir::View>)],
+    specs: &[Values<'_>],
     ids: [u64; 2],
     layout: Layout,
     dtype: DType,
 ) -> Result<Slot, CodegenError> {
     let mut matrices = Vec::new();
     let mut names = Vec::new();
-    for (spec, views) in specs {
-        let WeightSpec::Plain(name) = spec.as_ref() else {
-            return unsupported(outer, node, "composed weights (`mul`, `base`, `codes`, `slice`, `take`) cannot be compiled yet");
+    for values in specs {
+        let (spec, views) = match values {
+            Values::Of(spec, views) => (spec, views),
+            Values::Zeros(n) => {
+                names.push("zero");
+                matrices.push(zeros(*n));
+                continue;
+            }
         };
-        let mut one = matrix(graph, node, outer, name)?;
+        let mut one = of_spec(graph, node, outer, spec)?;
+        let (rows, columns) = uniform(&one, ids)
+            .map_or_else(|| unsupported(outer, node, "experts of one part differ in size; split the part"), Ok)?;
+        (one.rows, one.columns) = (vec![rows], vec![columns]);
         for view in views {
             if let moec_ir::View::Slice { axis: 0, start, len, step } = view {
                 one.source.view.push(View::Slice { axis: 0, start: *start, len: *len, step: *step });
                 one.rows = vec![*len];
             }
         }
-        names.push(name.as_str());
+        names.push(spec.names().first().map_or("", |n| n.as_str()));
         matrices.push(one);
     }
     match slot(names.join("+"), ids, matrices, layout, dtype) {

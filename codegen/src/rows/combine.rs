@@ -124,11 +124,13 @@ pub fn combine<'c>(sorted: &Sorted<'c>, choice: &Choice<'c>, weighted: bool, sha
 }
 
 /// Sum over slots of weight times what a bank of simple experts gives.
+///
+/// With `scale` (one factor per slot) the experts see their rows multiplied by it.
 pub fn combine_simple<'c>(
     x: &Exec<'_, 'c>,
     parts: Vec<SimplePart<'c>>,
     choice: &Choice<'c>,
-    weighted: bool,
+    (weighted, scale): (bool, Option<Row<'c>>),
     shape: Vec<u64>,
 ) -> Row<'c> {
     let slots = choice.slots;
@@ -160,13 +162,20 @@ pub fn combine_simple<'c>(
         if let Some(w) = &choice.w {
             w.prepare(x);
         }
+        if let Some(scale) = &scale {
+            scale.prepare(x);
+        }
         x.repeat(slots, |j| {
             let id = id_of(x, j);
             let mut factor = match (&choice.w, weighted) {
                 (Some(w), true) => w.scalar(x, j),
                 (None, _) | (_, false) => b.f32(1.0),
             };
+            let share = scale.as_ref().map(|scale| scale.scalar(x, j));
             for part in &parts {
+                if let (Simple::Identity(_), Some(share)) = (&part.kind, share) {
+                    factor = b.select(inside(x, part, id), b.mulf(factor, share), factor);
+                }
                 if let Simple::Neuron { x: row, u: (u, dtype, width), act, .. } = &part.kind {
                     row.prepare(x);
                     let on = inside(x, part, id);
@@ -177,6 +186,7 @@ pub fn combine_simple<'c>(
                         let at = Ix { at: b.addi(ix.at, base), width: ix.width };
                         b.mulf(row.get(x, ix), x.load(*u, *dtype, at))
                     });
+                    let dot = share.map_or(dot, |share| b.mulf(dot, share));
                     let value = b.mulf(factor, math::unary(b, *act, dot));
                     factor = b.select(on, value, factor);
                 }

@@ -14,6 +14,8 @@ mod value;
 mod walk;
 mod weigh;
 
+pub(crate) use exec::element;
+
 use crate::{
     CodegenError, Target,
     mlir::{Builder, FuncKind, Session, V},
@@ -55,6 +57,12 @@ pub enum InputPart {
     Weights,
     /// Positions of the slots among sorted rows.
     Positions,
+    /// Token of each sorted row.
+    Map,
+    /// Number of sorted rows.
+    Offsets,
+    /// Weight of each sorted row.
+    Scale,
 }
 
 /// Which memory of the result.

@@ -389,9 +389,84 @@ fn group_limited<'c>(
 /// Choice among `n * m` pairs by the sum of two scores: only pairs of the `k` best of both sides compete.
 pub fn product_key<'c>(x: &Exec<'_, 'c>, left: &Row<'c>, right: &Row<'c>, k: u64) -> Choice<'c> {
     let (left, right) = (left.clone().stored(x), right.clone().stored(x));
+    let sum = |first: V<'c>, second: V<'c>| {
+        let bottom = f32::NEG_INFINITY;
+        x.b.addf(score_or(x, &left, first, bottom), score_or(x, &right, second, bottom))
+    };
+    pairs(x, &left, &right, k, &sum)
+}
+
+/// One side of a product key in Tucker form: query `[c]`, keys `[n, c, r]` and factor `[r]`.
+pub struct Side<'c> {
+    /// The row's query.
+    pub query: Row<'c>,
+    /// Keys, the same for all rows.
+    pub keys: Row<'c>,
+    /// Factor of the rank-one score.
+    pub factor: Row<'c>,
+    /// `n`, `c` and `r`.
+    pub sizes: [u64; 3],
+}
+
+impl<'c> Side<'c> {
+    /// `[n, r]` products of query and keys, and the `n` scores by the factor.
+    fn project(&self, x: &Exec<'_, 'c>) -> (Row<'c>, Row<'c>) {
+        let [n, width, r] = self.sizes;
+        let (query, keys) = (self.query.clone(), self.keys.clone());
+        let projected = Row::new(vec![n, r], false, move |x, ix| {
+            let b = x.b;
+            let (i, s) = (b.divui(ix.at, b.i64(c(r))), b.remui(ix.at, b.i64(c(r))));
+            b.for_(b.i64(0), b.i64(c(width)), b.i64(1), &[b.f32(0.0)], |j, sum| {
+                let at = b.addi(b.mulc(b.addi(b.mulc(i, c(width)), j), c(r)), s);
+                vec![b.fma(query.scalar(x, j), keys.scalar(x, at), sum[0])]
+            })[0]
+        })
+        .after(&[&self.query])
+        .stored(x);
+        let (inner, factor) = (projected.clone(), self.factor.clone());
+        let scores = Row::new(vec![n], false, move |x, ix| {
+            let b = x.b;
+            b.for_(b.i64(0), b.i64(c(r)), b.i64(1), &[b.f32(0.0)], |s, sum| {
+                let value = inner.scalar(x, b.addi(b.mulc(ix.at, c(r)), s));
+                vec![b.fma(value, factor.scalar(x, s), sum[0])]
+            })[0]
+        })
+        .stored(x);
+        (projected, scores)
+    }
+}
+
+/// Product keys in Tucker form: candidates by a rank-one score, then `s1' core s2` of their pairs.
+pub fn tucker<'c>(x: &Exec<'_, 'c>, left: Side<'c>, right: Side<'c>, core: &Row<'c>, k: u64) -> Choice<'c> {
+    let ((a, first), (d, second)) = (left.project(x), right.project(x));
+    let (r, s) = (left.sizes[2], right.sizes[2]);
+    let score = |i: V<'c>, j: V<'c>| {
+        let b = x.b;
+        let (row, column) = (b.mulc(b.maxsi(i, b.i64(0)), c(r)), b.mulc(b.maxsi(j, b.i64(0)), c(s)));
+        let total = b.for_(b.i64(0), b.i64(c(r)), b.i64(1), &[b.f32(0.0)], |p, sum| {
+            let part = b.for_(b.i64(0), b.i64(c(s)), b.i64(1), &[b.f32(0.0)], |q, sum| {
+                let weight = core.scalar(x, b.addi(b.mulc(p, c(s)), q));
+                vec![b.fma(weight, d.scalar(x, b.addi(column, q)), sum[0])]
+            })[0];
+            vec![b.fma(a.scalar(x, b.addi(row, p)), part, sum[0])]
+        })[0];
+        let empty = b.ori(b.cmpi("slt", i, b.i64(0)), b.cmpi("slt", j, b.i64(0)));
+        b.select(empty, b.f32(f32::NEG_INFINITY), total)
+    };
+    pairs(x, &first, &second, k, &score)
+}
+
+/// The `k` best pairs of the `k` best of both sides.
+fn pairs<'c>(
+    x: &Exec<'_, 'c>,
+    left: &Row<'c>,
+    right: &Row<'c>,
+    k: u64,
+    score: &dyn Fn(V<'c>, V<'c>) -> V<'c>,
+) -> Choice<'c> {
     let (n, m) = (left.len(), right.len());
     let (a, d) = (k.min(n), k.min(m));
-    let (firsts, seconds) = (order(x, &left, a), order(x, &right, d));
+    let (firsts, seconds) = (order(x, left, a), order(x, right, d));
     let (keys, slots) = (Keys::new(x, a * d), Slots::new(x, k));
     let scores = x.alloc(k * 4);
     x.each_row(|| {
@@ -407,8 +482,7 @@ pub fn product_key<'c>(x: &Exec<'_, 'c>, left: &Row<'c>, right: &Row<'c>, k: u64
             a * d,
             |i| {
                 let (first, second) = pair(i);
-                let bottom = f32::NEG_INFINITY;
-                b.addf(score_or(x, &left, first, bottom), score_or(x, &right, second, bottom))
+                score(first, second)
             },
             |i| {
                 let (first, second) = pair(i);
@@ -419,7 +493,7 @@ pub fn product_key<'c>(x: &Exec<'_, 'c>, left: &Row<'c>, right: &Row<'c>, k: u64
             let best = keys.take_any(x, a * d);
             slots.set(x, slot, best);
             let some = b.maxsi(best, b.i64(0));
-            let sum = b.addf(left.scalar(x, b.divui(some, b.i64(c(m)))), right.scalar(x, b.remui(some, b.i64(c(m)))));
+            let sum = score(b.divui(some, b.i64(c(m))), b.remui(some, b.i64(c(m))));
             x.single(|| b.store(sum, b.gep(x.at(scores), "f32", slot), 4));
         });
     });

@@ -26,9 +26,9 @@ enum Value<'c> {
     /// Rows sorted by expert, in memory.
     Sorted(Sorted<'c>),
     /// Rows that were dispatched but not moved: the data and the route.
-    Spread { row: Row<'c>, choice: Choice<'c> },
-    /// Simple experts over spread rows.
-    Simple { parts: Vec<SimplePart<'c>> },
+    Spread { row: Row<'c>, choice: Choice<'c>, weighted: bool },
+    /// Simple experts over spread rows; with the weights of the slots if those multiply the rows.
+    Simple { parts: Vec<SimplePart<'c>>, scale: Option<Row<'c>> },
 }
 
 /// Weights that stand as matrices of `linear` in the body.
@@ -181,6 +181,13 @@ impl<'c> Walker<'_, 'c> {
             None => self.fail(id, "memory of an operand is missing"),
         };
         Ok(match type_of(self.body, id)? {
+            Type::Tensor(tensor) if self.is_shared(id) => {
+                let shape: Option<Vec<u64>> = tensor.shape.iter().map(moec_ir::Dim::known).collect();
+                let Some(shape) = shape else {
+                    return self.fail(id, "a value for all rows must have a known size");
+                };
+                Value::Row(shared(find(InputPart::Data)?, dtype.unwrap_or(DType::F32), shape))
+            }
             Type::Tensor(_) => {
                 let shape = self.row_shape(id)?;
                 let dtype = dtype.unwrap_or(DType::F32);
@@ -202,6 +209,16 @@ impl<'c> Walker<'_, 'c> {
                 positions: find(InputPart::Positions)?,
             }),
         })
+    }
+
+    /// Whether the value is the same for all rows wherever it is used.
+    fn is_shared(&self, id: NodeId) -> bool {
+        let users = self.body.users(id);
+        let shared = |user: &NodeId| {
+            let operands = self.body.operands(*user);
+            (0..operands.len()).all(|i| operands[i] != id || self.body.is_shared_by_rows(*user, i))
+        };
+        !users.is_empty() && users.iter().all(shared)
     }
 
     fn row(&self, id: NodeId, operand: usize) -> Result<Row<'c>, CodegenError> {
@@ -341,17 +358,12 @@ impl<'c> Walker<'_, 'c> {
             }
             Op::Override(op) => self.overrides(id, op.expert, op.experts)?,
             Op::Dispatch(op) => {
-                if op.repeat != 1 {
-                    return self.fail(id, "repeated rows are no row op");
-                }
                 let (row, choice) = (self.row(id, 0)?, self.choice(id, 1)?);
-                if op.weighted {
-                    return self.fail(id, "a weighted dispatch needs a grouped product");
-                }
-                Value::Spread { row, choice }
+                let choice = if op.repeat == 1 { choice } else { repeated(&choice, op.repeat) };
+                Value::Spread { row, choice, weighted: op.weighted }
             }
             Op::Experts(op) => {
-                let Some(Value::Spread { row, .. }) =
+                let Some(Value::Spread { row, choice, weighted }) =
                     self.body.operands(id).first().and_then(|o| self.values.get(o)).cloned()
                 else {
                     return self.fail(id, "rows must be dispatched in the same kernel");
@@ -379,7 +391,7 @@ impl<'c> Walker<'_, 'c> {
                     };
                     parts.push(SimplePart { first: part.ids[0], end: part.ids[1], base: part.base_id, kind });
                 }
-                Value::Simple { parts }
+                Value::Simple { parts, scale: if weighted { choice.w } else { None } }
             }
             Op::Combine(op) => {
                 let shape = self.row_shape(id)?;
@@ -389,8 +401,9 @@ impl<'c> Walker<'_, 'c> {
                         let choice = if op.repeat == 1 { choice } else { repeated(&choice, op.repeat) };
                         Value::Row(combine::combine(&sorted, &choice, op.weighted, shape))
                     }
-                    Some(Value::Simple { parts }) => {
-                        Value::Row(combine::combine_simple(x, parts, &choice, op.weighted, shape))
+                    Some(Value::Simple { parts, scale }) => {
+                        let choice = if op.repeat == 1 { choice } else { repeated(&choice, op.repeat) };
+                        Value::Row(combine::combine_simple(x, parts, &choice, (op.weighted, scale), shape))
                     }
                     _ => return self.fail(id, "the first operand has no rows"),
                 }
@@ -564,7 +577,10 @@ impl<'c> Walker<'_, 'c> {
             })
             .after(&[&row]);
         }
-        if let (Some(block), Some(tokens)) = (op.causal_block, op.tokens) {
+        if let Some(block) = op.causal_block {
+            let Some(tokens) = op.tokens else {
+                return self.fail(id, "`causal_block` needs `tokens` to be compiled");
+            };
             let inner = row.clone();
             let c = |n: u64| i64::try_from(n.max(1)).unwrap_or(i64::MAX);
             row = Row::new(row.shape.clone(), false, move |x, ix| {
@@ -590,7 +606,16 @@ impl<'c> Walker<'_, 'c> {
                 let second = linear::linear(self.x, &tensor::slice(&query, 0, half, 2 * half), self.matrix(id, k2)?);
                 Value::Choice(select::product_key(self.x, &first, &second, *k))
             }
-            ProductKey::Tucker { .. } => return self.fail(id, "kind `tucker` cannot be compiled yet"),
+            ProductKey::Tucker { core, u, v, k } => {
+                let side = |query: usize, keys: usize, factor: &str| -> Result<select::Side<'c>, CodegenError> {
+                    let keys = self.row(id, keys)?;
+                    let [n, c, r] = keys.shape[..] else { return self.fail(id, "keys are [n, c, r]") };
+                    let query = self.row(id, query)?.stored(self.x);
+                    Ok(select::Side { query, keys, factor: self.table(id, factor)?, sizes: [n, c, r] })
+                };
+                let core = self.table(id, core)?;
+                Value::Choice(select::tucker(self.x, side(0, 2, u)?, side(1, 3, v)?, &core, *k))
+            }
         })
     }
 
@@ -685,6 +710,13 @@ impl<'c> Walker<'_, 'c> {
             None => Ok(hidden),
         }
     }
+}
+
+/// A value in global memory that is the same for all rows.
+fn shared<'c>(pointer: V<'c>, dtype: DType, shape: Vec<u64>) -> Row<'c> {
+    let ints = matches!(dtype, DType::I32 | DType::I64);
+    // Numbers are wanted wherever such values stand.
+    Row::new(shape, !ints, move |x, ix| x.load(pointer, dtype, ix)).cheap()
 }
 
 /// A row of a tensor in global memory.

@@ -48,6 +48,11 @@ impl Einsum {
         Ok(Equation { operands, result })
     }
 
+    /// Letters of the axes of each operand, and of the result; `None` when the equation is not valid.
+    pub fn letters(&self) -> Option<(Vec<Vec<char>>, Vec<char>)> {
+        self.equation().ok().map(|e| (e.operands, e.result))
+    }
+
     pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
         let equation = self.equation()?;
         if equation.operands.len() != operands.len() {

@@ -1,0 +1,94 @@
+//! Split banks whose experts differ in width into parts of equal width.
+//!
+//! Before: one bank part with tensors of different sizes. After: a part for each run of experts
+//! with equal sizes, so that the work of an expert is proportional to its width. Experts without
+//! neurons become null experts.
+
+use crate::{Changed, Pass, PassCx};
+use moec_ir::{
+    Extent, Graph, Op, WeightSpec,
+    ops::{BankPart, Experts, PartKind},
+};
+
+pub(crate) const PASS: Pass =
+    Pass { name: "split-widths", about: "a bank part for each run of experts with equal widths", run };
+
+fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
+    let mut changed = Changed::No;
+    for id in graph.order() {
+        let Op::Experts(op) = &graph.node(id).op else { continue };
+        let bank: Vec<BankPart> = op.bank.iter().flat_map(|part| split(graph, part)).collect();
+        if bank.len() > op.bank.len() || bank.iter().zip(&op.bank).any(|(a, b)| a != b) {
+            cx.remark(graph, id, format!("{} parts of equal widths", bank.len()));
+            graph.node_mut(id).op = Op::Experts(Experts { bank });
+            changed = Changed::Yes;
+        }
+    }
+    changed
+}
+
+/// Sizes of everything that expert `e` (counted inside the part) uses.
+fn sizes(graph: &Graph, part: &BankPart, e: usize) -> Vec<Option<u64>> {
+    let mut found = Vec::new();
+    for (_, spec) in part.specs() {
+        for (i, name) in spec.names().into_iter().enumerate() {
+            let at = match spec {
+                WeightSpec::Mul { group, .. } if i == 1 => {
+                    group.get(e).and_then(|g| usize::try_from(*g).ok()).unwrap_or(e)
+                }
+                WeightSpec::Plain(_)
+                | WeightSpec::Mul { .. }
+                | WeightSpec::Base { .. }
+                | WeightSpec::Grouped { .. }
+                | WeightSpec::Ternary { .. }
+                | WeightSpec::Slice { .. }
+                | WeightSpec::Take { .. } => e,
+            };
+            if let Some(weight) = graph.weights.get(name) {
+                found.extend(weight.shape.iter().map(|x| x.of(at)));
+            }
+        }
+    }
+    found
+}
+
+/// Whether expert `e` of a feed-forward part has no neurons.
+fn is_empty(graph: &Graph, part: &BankPart, e: usize) -> bool {
+    let PartKind::Ffn(ffn) = &part.kind else { return false };
+    let rows = |name: &String, axis: usize| {
+        graph.weights.get(name).and_then(|w| w.shape.get(axis)).and_then(|x: &Extent| x.of(e))
+    };
+    let inner = match &ffn.up {
+        WeightSpec::Plain(name)
+        | WeightSpec::Mul { mul: [name, _], .. }
+        | WeightSpec::Base { base: name, .. }
+        | WeightSpec::Grouped { codes: name, .. }
+        | WeightSpec::Ternary { codes: name, .. }
+        | WeightSpec::Slice { slice: name, .. } => rows(name, 0),
+        WeightSpec::Take { ids, axis: 0, .. } => rows(ids, 0),
+        WeightSpec::Take { take, .. } => rows(take, 0),
+    };
+    inner == Some(0)
+}
+
+fn split(graph: &Graph, part: &BankPart) -> Vec<BankPart> {
+    match part.kind {
+        PartKind::Ffn(_) | PartKind::Linear(_) | PartKind::Film(_) => {}
+        PartKind::Const { .. } | PartKind::Neuron(_) | PartKind::Identity {} | PartKind::Zero {} => {
+            return vec![part.clone()];
+        }
+    }
+    let mut parts: Vec<(Vec<Option<u64>>, BankPart)> = Vec::new();
+    for id in part.ids[0]..part.ids[1] {
+        let e = usize::try_from(id - part.base_id).unwrap_or(usize::MAX);
+        let own = sizes(graph, part, e);
+        match parts.last_mut() {
+            Some((sizes, run)) if *sizes == own => run.ids[1] = id + 1,
+            Some(_) | None => {
+                let kind = if is_empty(graph, part, e) { PartKind::Zero {} } else { part.kind.clone() };
+                parts.push((own, BankPart { ids: [id, id + 1], kind, ..part.clone() }));
+            }
+        }
+    }
+    parts.into_iter().map(|(_, part)| part).collect()
+}
