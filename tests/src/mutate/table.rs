@@ -1,0 +1,146 @@
+//! The table of all mutants.
+
+use super::{Kind, Mutant, judge::Fate};
+use std::{
+    collections::BTreeMap,
+    fmt::{Display, Write as _},
+};
+
+/// A mutant and its fate.
+#[derive(Clone, Debug)]
+pub struct Judged {
+    /// Name of the subject.
+    pub subject: String,
+    /// The mutant.
+    pub mutant: Mutant,
+    /// Its fate.
+    pub fate: Fate,
+}
+
+/// How many mutants had which fate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Found, refused or wrong.
+    pub caught: u64,
+    /// Wrong and not seen.
+    pub missed: u64,
+    /// Correct.
+    pub equivalent: u64,
+    /// Holding nothing back on these shapes.
+    pub idle: u64,
+    /// Not run on these shapes.
+    pub unreached: u64,
+}
+
+impl Tally {
+    /// Adds one fate.
+    pub fn add(&mut self, fate: &Fate) {
+        match fate {
+            Fate::Caught(_) => self.caught += 1,
+            Fate::Missed => self.missed += 1,
+            Fate::Equivalent(_) => self.equivalent += 1,
+            Fate::Idle => self.idle += 1,
+            Fate::Unreached => self.unreached += 1,
+        }
+    }
+
+    /// Caught among those that are wrong.
+    #[must_use]
+    pub fn rate(&self) -> f64 {
+        let wrong = self.caught + self.missed;
+        if wrong == 0 { 1.0 } else { self.caught as f64 / wrong as f64 }
+    }
+
+    fn cells(&self) -> impl Display {
+        let Self { caught, missed, equivalent, idle, unreached } = self;
+        let rate = if caught + missed == 0 { "-".to_owned() } else { format!("{:.1} %", 100.0 * self.rate()) };
+        format!("{rate} | {caught} | {missed} | {equivalent} | {idle} | {unreached}")
+    }
+}
+
+/// The counts of all fates.
+#[must_use]
+pub fn total(all: &[Judged]) -> Tally {
+    let mut sum = Tally::default();
+    all.iter().for_each(|j| sum.add(&j.fate));
+    sum
+}
+
+/// The page `mutants.md`.
+#[must_use]
+pub fn page(all: &[Judged]) -> String {
+    let mut out = String::from(HEAD);
+    let columns = "caught of wrong | caught | missed | equivalent | idle | not run";
+    let rule = "| --- | --- | --- | --- | --- | --- | --- |";
+    let mut kinds: BTreeMap<Kind, Tally> = BTreeMap::new();
+    let mut subjects: BTreeMap<&str, Tally> = BTreeMap::new();
+    let mut by: BTreeMap<&str, u64> = BTreeMap::new();
+    for j in all {
+        kinds.entry(j.mutant.kind).or_default().add(&j.fate);
+        subjects.entry(&j.subject).or_default().add(&j.fate);
+        if let Fate::Caught(what) = &j.fate {
+            let what = if what.contains(' ') && what != "wrong numbers" { "error" } else { what };
+            *by.entry(what).or_default() += 1;
+        }
+    }
+    let _ = writeln!(out, "\n## By kind\n\n| kind | {columns} |\n{rule}");
+    for (kind, tally) in &kinds {
+        let _ = writeln!(out, "| {} | {} |", kind.name(), tally.cells());
+    }
+    let _ = writeln!(out, "| all | {} |", total(all).cells());
+    let _ = writeln!(out, "\n## By program\n\n| program | {columns} |\n{rule}");
+    for (subject, tally) in &subjects {
+        let _ = writeln!(out, "| {subject} | {} |", tally.cells());
+    }
+    let _ = writeln!(out, "\n## Caught by\n\n| first finding | mutants |\n| --- | --- |");
+    for (what, n) in &by {
+        let _ = writeln!(out, "| {what} | {n} |");
+    }
+    list(&mut out, "Missed", all, &|f| matches!(f, Fate::Missed).then_some(""));
+    list(&mut out, "Equivalent", all, &|f| if let Fate::Equivalent(why) = f { Some(*why) } else { None });
+    out
+}
+
+fn list<'a>(out: &mut String, title: &str, all: &'a [Judged], of: &dyn Fn(&'a Fate) -> Option<&'static str>) {
+    let _ = writeln!(out, "\n## {title}\n");
+    // The same mutant of several programs is one line.
+    let mut lines: BTreeMap<(Kind, &str, &str, String), Vec<&str>> = BTreeMap::new();
+    for j in all {
+        if let Some(why) = of(&j.fate) {
+            let m = &j.mutant;
+            let now = if m.now.is_empty() { "gone".to_owned() } else { format!("`{}`", m.now) };
+            let programs = lines.entry((m.kind, shape(&m.was), why, shape(&now).to_owned())).or_default();
+            programs.push(&j.subject);
+        }
+    }
+    if lines.is_empty() {
+        let _ = writeln!(out, "None.");
+    }
+    for ((kind, was, why, now), mut programs) in lines {
+        let n = programs.len();
+        programs.dedup();
+        let why = if why.is_empty() { String::new() } else { format!(": {why}") };
+        let _ = writeln!(out, "- {} `{was}` -> {now}, {n} times ({}){why}", kind.name(), programs.join(", "));
+    }
+}
+
+/// The instruction without its operands, unless they say what it does.
+fn shape(text: &str) -> &str {
+    let waits = ["bar", "wait", "fence", "cp.async.w", "`"];
+    if waits.iter().any(|w| text.contains(w)) || !text.contains('%') {
+        return text;
+    }
+    text.split('[').next().unwrap_or(text).trim()
+}
+
+const HEAD: &str = "# Mutants
+
+Every barrier, fence, wait, commit, arrival and mask of emitted PTX, taken away one at a time, and what the simulator
+says to it over shapes with tails and several seeds. Written by `cargo run --release -p moec-tests --example mutants`.
+
+- caught: a finding, an error, or other bits than the kernel as emitted
+- missed: wrong, and nobody saw it
+- equivalent: correct all the same; the reason is below
+- idle: a guard that holds nothing back on these shapes, so that its loss cannot show
+- not run: the instruction does not run on these shapes (the same one runs in another program of the table)
+";
