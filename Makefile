@@ -12,7 +12,7 @@ build: setup
 # Compiles a real model for this CPU and for Hopper GPUs, runs a layer with random weights, and
 # compares it with the reference interpreter.
 demo: build
-	@target/debug/moec compile tests/models/qwen3-30b-a3b/config.json -o $(OUT) --target cpu,sm_90a
+	@target/debug/moec compile tests/models/qwen3-30b-a3b/config.json -o $(OUT) --target cpu,sm_90a --outputs output,topk_indices
 	@target/debug/moec run $(OUT) --weights random:1 --input random:16 --compare
 
 test: setup
