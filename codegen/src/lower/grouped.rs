@@ -8,7 +8,8 @@ use super::{
 use crate::{
     CodegenError,
     batch::Quantise,
-    cpu, gpu,
+    cpu,
+    gpu::{self, Parameter},
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     rows::type_of,
 };
@@ -256,7 +257,19 @@ impl<'g> Lowering<'g> {
             };
             let (kernel, layout, grid) = self.schedule(&spec, &tokens);
             let slot = weights::bank(body, id, graph, &product.matrices, product.names, layout, w)?;
-            let mut args = vec![Arg::Buffer(a), Arg::Buffer(self.memory.weight(&mut self.slots, slot))];
+            let packed = self.memory.weight(&mut self.slots, slot);
+            let weights = match &kernel {
+                Kernels::Gpu(_, schedule) if schedule.parameters(&spec).contains(&Parameter::WeightMap) => {
+                    Arg::TensorMap(schedule.weight_map(&spec, packed))
+                }
+                Kernels::Gpu(..)
+                | Kernels::Cpu(..)
+                | Kernels::Rows(_)
+                | Kernels::Plan(_)
+                | Kernels::Batch(_)
+                | Kernels::Quantise(_) => Arg::Buffer(packed),
+            };
+            let mut args = vec![Arg::Buffer(a), weights];
             if spec.bias {
                 let rows = Layout::Rows { columns: 1 };
                 let slot = weights::bank(body, id, graph, &product.biases, product.names, rows, DType::F32)?;
@@ -315,7 +328,8 @@ impl<'g> Lowering<'g> {
 
     fn schedule(&mut self, spec: &Grouped, tokens: &Expr) -> (Kernels<'g>, Layout, Grid) {
         if self.target.is_gpu() {
-            let schedule = gpu::schedule(spec, self.target);
+            // The kernels of one architecture come first; the portable ones serve everything else.
+            let schedule = gpu::specialised(spec, self.target).unwrap_or_else(|| gpu::schedule(spec, self.target));
             self.schedules.push(format!("{}: {schedule}", spec.symbol));
             let mut grid = schedule.grid(spec);
             grid.blocks = grid.blocks.map(|e| substitute(&e, tokens));
