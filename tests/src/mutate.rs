@@ -2,7 +2,7 @@
 //!
 //! A checker is worth what it catches. [`mutants`] takes every instruction that keeps a kernel correct away in turn,
 //! [`subject`] runs the result over shapes with tails, and [`judge`] says what became of it. The table of all of them
-//! is `tests/mutants.md`.
+//! is written by the example `mutants`.
 
 pub mod judge;
 pub mod subject;
@@ -27,7 +27,7 @@ pub enum Kind {
     LaunchWait,
     /// `cp.async.commit_group`, `wgmma.commit_group`.
     Commit,
-    /// `mbarrier.arrive`, `mbarrier.init`.
+    /// `mbarrier.arrive`.
     Arrive,
     /// The guard of an access: a predicate, or a branch around it.
     Guard,
@@ -153,7 +153,7 @@ pub fn mutants(ptx: &str) -> Vec<Mutant> {
         } else if op.starts_with("griddepcontrol.wait") {
             let (now, probe) = gone();
             add(Kind::LaunchWait, now, probe);
-        } else if op.starts_with("mbarrier.arrive") || op.starts_with("mbarrier.init") {
+        } else if op.starts_with("mbarrier.arrive") {
             let (now, probe) = gone();
             add(Kind::Arrive, now, probe);
         } else if op.starts_with("cp.async.c")

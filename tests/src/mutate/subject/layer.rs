@@ -60,7 +60,7 @@ fn subject(name: &str, config: &str, target: Target, seeds: u64) -> Subject {
     let weights = Random::new(&program.slots, prefix, 7).unwrap_or_else(|e| panic!("{name}: {e}"));
     let ptx = String::from_utf8(artefact.files[&program.code].clone()).expect("PTX is text");
     let layer = Layer { manifest: artefact.manifest.clone(), weights };
-    let shapes = [(3, Spread::Skewed), (17, Spread::Skewed), (67, Spread::Skewed)];
+    let shapes = [(3, Spread::Skewed), (19, Spread::Skewed)];
     Subject::new(name, ptx, Box::new(layer), &shapes, seeds)
 }
 
