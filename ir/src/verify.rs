@@ -51,7 +51,9 @@ fn check(graph: &Graph, whole: bool, depth: usize, found: &mut Vec<Diagnostic>) 
         forced_experts(&typed, id, found);
         weighted_once(&typed, id, found);
         negative_scores(&typed, id, found);
-        padding(&typed, id, found);
+        if whole {
+            padding(&typed, id, found);
+        }
         if let Op::Kernel(kernel) = &typed.node(id).op {
             kernel_round(&typed, id, found);
             let at = found.len();

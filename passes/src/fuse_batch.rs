@@ -16,14 +16,19 @@ pub(crate) const PASS: Pass =
 fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     let mut changed = copy_outputs(graph);
     for id in graph.order() {
-        let kind = match &graph.node(id).op {
-            Op::Input(_) | Op::Kernel(_) => continue,
-            Op::Attention(_) => KernelKind::Attention,
-            // Slots side by side are rows.
-            Op::Shape(Shape::Concat { .. }) if matches!(graph.node(id).ty, Some(Type::Route(_)) | None) => {
-                KernelKind::Rows
-            }
-            _ => KernelKind::Batch,
+        let op = &graph.node(id).op;
+        if matches!(op, Op::Input(_) | Op::Kernel(_)) {
+            continue;
+        }
+        // Slots side by side are rows.
+        let joins = matches!(op, Op::Shape(Shape::Concat { .. }))
+            && graph.operands(id).iter().all(|o| matches!(graph.node(*o).ty, Some(Type::Route(_))));
+        let kind = if matches!(op, Op::Attention(_)) {
+            KernelKind::Attention
+        } else if joins {
+            KernelKind::Rows
+        } else {
+            KernelKind::Batch
         };
         let name = graph.node(id).name.clone();
         match graph.outline(&[id], kind, name) {
@@ -43,11 +48,10 @@ fn copy_outputs(graph: &mut Graph) -> Changed {
     for at in 0..graph.outputs.len() {
         let (node, part) = (graph.outputs[at].node, graph.outputs[at].part);
         let again = graph.outputs[..at].iter().any(|o| o.node == node && o.part == part);
-        if again || matches!(graph.node(node).op, Op::Input(_)) {
-            if let Some(copy) = copy(graph, node) {
-                graph.outputs[at].node = copy;
-                changed = Changed::Yes;
-            }
+        let shared = again || matches!(graph.node(node).op, Op::Input(_));
+        if shared && let Some(copy) = copy(graph, node) {
+            graph.outputs[at].node = copy;
+            changed = Changed::Yes;
         }
     }
     changed

@@ -27,6 +27,8 @@ pub(crate) enum Place {
         first: u64,
         /// Number of experts from there on that offsets are kept for.
         experts: u64,
+        /// Whether some of them have no rows.
+        holes: bool,
     },
     /// Rows in sorted order.
     Ragged { buffer: usize, dtype: DType, width: u64, plan: NodeId, positions: usize },
@@ -188,6 +190,15 @@ impl Memory {
         Ok(place)
     }
 
+    /// Whether sorted rows are those of some experts only, so that there may be none.
+    pub(crate) fn is_partial(&self, graph: &Graph, id: NodeId) -> bool {
+        let Some(Place::Ragged { plan, .. }) = self.places.get(&id) else { return false };
+        match (self.places.get(plan), &graph.node(*plan).ty) {
+            (Some(Place::Plan { experts, holes, .. }), Some(Type::Plan(ty))) => *holes || *experts < ty.experts,
+            (_, _) => false,
+        }
+    }
+
     /// The same memory for another node.
     pub(crate) fn alias(&mut self, id: NodeId, place: Place) {
         self.places.insert(id, place);
@@ -215,8 +226,17 @@ impl Memory {
         let map = make("map", DType::I32, vec![routes.clone()]);
         let positions = make("positions", DType::I32, vec![routes.clone()]);
         let scale = kernel.scale.then(|| make("scale", DType::F32, vec![routes]));
-        let place =
-            Place::Plan { idx, w, offsets, map, positions, scale, first: kernel.first, experts: kernel.experts() };
+        let place = Place::Plan {
+            idx,
+            w,
+            offsets,
+            map,
+            positions,
+            scale,
+            first: kernel.first,
+            experts: kernel.experts(),
+            holes: !kernel.holes.is_empty(),
+        };
         self.places.insert(id, place.clone());
         place
     }

@@ -154,13 +154,8 @@ impl<'g> Lowering<'g> {
     }
 
     fn symbol(&self, id: NodeId, suffix: &str) -> String {
-        let own: String = self
-            .graph
-            .node(id)
-            .name
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
-            .collect();
+        let own: String =
+            self.graph.node(id).name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
         format!("{}_{own}{suffix}", self.graph.name)
     }
 
@@ -211,7 +206,10 @@ impl<'g> Lowering<'g> {
     /// A gate, a combine, or another chain of row ops.
     fn rows(&mut self, id: NodeId, kernel: &'g Kernel) -> Result<(), CodegenError> {
         let operands = self.graph.operands(id);
-        let dtypes = operands.iter().map(|o| self.memory.place(*o).and_then(Place::dtype)).collect();
+        let dtypes = operands
+            .iter()
+            .map(|o| (self.memory.place(*o).and_then(Place::dtype), self.memory.is_partial(self.graph, *o)))
+            .collect();
         let place = self.memory.allocate(self.graph, id, self.target)?;
         let result = place.dtype().unwrap_or(moec_abi::DType::F32);
         let symbol = self.symbol(id, "");

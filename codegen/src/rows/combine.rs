@@ -27,6 +27,8 @@ pub struct Sorted<'c> {
     pub width: u64,
     /// Position of slot `j` of token `t`, at `t * slots + j`, i32; -1 where the slot is empty.
     pub positions: V<'c>,
+    /// Whether there may be no rows at all, because only some experts have rows here.
+    pub partial: bool,
 }
 
 /// What the experts of a part give for one slot, when they need no grouped product.
@@ -94,10 +96,13 @@ pub fn combine<'c>(sorted: &Sorted<'c>, choice: &Choice<'c>, weighted: bool, sha
     let add = move |x: &Exec<'_, 'c>, ix: Ix<'c>, (position, on, weight): (V<'c>, V<'c>, V<'c>), sum: V<'c>| {
         let b = x.b;
         let base = b.gep(s.rows, super::exec::element(s.dtype), b.mulc(position, c(s.width)));
-        let value = x.load(base, s.dtype, ix);
-        let next = b.fma(value, splat(x, weight, ix.width), sum);
+        let next = || b.fma(x.load(base, s.dtype, ix), splat(x, weight, ix.width), sum);
+        if s.partial {
+            let ty = if ix.width == 1 { "f32".to_owned() } else { format!("vector<{}xf32>", ix.width) };
+            return b.if_else(on, &[&ty], || vec![next()], || vec![sum])[0];
+        }
         // An empty slot adds nothing, whatever the memory at its place holds.
-        b.select(on, next, sum)
+        b.select(on, next(), sum)
     };
     if slots <= UNROLLED {
         let kept: Rc<RefCell<Vec<(V<'c>, V<'c>, V<'c>)>>> = Rc::default();
@@ -139,7 +144,9 @@ pub fn combine_simple<'c>(
         Simple::Table { .. } | Simple::Neuron { .. } => true,
     });
     // The factor of a slot's vector: its weight, times the neuron's activation.
-    let factors = x.alloc(slots * 4);
+    // Slots are padded to what the widest load of a GPU takes.
+    let padded = slots.next_multiple_of(4);
+    let factors = x.alloc(padded * 4);
     let parts: Vec<SimplePart<'c>> = parts
         .into_iter()
         .map(|mut p| {
@@ -164,6 +171,9 @@ pub fn combine_simple<'c>(
         }
         if let Some(scale) = &scale {
             scale.prepare(x);
+        }
+        for j in slots..padded {
+            x.single(|| b.store(b.f32(0.0), b.gep(x.at(factors), "f32", b.i64(c(j))), 4));
         }
         x.repeat(slots, |j| {
             let id = id_of(x, j);

@@ -85,6 +85,8 @@ pub struct RowKernel<'g> {
     pub body: &'g Graph,
     /// Element types of tensor operands in memory.
     pub operands: Vec<Option<DType>>,
+    /// Operands whose rows are those of some experts only.
+    pub partial: Vec<bool>,
     /// Element type of a tensor result in memory.
     pub result: DType,
     /// Arguments, without the number of rows.
@@ -101,7 +103,8 @@ const SHARED_LIMIT: u64 = 96 * 1024;
 impl<'g> RowKernel<'g> {
     /// Plans the kernel: finds its arguments and measures its scratch memory by emitting it once.
     ///
-    /// `stored` gives the element type of each operand in memory, `None` for routes.
+    /// `operands` gives the element type of each operand in memory, `None` for routes, and whether its rows
+    /// are those of some experts only.
     ///
     /// # Errors
     /// [`CodegenError::Unsupported`] with the node that is no row op.
@@ -110,11 +113,12 @@ impl<'g> RowKernel<'g> {
         target: Target,
         symbol: String,
         body: &'g Graph,
-        operands: Vec<Option<DType>>,
+        operands: Vec<(Option<DType>, bool)>,
         result: DType,
     ) -> Result<Self, CodegenError> {
         let args = arguments(body, target)?;
-        let mut kernel = Self { symbol, body, operands, result, args, warps: exec::GPU_WARPS, scratch: 0 };
+        let (operands, partial) = operands.into_iter().unzip();
+        let mut kernel = Self { symbol, body, operands, partial, result, args, warps: exec::GPU_WARPS, scratch: 0 };
         let mut measured = Ok(0);
         session.sketch(|b| {
             if target.is_gpu() {

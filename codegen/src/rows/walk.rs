@@ -92,7 +92,8 @@ pub(super) fn walk<'c>(kernel: &RowKernel<'_>, x: &Exec<'_, 'c>, pointers: &[V<'
     }
     for (operand, id) in body.inputs().into_iter().enumerate() {
         let memory = inputs.get(&operand).cloned().unwrap_or_default();
-        let value = walker.input(id, &memory, kernel.operands.get(operand).copied().flatten())?;
+        let partial = kernel.partial.get(operand).copied().unwrap_or(false);
+        let value = walker.input(id, &memory, kernel.operands.get(operand).copied().flatten(), partial)?;
         walker.values.insert(id, value);
     }
     for id in body.order() {
@@ -175,6 +176,7 @@ impl<'c> Walker<'_, 'c> {
         id: NodeId,
         memory: &[(InputPart, V<'c>)],
         dtype: Option<DType>,
+        partial: bool,
     ) -> Result<Value<'c>, CodegenError> {
         let find = |part| match memory.iter().find(|(p, _)| *p == part) {
             Some((_, pointer)) => Ok(*pointer),
@@ -207,6 +209,7 @@ impl<'c> Walker<'_, 'c> {
                 dtype: dtype.unwrap_or(DType::F32),
                 width: ragged.row.iter().product(),
                 positions: find(InputPart::Positions)?,
+                partial,
             }),
         })
     }

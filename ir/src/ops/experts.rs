@@ -109,11 +109,12 @@ impl Experts {
         let [rows] = arity(operands)?;
         let rows = want_ragged(rows, "the operand")?;
         self.check_cover(rows.route.experts)?;
+        let narrow = self.takes(cx, &rows.row);
         let mut fixed: Option<(u64, Vec<u64>)> = None;
         let mut inner: Option<u64> = None;
         for part in &self.bank {
             for id in part.ids[0]..part.ids[1] {
-                match part.row(cx, id - part.base_id, &rows.row).map_err(|e| of_expert(e, id))? {
+                match part.row(cx, id - part.base_id, &rows.row, narrow).map_err(|e| of_expert(e, id))? {
                     PartRow::Any => {}
                     PartRow::Inner(width) => inner = Some(inner.unwrap_or(0).max(width)),
                     PartRow::Fixed(row) => match &fixed {
@@ -144,6 +145,25 @@ impl Experts {
             },
         };
         Ok(Type::Ragged(RaggedType { row, ..rows.clone() }))
+    }
+
+    /// Whether a part with single matrices takes whole rows; then narrower parts take the first entries of a row.
+    fn takes(&self, cx: &Cx<'_>, row: &[u64]) -> bool {
+        let [width] = row else { return false };
+        self.bank.iter().any(|part| {
+            let spec = match &part.kind {
+                PartKind::Linear(bank) => &bank.w,
+                PartKind::Ffn(ffn) if ffn.down.is_none() && ffn.gate.is_none() => &ffn.up,
+                PartKind::Ffn(_)
+                | PartKind::Film(_)
+                | PartKind::Const { .. }
+                | PartKind::Neuron(_)
+                | PartKind::Identity {}
+                | PartKind::Zero {} => return false,
+            };
+            (part.ids[0]..part.ids[1])
+                .any(|id| spec.shape(cx, id - part.base_id).is_ok_and(|shape| shape.get(1) == Some(width)))
+        })
     }
 
     /// Parts cover every expert exactly once, in order.
@@ -225,7 +245,7 @@ impl BankPart {
     }
 
     /// Row that the part gives for its expert `e` over rows of shape `row`.
-    fn row(&self, cx: &Cx<'_>, e: u64, row: &[u64]) -> OpResult<PartRow> {
+    fn row(&self, cx: &Cx<'_>, e: u64, row: &[u64], narrow: bool) -> OpResult<PartRow> {
         let width = || match row {
             [n] => Ok(*n),
             _ => Err(OpError::new(codes::SHAPE, format!("rows of {} meet a matrix, vectors are needed", numbers(row)))),
@@ -233,10 +253,11 @@ impl BankPart {
         Ok(match &self.kind {
             PartKind::Ffn(ffn) => {
                 ffn.check_attributes()?;
-                let out = ffn.width(cx, e, width()?)?;
+                let inner = narrow && ffn.down.is_none() && ffn.gate.is_none();
+                let out = ffn.width(cx, e, width()?, inner)?;
                 if ffn.down.is_some() { PartRow::Fixed(vec![out]) } else { PartRow::Inner(out) }
             }
-            PartKind::Linear(bank) => PartRow::Fixed(vec![bank.width(cx, e, width()?)?]),
+            PartKind::Linear(bank) => PartRow::Fixed(vec![bank.width(cx, e, width()?, narrow)?]),
             PartKind::Film(film) => PartRow::Fixed(vec![film.width(cx, e, width()?)?]),
             PartKind::Const { value } => PartRow::Fixed(table_row(cx, value, e)?),
             PartKind::Neuron(neuron) => {
@@ -264,7 +285,7 @@ fn table_row(cx: &Cx<'_>, name: &str, e: u64) -> OpResult<Vec<u64>> {
 
 impl LinearBank {
     /// Where the input width differs between experts, a row holds the widest, and each takes its first entries.
-    fn width(&self, cx: &Cx<'_>, e: u64, width: u64) -> OpResult<u64> {
+    fn width(&self, cx: &Cx<'_>, e: u64, width: u64, narrow: bool) -> OpResult<u64> {
         let shape = self.w.shape(cx, e)?;
         let [out, input] = matrix("w", &shape)?;
         let ragged = match &self.w {
@@ -278,7 +299,7 @@ impl LinearBank {
             | WeightSpec::Slice { .. }
             | WeightSpec::Take { .. } => false,
         };
-        if input != width && !(ragged && input < width) {
+        if input != width && !((ragged || narrow) && input < width) {
             let text = format!("`w` {} meets rows of {width}", numbers(&shape));
             return Err(OpError::new(codes::FFN_SHAPES, text));
         }

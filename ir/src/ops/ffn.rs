@@ -72,7 +72,7 @@ impl Ffn {
         let x = want_tensor(x, "the operand")?;
         let (rest, width) = want_last(&x.shape, "the operand")?;
         self.check_attributes()?;
-        let out = self.width(cx, 0, width)?;
+        let out = self.width(cx, 0, width, false)?;
         let shape = rest.iter().cloned().chain([Dim::Const(out)]).collect();
         Ok(Type::Tensor(TensorType { dtype: x.dtype, shape }))
     }
@@ -122,10 +122,11 @@ impl Ffn {
     }
 
     /// Width of the result for expert `e` over rows of `width`: that of `down`, or the inner width.
-    pub(crate) fn width(&self, cx: &Cx<'_>, e: u64, width: u64) -> OpResult<u64> {
+    /// If `narrow`, the matrix may take the first entries of a row only.
+    pub(crate) fn width(&self, cx: &Cx<'_>, e: u64, width: u64, narrow: bool) -> OpResult<u64> {
         let up = self.up.shape(cx, e)?;
         let [rows, input] = matrix("up", &up)?;
-        if input != width {
+        if input != width && !(narrow && input < width) {
             return Err(misfit(format!("`up` {} of expert {e} meets rows of {width}", numbers(&up))));
         }
         if let Some(gate) = &self.gate {
