@@ -18,14 +18,13 @@ pub(crate) const PASS: Pass =
 fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     let mut changed = Changed::No;
     for id in graph.order() {
-        let fused = match graph.node(id).op.clone() {
-            Op::Ffn(ffn) => network(graph, id, &ffn, cx),
-            Op::Linear(linear)
-                if region::is_large(graph, &linear.w) || !region::is_row_op(graph, id, Products::Small) =>
-            {
-                outline(graph, id, cx)
-            }
-            _ => false,
+        let fused = if let Op::Ffn(ffn) = graph.node(id).op.clone() {
+            network(graph, id, &ffn, cx)
+        } else if let Op::Linear(linear) = &graph.node(id).op {
+            let own = region::is_large(graph, &linear.w) || !region::is_row_op(graph, id, Products::Small);
+            own && outline(graph, id, cx)
+        } else {
+            false
         };
         if fused {
             changed = Changed::Yes;

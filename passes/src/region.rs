@@ -62,12 +62,7 @@ fn is_param(graph: &Graph, id: NodeId) -> bool {
 fn weights_repeat(graph: &Graph, id: NodeId) -> bool {
     let node = graph.node(id);
     let Some(Type::Tensor(result)) = &node.ty else { return true };
-    let names = match &node.op {
-        Op::Binary(op) => vec![op.w.as_ref()],
-        Op::Norm(op) => vec![op.w.as_ref(), op.b.as_ref(), op.mean.as_ref(), op.var.as_ref()],
-        _ => Vec::new(),
-    };
-    names.into_iter().flatten().all(|name| {
+    node.op.weights().into_iter().all(|name| {
         graph.weights.get(name).is_some_and(|w| {
             let first = w.shape.first().map(Extent::max);
             w.shape.len() < result.shape.len() || (w.shape.len() == result.shape.len() && first == Some(1))
@@ -151,9 +146,8 @@ pub(crate) const fn is_simple(kind: &PartKind) -> bool {
 }
 
 fn feeds_simple_bank(graph: &Graph, id: NodeId) -> bool {
-    graph.users(id).iter().all(|user| match &graph.node(*user).op {
-        Op::Experts(op) => op.bank.iter().all(|p| is_simple(&p.kind)),
-        _ => false,
+    graph.users(id).iter().all(|user| {
+        matches!(&graph.node(*user).op, Op::Experts(op) if op.bank.iter().all(|p| is_simple(&p.kind)))
     })
 }
 

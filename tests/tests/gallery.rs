@@ -71,7 +71,9 @@ fn tensor(name: &str, dtype: DType, shape: &[u64], seed: u64) -> (Vec<u8>, Array
     let count: u64 = shape.iter().product();
     let hash = name.bytes().fold(seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     let mut numbers = Numbers(hash | 1);
-    (0..16).for_each(|_| drop(numbers.next()));
+    for _ in 0..16 {
+        numbers.next();
+    }
     let shape = shape.iter().map(|n| usize::try_from(*n).expect("small")).collect();
     if dtype.is_float() {
         let positive = name.contains("var");
@@ -172,9 +174,9 @@ fn tokens_of(path: &Path, otherwise: u64) -> u64 {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let graph = read_graph(&text, &Signature::default()).ok();
     let fixed = graph.and_then(|g| {
-        let lead = |id| match &g.node(id).op {
-            Op::Input(input) => input.ty.shape.first().cloned(),
-            _ => None,
+        let lead = |id| {
+            let Op::Input(input) = &g.node(id).op else { return None };
+            input.ty.shape.first().cloned()
         };
         g.inputs().into_iter().find_map(lead).and_then(|d| d.known())
     });

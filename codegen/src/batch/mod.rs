@@ -273,11 +273,8 @@ fn function<'c>(
 
 /// Whether units are single elements.
 fn is_element(op: &Op) -> bool {
-    match op {
-        Op::Unary(_) | Op::Binary(_) | Op::Shape(_) | Op::Param(_) | Op::Dispatch(_) => true,
-        Op::Norm(op) => op.kind == moec_ir::ops::NormKind::Batch,
-        _ => false,
-    }
+    matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Shape(_) | Op::Param(_) | Op::Dispatch(_))
+        || matches!(op, Op::Norm(op) if op.kind == moec_ir::ops::NormKind::Batch)
 }
 
 /// Units of the op, and the scratch arrays that it needs.
@@ -306,7 +303,20 @@ fn work(body: &Graph, id: NodeId) -> Result<(Option<Dim>, Vec<Dim>), CodegenErro
         Op::Attention(_) => attention::units(body, id)?,
         Op::Dispatch(_) => dispatch::units(body, id)?,
         Op::Transport(op) => return Ok((None, transport::scratch(op, shape(id)?))),
-        op => return unsupported(body, id, &format!("`{}` is no batch op", op.name())),
+        op @ (Op::Input(_)
+        | Op::Linear(_)
+        | Op::Gather(_)
+        | Op::Adjust(_)
+        | Op::Select(_)
+        | Op::ProductKey(_)
+        | Op::Weigh(_)
+        | Op::Override(_)
+        | Op::Experts(_)
+        | Op::Combine(_)
+        | Op::Ffn(_)
+        | Op::Plan(_)
+        | Op::Described(_)
+        | Op::Kernel(_)) => return unsupported(body, id, &format!("`{}` is no batch op", op.name())),
     };
     Ok((Some(units), Vec::new()))
 }
@@ -326,6 +336,19 @@ fn emit_unit<'c>(cx: &Cx<'_, 'c>, unit: V<'c>) -> Result<(), CodegenError> {
         Op::Count(_) => route::count(cx, unit),
         Op::Attention(op) => attention::emit(cx, op, unit),
         Op::Dispatch(op) => dispatch::emit(cx, op, unit),
-        op => unsupported(cx.body, cx.node, &format!("`{}` is no batch op", op.name())),
+        op @ (Op::Input(_)
+        | Op::Linear(_)
+        | Op::Gather(_)
+        | Op::Adjust(_)
+        | Op::ProductKey(_)
+        | Op::Weigh(_)
+        | Op::Override(_)
+        | Op::Experts(_)
+        | Op::Combine(_)
+        | Op::Ffn(_)
+        | Op::Plan(_)
+        | Op::Described(_)
+        | Op::Kernel(_)
+        | Op::Transport(_)) => unsupported(cx.body, cx.node, &format!("`{}` is no batch op", op.name())),
     }
 }

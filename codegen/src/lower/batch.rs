@@ -121,26 +121,26 @@ impl<'g> Lowering<'g> {
         if graph.is_output(id) || node.round.is_some() || graph.node(id).round.is_some() {
             return Ok(false);
         }
-        match &node.op {
-            Op::Param(op) if kernel.body.weights.get(&op.w).is_some_and(|w| w.dtype.is_float()) => {
-                let bf16 = kernel.body.weights.get(&op.w).is_some_and(|w| w.dtype == moec_ir::DType::Bf16);
-                let dtype = if bf16 { DType::Bf16 } else { DType::F32 };
-                let slot = weights::whole(&kernel.body, id, graph, &op.w, Layout::Rows { columns: 1 }, dtype)?;
-                let buffer = self.memory.weight(&mut self.slots, slot);
-                self.memory.alias(id, Place::Tensor { buffer, dtype });
+        if let Op::Param(op) = &node.op
+            && kernel.body.weights.get(&op.w).is_some_and(|w| w.dtype.is_float())
+        {
+            let bf16 = kernel.body.weights.get(&op.w).is_some_and(|w| w.dtype == moec_ir::DType::Bf16);
+            let dtype = if bf16 { DType::Bf16 } else { DType::F32 };
+            let slot = weights::whole(&kernel.body, id, graph, &op.w, Layout::Rows { columns: 1 }, dtype)?;
+            let buffer = self.memory.weight(&mut self.slots, slot);
+            self.memory.alias(id, Place::Tensor { buffer, dtype });
+            return Ok(true);
+        }
+        if !matches!(node.op, Op::Shape(Shape::Reshape { .. })) {
+            return Ok(false);
+        }
+        let source = graph.operands(id).first().and_then(|o| self.memory.place(*o)).cloned();
+        match source {
+            Some(place @ Place::Tensor { .. }) => {
+                self.memory.alias(id, place);
                 Ok(true)
             }
-            Op::Shape(Shape::Reshape { .. }) => {
-                let source = graph.operands(id).first().and_then(|o| self.memory.place(*o)).cloned();
-                match source {
-                    Some(place @ Place::Tensor { .. }) => {
-                        self.memory.alias(id, place);
-                        Ok(true)
-                    }
-                    Some(Place::Route { .. } | Place::Plan { .. } | Place::Ragged { .. }) | None => Ok(false),
-                }
-            }
-            _ => Ok(false),
+            Some(Place::Route { .. } | Place::Plan { .. } | Place::Ragged { .. }) | None => Ok(false),
         }
     }
 }

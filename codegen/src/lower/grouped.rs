@@ -15,7 +15,7 @@ use crate::{
 };
 use moec_abi::{Arg, DType, Expr, Grid, Layout};
 use moec_ir::{
-    Extent, Graph, NodeId, Op, Type, View, WeightSpec,
+    Graph, NodeId, Op, Type, View, WeightSpec,
     ops::{BinaryFn, Dispatch, Ffn, Kernel, LimitOn, Linear, PartKind, UnaryFn},
 };
 use std::borrow::Cow;
