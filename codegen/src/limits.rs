@@ -84,6 +84,10 @@ pub fn emit_peak(b: &Builder<'_>, target: Target) {
 
 fn emit_tiles<'c>(b: &Builder<'c>, f: &[V<'c>]) {
     let number = |i: u8| b.op("arith.constant", &[], "i8", &[("value", &format!("{i} : i8"))]);
+    // Bytes that are reserved must be zero.
+    for at in (0..64).step_by(4) {
+        b.store(b.i32(0), b.gep(f[3], "i8", b.i64(at)), 4);
+    }
     let configuration = [(0, 1), (16, 0x40_0040), (20, 0x40_0040), (24, 0x40_0040), (28, 0x40_0040)];
     for (at, word) in configuration.into_iter().chain([(48, 0x1010_1010), (52, 0x1010_1010)]) {
         b.store(b.i32(word), b.gep(f[3], "i8", b.i64(at)), 4);

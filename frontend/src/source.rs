@@ -42,7 +42,7 @@ pub fn read_model_bytes(bytes: &[u8], file: &str) -> Result<Model, Vec<Diagnosti
     };
     let text = decode(bytes).map_err(one)?;
     let is_ir = Path::new(file).extension().is_some_and(|e| e == "moe")
-        || (file == "-" && ["graph", "//"].iter().any(|start| text.trim_start().starts_with(start)));
+        || (file == "-" && ["moe.graph", "//"].iter().any(|start| text.trim_start().starts_with(start)));
     if is_ir {
         let graph = moec_ir::parse(text).map_err(one)?;
         return read_graph(graph, file);

@@ -13,7 +13,7 @@ use std::path::PathBuf;
     max_term_width = 80,
     disable_help_subcommand = true,
     after_help = "Example: moec compile config.json -o out && moec run out --compare\n\
-                  Exit codes: 0 done, 1 refused or different, 2 usage, 3 machine, 101 our bug, 130 interrupted."
+                  Exit codes: 0 done, 1 refused or different, 2 usage, 3 machine,\n            101 our bug, 130 interrupted."
 )]
 pub(crate) struct Cli {
     /// What to do.
@@ -27,8 +27,8 @@ pub(crate) struct Cli {
 /// Flags of all commands.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Global {
-    /// Form of results and diagnostics
-    #[arg(long, global = true, value_enum, default_value_t = Format::Text, hide_default_value = true)]
+    /// Form of results and diagnostics: text, json; html for plans
+    #[arg(long, global = true, value_enum, hide_possible_values = true, default_value_t = Format::Text, hide_default_value = true)]
     pub format: Format,
     /// Say nothing but results and errors
     #[arg(short, long, global = true, conflicts_with = "verbose")]
@@ -36,8 +36,9 @@ pub(crate) struct Global {
     /// Say more: choices, counts
     #[arg(short, long, global = true)]
     pub verbose: bool,
-    /// Color in diagnostics
-    #[arg(long, global = true, value_enum, default_value_t = Color::Auto, hide_default_value = true, value_name = "WHEN")]
+    /// Color in diagnostics: auto, always, never
+    #[arg(
+        hide_possible_values = true,long, global = true, value_enum, default_value_t = Color::Auto, hide_default_value = true, value_name = "WHEN")]
     pub color: Color,
 }
 

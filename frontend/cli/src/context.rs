@@ -73,11 +73,12 @@ impl Context {
     /// Nobody reads it, or it cannot be written.
     pub(crate) fn result(&self, text: impl AsRef<[u8]>) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
-        out.write_all(text.as_ref()).and_then(|()| out.flush()).map_err(|error| match error.kind() {
-            io::ErrorKind::BrokenPipe => Failure::Closed,
-            _ => {
-                Failure::machine("E0603", format!("cannot write to stdout: {error}"), "make room, or use another place")
+        out.write_all(text.as_ref()).and_then(|()| out.flush()).map_err(|error| {
+            if error.kind() == io::ErrorKind::BrokenPipe {
+                return Failure::Closed;
             }
+            let help = "make room, or use another place";
+            Failure::machine("E0603", format!("cannot write to stdout: {error}"), help)
         })
     }
 

@@ -26,12 +26,18 @@ pub fn remove_unfinished() {
 
 /// What the system said, with our code.
 pub(crate) fn failure(what: &str, path: &Path, error: &io::Error) -> Error {
-    let (code, help) = match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ("E0603", "make room, or name another folder"),
-        io::ErrorKind::InvalidFilename => ("E0604", "choose a shorter path"),
-        io::ErrorKind::NotFound => ("E0601", "create the folder above it first"),
-        io::ErrorKind::NotADirectory => ("E0602", "a part of the path is a file; name another place"),
-        _ => ("E0601", "check the permissions, or name another folder"),
+    let kind = error.kind();
+    let is = |kinds: &[io::ErrorKind]| kinds.contains(&kind);
+    let (code, help) = if is(&[io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded]) {
+        ("E0603", "make room, or name another folder")
+    } else if is(&[io::ErrorKind::InvalidFilename]) {
+        ("E0604", "choose a shorter path")
+    } else if is(&[io::ErrorKind::NotFound]) {
+        ("E0601", "create the folder above it first")
+    } else if is(&[io::ErrorKind::NotADirectory]) {
+        ("E0602", "a part of the path is a file; name another place")
+    } else {
+        ("E0601", "check the permissions, or name another folder")
     };
     Error::machine(Code(code), format!("cannot {what} {}: {error}", path.display()), help)
 }

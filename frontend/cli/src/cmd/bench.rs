@@ -4,6 +4,7 @@ use super::run::{Loaded, load};
 use crate::{args::Bench, context::Context, failure::Failure};
 use moec::{
     Target,
+    abi::DType,
     bench::{self, Options, Routing, Row},
     frontend::{Form, FormFacts},
     ir::Graph,
@@ -102,7 +103,12 @@ fn measure(
     let target = Target::from_name(&first.program()?.target);
     let on_cpu = on.device == "cpu";
     let limits = match target {
-        Some(target) if on_cpu && bench::has_limits(target) => Some(limits::measure(&loaded.device, target)?),
+        Some(target) if on_cpu && bench::has_limits(target) => {
+            let narrow = first.layer().inputs()?.iter().any(|b| b.dtype == DType::Bf16);
+            // The matrix unit multiplies bf16 only.
+            let target = if target == Target::X86V4Amx && !narrow { Target::X86V4 } else { target };
+            Some(limits::measure(&loaded.device, target)?)
+        }
         Some(_) | None => None,
     };
     let copies = bench::copies(first.layer().weights_bytes());

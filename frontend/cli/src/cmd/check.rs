@@ -10,7 +10,7 @@ pub(crate) fn run(cx: &Context, args: &Check) -> Result<(), Failure> {
     let model = &source.model;
     let moe = model.layers.iter().filter(|l| matches!(l.kind, LayerKind::Moe { .. })).count();
     if cx.is_json() {
-        let forms: Vec<_> = model.forms.iter().map(|form| form_json(form)).collect();
+        let forms: Vec<_> = model.forms.iter().map(form_json).collect();
         return cx.json(&json!({
             "schema": 1, "model": model.name, "family": model.family, "dtype": model.dtype, "hidden": model.hidden,
             "layers": model.layers.len(), "moe_layers": moe, "forms": forms, "warnings": model.warnings.len(),

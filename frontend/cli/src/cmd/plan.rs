@@ -141,7 +141,7 @@ fn text(report: &PlanReport) -> String {
                 let _ = write!(out, ", {name} {value}");
             }
         }
-        let memory = serde_json::to_value(&p.memory_gib).unwrap_or(Value::Null);
+        let memory = serde_json::to_value(p.memory_gib).unwrap_or(Value::Null);
         let _ = writeln!(out, "{}", if p.feasible { "" } else { " (does not fit)" });
         let _ = writeln!(out, "   memory GiB: {}", numbers(&memory));
         let times: Vec<String> =

@@ -129,11 +129,12 @@ mod tests {
     #[test]
     fn a_finding_points_into_the_text() {
         let text = "{\n  \"num_experts\": 8,\n  \"k\": 9\n}\n";
+        let span = |mark: char| text.find(mark).map_or(Span::default(), |at| Span { start: at, end: at + 1 });
         let finding = Diagnostic {
             file: Some("config.json".to_owned()),
             ..Diagnostic::error(Code("E0203"), "more experts per token than experts")
-                .primary(Span { start: 30, end: 31 }, "asks for 9")
-                .secondary(Span { start: 19, end: 20 }, "8 experts")
+                .primary(span('9'), "asks for 9")
+                .secondary(span('8'), "8 experts")
                 .help("set k to 8 or less")
         };
         let shown = diagnostic(&finding, Some(text), false);

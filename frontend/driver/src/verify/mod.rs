@@ -8,6 +8,7 @@ pub(crate) mod compare;
 mod execute;
 mod golden;
 mod host;
+mod ptx;
 mod system;
 
 use crate::{Error, Target};
@@ -80,6 +81,7 @@ fn run(name: &str, bytes: &[u8], bench: &Bench) -> Result<CaseResult, Error> {
     match tensors.text("format") {
         Some("moec-golden-1") => golden::run(name, &tensors, bench),
         Some("moec-system-golden-1") => system::run(name, &tensors, bench),
+        Some("moec-ptx-case-1") => ptx::run(name, bytes, bench),
         Some(other) => Ok(CaseResult::failed(name.to_owned(), format!("unknown case format `{other}`"))),
         None => Ok(CaseResult::failed(name.to_owned(), "the file has no `format` in its metadata".to_owned())),
     }
