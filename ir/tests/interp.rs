@@ -37,7 +37,7 @@ fn ids(rule: &str, scores: &[f64]) -> Vec<i64> {
 fn selection_rules() {
     assert_eq!(ids("rule = \"topk\", k = 2", &[1.0, 3.0, 3.0, 2.0]), [1, 2]);
     assert_eq!(ids("rule = \"topk\", k = 3", &[0.0, -0.0, 0.0]), [0, 1, 2]);
-    assert_eq!(ids("rule = \"topk\", k = 3", &[NAN, 1.0, NEG, f64::INFINITY]), [3, 1, -1]);
+    assert_eq!(ids("rule = \"topk\", k = 3", &[NAN, 1.0, NEG, f64::INFINITY]), [3, 1, 0]);
     assert_eq!(ids("rule = \"all\"", &[2.0, NEG, 5.0]), [0, 2, -1]);
     assert_eq!(ids("rule = \"rank\", ranks = [1]", &[1.0, 3.0, 2.0]), [2]);
     assert_eq!(ids("rule = \"topp\", p = 0.5", &[0.5, 0.3, 0.2]), [0, 1, -1]);

@@ -7,7 +7,7 @@ use super::{
 use crate::{Type, ops::SelectRule};
 use std::cmp::Ordering;
 
-/// Positions by falling score; equal scores by rising position, NaN last.
+/// Positions by falling score; equal scores by rising position, NaN below every number, -inf last.
 pub(super) fn order(scores: &[f64]) -> Vec<usize> {
     let mut positions: Vec<usize> = (0..scores.len()).collect();
     positions.sort_by(|a, b| falling(scores[*a], scores[*b]));
@@ -15,17 +15,14 @@ pub(super) fn order(scores: &[f64]) -> Vec<usize> {
 }
 
 fn falling(a: f64, b: f64) -> Ordering {
-    match (a.is_nan(), b.is_nan()) {
-        (true, true) => Ordering::Equal,
-        (true, false) => Ordering::Greater,
-        (false, true) => Ordering::Less,
-        (false, false) => b.partial_cmp(&a).unwrap_or(Ordering::Equal),
-    }
+    // A row of NaN still chooses experts, so that its result is NaN and not a number that looks right.
+    let rank = |score: f64| if score.is_nan() { 1 } else { 2 * u8::from(score > f64::NEG_INFINITY) };
+    rank(b).cmp(&rank(a)).then_with(|| b.partial_cmp(&a).unwrap_or(Ordering::Equal))
 }
 
-/// Whether a score may be selected: not -inf, not NaN.
+/// Whether a score may be selected: not -inf.
 fn allowed(score: f64) -> bool {
-    score > f64::NEG_INFINITY
+    score.is_nan() || score > f64::NEG_INFINITY
 }
 
 pub(super) fn select(rule: &SelectRule, operands: &[&Value], ty: &Type) -> Step<Value> {
