@@ -146,9 +146,10 @@ pub(crate) const fn is_simple(kind: &PartKind) -> bool {
 }
 
 fn feeds_simple_bank(graph: &Graph, id: NodeId) -> bool {
-    graph.users(id).iter().all(|user| {
-        matches!(&graph.node(*user).op, Op::Experts(op) if op.bank.iter().all(|p| is_simple(&p.kind)))
-    })
+    graph
+        .users(id)
+        .iter()
+        .all(|user| matches!(&graph.node(*user).op, Op::Experts(op) if op.bank.iter().all(|p| is_simple(&p.kind))))
 }
 
 fn operand_rank(graph: &Graph, id: NodeId) -> Option<usize> {
