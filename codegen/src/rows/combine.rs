@@ -18,22 +18,22 @@ const UNROLLED: u64 = 16;
 
 /// Rows sorted by expert in memory, and where the slots of each token lie among them.
 #[derive(Clone)]
-pub struct Sorted<'c> {
+pub(crate) struct Sorted<'c> {
     /// Address of the rows.
-    pub rows: V<'c>,
+    pub(crate) rows: V<'c>,
     /// Element type.
-    pub dtype: DType,
+    pub(crate) dtype: DType,
     /// Elements of a row.
-    pub width: u64,
+    pub(crate) width: u64,
     /// Position of slot `j` of token `t`, at `t * slots + j`, i32; -1 where the slot is empty.
-    pub positions: V<'c>,
+    pub(crate) positions: V<'c>,
     /// Whether there may be no rows at all, because only some experts have rows here.
-    pub partial: bool,
+    pub(crate) partial: bool,
 }
 
 /// What the experts of a part give for one slot, when they need no grouped product.
 #[derive(Clone)]
-pub enum Simple<'c> {
+pub(crate) enum Simple<'c> {
     /// The token's own row.
     Identity(Row<'c>),
     /// The expert's row of a table with this width.
@@ -60,15 +60,15 @@ pub enum Simple<'c> {
 
 /// Experts `first..end` of a bank, which compute something simple.
 #[derive(Clone)]
-pub struct SimplePart<'c> {
+pub(crate) struct SimplePart<'c> {
     /// First id.
-    pub first: u64,
+    pub(crate) first: u64,
     /// One past the last id.
-    pub end: u64,
+    pub(crate) end: u64,
     /// Subtracted from ids to index tables.
-    pub base: u64,
+    pub(crate) base: u64,
     /// What they compute.
-    pub kind: Simple<'c>,
+    pub(crate) kind: Simple<'c>,
 }
 
 /// A row splat to the width of a position.
@@ -77,7 +77,7 @@ fn splat<'c>(x: &Exec<'_, 'c>, value: V<'c>, width: usize) -> V<'c> {
 }
 
 /// Sum over slots of weight times the sorted row; unweighted without `weights`.
-pub fn combine<'c>(sorted: &Sorted<'c>, choice: &Choice<'c>, weighted: bool, shape: Vec<u64>) -> Row<'c> {
+pub(crate) fn combine<'c>(sorted: &Sorted<'c>, choice: &Choice<'c>, weighted: bool, shape: Vec<u64>) -> Row<'c> {
     let slots = choice.slots;
     let weights = if weighted { choice.w.clone() } else { None };
     let (s, w) = (sorted.clone(), weights.clone());
@@ -131,7 +131,7 @@ pub fn combine<'c>(sorted: &Sorted<'c>, choice: &Choice<'c>, weighted: bool, sha
 /// Sum over slots of weight times what a bank of simple experts gives.
 ///
 /// With `scale` (one factor per slot) the experts see their rows multiplied by it.
-pub fn combine_simple<'c>(
+pub(crate) fn combine_simple<'c>(
     x: &Exec<'_, 'c>,
     parts: Vec<SimplePart<'c>>,
     choice: &Choice<'c>,

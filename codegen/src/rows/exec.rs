@@ -11,23 +11,23 @@ use crate::{
 use std::cell::Cell;
 
 /// Rows that a CPU thread works on together, so that weights are read once for all of them.
-pub const CPU_ROWS: u64 = 8;
+pub(crate) const CPU_ROWS: u64 = 8;
 
 /// Warps in a thread block of a row kernel; each has a row of its own.
-pub const GPU_WARPS: u32 = 4;
+pub(crate) const GPU_WARPS: u32 = 4;
 
 /// Place in a row: an element, or `width` neighbours from `at` on.
 #[derive(Clone, Copy, Debug)]
-pub struct Ix<'c> {
+pub(crate) struct Ix<'c> {
     /// First element, i64.
-    pub at: V<'c>,
+    pub(crate) at: V<'c>,
     /// Elements; 1 is a scalar.
-    pub width: usize,
+    pub(crate) width: usize,
 }
 
 /// What a reduction does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fold {
+pub(crate) enum Fold {
     /// Sum.
     Sum,
     /// Largest; NaN if any is NaN.
@@ -55,18 +55,18 @@ impl Fold {
 
 /// Row-private memory: one array for each row in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Scratch {
+pub(crate) struct Scratch {
     offset: u64,
     stride: u64,
 }
 
 /// State of the kernel under construction.
 #[derive(Debug)]
-pub struct Exec<'a, 'c> {
+pub(crate) struct Exec<'a, 'c> {
     /// Where ops go.
-    pub b: &'a Builder<'c>,
+    pub(crate) b: &'a Builder<'c>,
     /// Machine.
-    pub target: Target,
+    pub(crate) target: Target,
     /// Row in flight: its number in the block (CPU) and in the batch, both i64.
     row: Cell<(V<'c>, V<'c>)>,
     /// Rows of this block, i64 (CPU).
@@ -81,7 +81,7 @@ pub struct Exec<'a, 'c> {
 
 impl<'a, 'c> Exec<'a, 'c> {
     /// A CPU thread with rows `first..first + rows` and its scratch.
-    pub fn cpu(b: &'a Builder<'c>, target: Target, first: V<'c>, rows: V<'c>, scratch: V<'c>) -> Self {
+    pub(crate) fn cpu(b: &'a Builder<'c>, target: Target, first: V<'c>, rows: V<'c>, scratch: V<'c>) -> Self {
         let zero = b.i64(0);
         Self {
             b,
@@ -100,7 +100,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     ///
     /// `warp` is the number of the warp in its block, and how many there are: arrays of the warps of a block
     /// lie side by side, so that their place does not depend on the scratch that a warp needs in all.
-    pub fn warp(
+    pub(crate) fn warp(
         b: &'a Builder<'c>,
         target: Target,
         row: V<'c>,
@@ -123,22 +123,22 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Whether this is a GPU warp.
-    pub const fn is_warp(&self) -> bool {
+    pub(crate) const fn is_warp(&self) -> bool {
         self.lane.is_some()
     }
 
     /// The lane of the warp, i64, on a GPU.
-    pub const fn lane(&self) -> Option<V<'c>> {
+    pub(crate) const fn lane(&self) -> Option<V<'c>> {
         self.lane
     }
 
     /// Number of the row in the batch, i64.
-    pub fn token(&self) -> V<'c> {
+    pub(crate) fn token(&self) -> V<'c> {
         self.row.get().1
     }
 
     /// Emits `body` as if the row in flight were row `token` of the batch.
-    pub fn with_token<R>(&self, token: V<'c>, body: impl FnOnce() -> R) -> R {
+    pub(crate) fn with_token<R>(&self, token: V<'c>, body: impl FnOnce() -> R) -> R {
         let own = self.row.get();
         self.row.set((own.0, token));
         let result = body();
@@ -147,22 +147,17 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// First row of the block and number of rows in it, i64.
-    pub const fn block(&self) -> (V<'c>, V<'c>) {
+    pub(crate) const fn block(&self) -> (V<'c>, V<'c>) {
         (self.first, self.rows)
     }
 
-    /// Type of pointers into global memory.
-    pub const fn global(&self) -> &'static str {
-        if self.lane.is_some() { "!llvm.ptr<1>" } else { "!llvm.ptr" }
-    }
-
     /// Bytes of scratch of one row block (CPU thread) or one warp.
-    pub fn scratch_bytes(&self) -> u64 {
+    pub(crate) fn scratch_bytes(&self) -> u64 {
         self.used.get()
     }
 
     /// An array of `bytes` for each row in flight.
-    pub fn alloc(&self, bytes: u64) -> Scratch {
+    pub(crate) fn alloc(&self, bytes: u64) -> Scratch {
         let stride = bytes.next_multiple_of(64);
         let offset = self.used.get();
         let rows = if self.is_warp() { 1 } else { CPU_ROWS };
@@ -171,12 +166,12 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Address of the array of the row in flight.
-    pub fn at(&self, scratch: Scratch) -> V<'c> {
+    pub(crate) fn at(&self, scratch: Scratch) -> V<'c> {
         self.at_row(scratch, self.row.get().0)
     }
 
     /// Address of the array of row `r` (i64) of the block.
-    pub fn at_row(&self, scratch: Scratch, r: V<'c>) -> V<'c> {
+    pub(crate) fn at_row(&self, scratch: Scratch, r: V<'c>) -> V<'c> {
         let b = self.b;
         let c = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         let (row, rows) = self.warp.map_or((r, 1), |(warp, warps)| (warp, u64::from(warps)));
@@ -185,7 +180,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Emits `body` once for every row in flight.
-    pub fn each_row(&self, body: impl FnOnce()) {
+    pub(crate) fn each_row(&self, body: impl FnOnce()) {
         if self.is_warp() {
             body();
             return;
@@ -200,7 +195,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Emits `body` for each of `n` elements of the row; with `vector`, for several neighbours at once.
-    pub fn each(&self, n: u64, vector: bool, body: impl Fn(Ix<'c>)) {
+    pub(crate) fn each(&self, n: u64, vector: bool, body: impl Fn(Ix<'c>)) {
         let b = self.b;
         let count = i64::try_from(n).unwrap_or(i64::MAX);
         if let Some(lane) = self.lane {
@@ -229,7 +224,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Reduces `n` values of the row; every lane gets the result.
-    pub fn fold(&self, n: u64, vector: bool, fold: Fold, value: impl Fn(Ix<'c>) -> V<'c>) -> V<'c> {
+    pub(crate) fn fold(&self, n: u64, vector: bool, fold: Fold, value: impl Fn(Ix<'c>) -> V<'c>) -> V<'c> {
         let b = self.b;
         let count = i64::try_from(n).unwrap_or(i64::MAX);
         let identity = b.f32(fold.identity());
@@ -265,7 +260,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Largest of `n` i64 keys of the row; every lane gets the result.
-    pub fn largest_key(&self, n: u64, key: impl Fn(V<'c>) -> V<'c>) -> V<'c> {
+    pub(crate) fn largest_key(&self, n: u64, key: impl Fn(V<'c>) -> V<'c>) -> V<'c> {
         let b = self.b;
         let count = b.i64(i64::try_from(n).unwrap_or(i64::MAX));
         let (start, step) = self.lane.map_or_else(|| (b.i64(0), 1), |lane| (lane, 32));
@@ -273,23 +268,12 @@ impl<'a, 'c> Exec<'a, 'c> {
         if self.is_warp() { self.butterfly(part, |x, y| b.maxsi(x, y)) } else { part }
     }
 
-    /// Number of `n` places of the row for which a condition (i1) holds, i64; every lane gets the result.
-    pub fn count(&self, n: u64, condition: impl Fn(V<'c>) -> V<'c>) -> V<'c> {
-        let b = self.b;
-        let count = b.i64(i64::try_from(n).unwrap_or(i64::MAX));
-        let (start, step) = self.lane.map_or_else(|| (b.i64(0), 1), |lane| (lane, 32));
-        let part = b.for_(start, count, b.i64(step), &[b.i64(0)], |i, acc| {
-            vec![b.addi(acc[0], b.cast("arith.extui", condition(i), "i64"))]
-        })[0];
-        if self.is_warp() { self.butterfly(part, |x, y| b.addi(x, y)) } else { part }
-    }
-
     fn butterfly(&self, value: V<'c>, apply: impl Fn(V<'c>, V<'c>) -> V<'c>) -> V<'c> {
         [16, 8, 4, 2, 1].into_iter().fold(value, |v, distance| apply(v, self.shuffle(v, distance)))
     }
 
     /// Sum of a value over the lanes of the warp; every lane gets it.
-    pub fn total(&self, value: V<'c>) -> V<'c> {
+    pub(crate) fn total(&self, value: V<'c>) -> V<'c> {
         if self.is_warp() { self.butterfly(value, |x, y| self.b.addf(x, y)) } else { value }
     }
 
@@ -314,7 +298,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Emits `body` for one lane only; all lanes see its writes afterwards.
-    pub fn single(&self, body: impl FnOnce()) {
+    pub(crate) fn single(&self, body: impl FnOnce()) {
         match self.lane {
             None => body(),
             Some(lane) => {
@@ -327,19 +311,19 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Repeats `body` for `0..n`, the same on every lane.
-    pub fn repeat(&self, n: u64, body: impl FnOnce(V<'c>)) {
+    pub(crate) fn repeat(&self, n: u64, body: impl FnOnce(V<'c>)) {
         self.b.each(self.b.i64(0), self.b.i64(i64::try_from(n).unwrap_or(i64::MAX)), body);
     }
 
     /// Makes writes of a lane to scratch visible to the other lanes.
-    pub fn sync(&self) {
+    pub(crate) fn sync(&self) {
         if self.is_warp() {
             self.b.op0("nvvm.bar.warp.sync", &[self.b.i32(-1)], &[]);
         }
     }
 
     /// Loads f32 values from memory of a float type.
-    pub fn load(&self, base: V<'c>, ty: moec_abi::DType, ix: Ix<'c>) -> V<'c> {
+    pub(crate) fn load(&self, base: V<'c>, ty: moec_abi::DType, ix: Ix<'c>) -> V<'c> {
         let b = self.b;
         let element = element(ty);
         let at = b.gep(base, element, ix.at);
@@ -360,7 +344,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// Stores f32 values into memory of a float type, rounding to nearest even.
-    pub fn store(&self, value: V<'c>, base: V<'c>, ty: moec_abi::DType, ix: Ix<'c>) {
+    pub(crate) fn store(&self, value: V<'c>, base: V<'c>, ty: moec_abi::DType, ix: Ix<'c>) {
         let b = self.b;
         let element = element(ty);
         let at = b.gep(base, element, ix.at);
@@ -377,7 +361,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// The value rounded to a float type and back.
-    pub fn round(&self, value: V<'c>, ty: moec_ir::DType, width: usize) -> V<'c> {
+    pub(crate) fn round(&self, value: V<'c>, ty: moec_ir::DType, width: usize) -> V<'c> {
         let vector = |t: &str| if width == 1 { t.to_owned() } else { format!("vector<{width}x{t}>") };
         let narrow = match ty {
             moec_ir::DType::Bf16 => "bf16",
@@ -402,7 +386,7 @@ impl<'a, 'c> Exec<'a, 'c> {
 }
 
 /// MLIR name of an element in memory.
-pub const fn element(ty: moec_abi::DType) -> &'static str {
+pub(crate) const fn element(ty: moec_abi::DType) -> &'static str {
     match ty {
         moec_abi::DType::F64 => "f64",
         moec_abi::DType::F32 => "f32",

@@ -20,7 +20,7 @@ const fn panel(target: Target) -> u64 {
 }
 
 /// How the matrix of a `linear` in a row kernel is packed.
-pub const fn layout(target: Target) -> Layout {
+pub(crate) const fn layout(target: Target) -> Layout {
     if target.is_gpu() {
         Layout::Rows { columns: 1 }
     } else {
@@ -30,19 +30,19 @@ pub const fn layout(target: Target) -> Layout {
 
 /// A packed matrix `[n, k]`.
 #[derive(Clone, Copy)]
-pub struct Matrix<'c> {
+pub(crate) struct Matrix<'c> {
     /// Address.
-    pub at: V<'c>,
+    pub(crate) at: V<'c>,
     /// Element type.
-    pub dtype: DType,
+    pub(crate) dtype: DType,
     /// Outputs.
-    pub n: u64,
+    pub(crate) n: u64,
     /// Inputs.
-    pub k: u64,
+    pub(crate) k: u64,
 }
 
 /// `x W^T` over the last axis (without bias).
-pub fn linear<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, w: Matrix<'c>) -> Row<'c> {
+pub(crate) fn linear<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, w: Matrix<'c>) -> Row<'c> {
     let outer = row.len() / w.k.max(1);
     let mut shape = row.shape.clone();
     if let Some(last) = shape.last_mut() {

@@ -38,13 +38,13 @@ fn id<'c>(x: &Exec<'_, 'c>, key: V<'c>) -> V<'c> {
 
 /// Keys of a row, to be struck out one by one.
 #[derive(Clone, Copy)]
-pub struct Keys {
+pub(crate) struct Keys {
     scratch: Scratch,
 }
 
 impl Keys {
     /// Room for `n` keys.
-    pub fn new(x: &Exec<'_, '_>, n: u64) -> Self {
+    pub(crate) fn new(x: &Exec<'_, '_>, n: u64) -> Self {
         Self { scratch: x.alloc(n * 8) }
     }
 
@@ -53,12 +53,12 @@ impl Keys {
     }
 
     /// Sets keys `base..base + n` from scores; ids count from 0.
-    pub fn fill<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64, score: impl Fn(V<'c>) -> V<'c>) {
+    pub(crate) fn fill<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64, score: impl Fn(V<'c>) -> V<'c>) {
         self.fill_with_ids(x, base, n, score, |i| i);
     }
 
     /// Sets keys `base..base + n` from scores and ids.
-    pub fn fill_with_ids<'c>(
+    pub(crate) fn fill_with_ids<'c>(
         self,
         x: &Exec<'_, 'c>,
         base: V<'c>,
@@ -73,7 +73,7 @@ impl Keys {
     }
 
     /// Takes the largest of keys `base..base + n`, where place `i` holds id `i`: its id (i64), or -1 if none is left.
-    pub fn take<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64) -> V<'c> {
+    pub(crate) fn take<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64) -> V<'c> {
         let b = x.b;
         let top = x.largest_key(n, |i| b.load(self.place(x, b.addi(base, i)), "i64", 8));
         let none = b.cmpi("eq", top, b.i64(i64::MIN));
@@ -83,7 +83,7 @@ impl Keys {
     }
 
     /// Takes the largest of `n` keys with arbitrary distinct ids.
-    pub fn take_any<'c>(self, x: &Exec<'_, 'c>, n: u64) -> V<'c> {
+    pub(crate) fn take_any<'c>(self, x: &Exec<'_, 'c>, n: u64) -> V<'c> {
         let b = x.b;
         let top = x.largest_key(n, |i| b.load(self.place(x, i), "i64", 8));
         x.each(n, false, |ix| {
@@ -95,7 +95,7 @@ impl Keys {
     }
 
     /// Turns ids that count from 0 at `base` into ids of the whole row.
-    pub fn shift<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64) {
+    pub(crate) fn shift<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64) {
         let b = x.b;
         x.each(n, false, |ix| {
             let at = self.place(x, b.addi(base, ix.at));
@@ -107,7 +107,7 @@ impl Keys {
     }
 
     /// Strikes out every key of `base..base + n`.
-    pub fn strike<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64) {
+    pub(crate) fn strike<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64) {
         x.each(n, false, |ix| x.b.store(x.b.i64(i64::MIN), self.place(x, x.b.addi(base, ix.at)), 8));
     }
 }
@@ -161,7 +161,7 @@ fn score_or<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, id: V<'c>, otherwise: f32) -
 ///
 /// # Errors
 /// The name of the rule, if it needs the whole batch.
-pub fn select<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, rule: &SelectRule) -> Result<Choice<'c>, &'static str> {
+pub(crate) fn select<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, rule: &SelectRule) -> Result<Choice<'c>, &'static str> {
     let experts = scores.len();
     // Selection reads scores many times.
     let scores = if matches!(rule, SelectRule::Given { .. }) { scores.clone() } else { scores.clone().stored(x) };
@@ -387,7 +387,7 @@ fn group_limited<'c>(
 }
 
 /// Choice among `n * m` pairs by the sum of two scores: only pairs of the `k` best of both sides compete.
-pub fn product_key<'c>(x: &Exec<'_, 'c>, left: &Row<'c>, right: &Row<'c>, k: u64) -> Choice<'c> {
+pub(crate) fn product_key<'c>(x: &Exec<'_, 'c>, left: &Row<'c>, right: &Row<'c>, k: u64) -> Choice<'c> {
     let (left, right) = (left.clone().stored(x), right.clone().stored(x));
     let sum = |first: V<'c>, second: V<'c>| {
         let bottom = f32::NEG_INFINITY;
@@ -397,15 +397,15 @@ pub fn product_key<'c>(x: &Exec<'_, 'c>, left: &Row<'c>, right: &Row<'c>, k: u64
 }
 
 /// One side of a product key in Tucker form: query `[c]`, keys `[n, c, r]` and factor `[r]`.
-pub struct Side<'c> {
+pub(crate) struct Side<'c> {
     /// The row's query.
-    pub query: Row<'c>,
+    pub(crate) query: Row<'c>,
     /// Keys, the same for all rows.
-    pub keys: Row<'c>,
+    pub(crate) keys: Row<'c>,
     /// Factor of the rank-one score.
-    pub factor: Row<'c>,
+    pub(crate) factor: Row<'c>,
     /// `n`, `c` and `r`.
-    pub sizes: [u64; 3],
+    pub(crate) sizes: [u64; 3],
 }
 
 impl<'c> Side<'c> {
@@ -437,7 +437,7 @@ impl<'c> Side<'c> {
 }
 
 /// Product keys in Tucker form: candidates by a rank-one score, then `s1' core s2` of their pairs.
-pub fn tucker<'c>(x: &Exec<'_, 'c>, left: Side<'c>, right: Side<'c>, core: &Row<'c>, k: u64) -> Choice<'c> {
+pub(crate) fn tucker<'c>(x: &Exec<'_, 'c>, left: Side<'c>, right: Side<'c>, core: &Row<'c>, k: u64) -> Choice<'c> {
     let ((a, first), (d, second)) = (left.project(x), right.project(x));
     let (r, s) = (left.sizes[2], right.sizes[2]);
     let score = |i: V<'c>, j: V<'c>| {

@@ -63,13 +63,13 @@ fn spread<'c>(row: &Row<'c>, shape: &[u64]) -> Row<'c> {
 }
 
 /// One function of every element.
-pub fn unary<'c>(row: &Row<'c>, function: UnaryFn) -> Row<'c> {
+pub(crate) fn unary<'c>(row: &Row<'c>, function: UnaryFn) -> Row<'c> {
     let inner = row.clone();
     Row::new(row.shape.clone(), row.vector, move |x, ix| math::unary(x.b, function, inner.get(x, ix))).after(&[row])
 }
 
 /// One function of every pair of elements, with broadcasting.
-pub fn binary<'c>(left: &Row<'c>, right: &Row<'c>, function: BinaryFn) -> Row<'c> {
+pub(crate) fn binary<'c>(left: &Row<'c>, right: &Row<'c>, function: BinaryFn) -> Row<'c> {
     let shape = broadcast(&left.shape, &right.shape);
     let (l, r) = (spread(left, &shape), spread(right, &shape));
     let vector = l.vector && r.vector;
@@ -77,13 +77,13 @@ pub fn binary<'c>(left: &Row<'c>, right: &Row<'c>, function: BinaryFn) -> Row<'c
 }
 
 /// The same number everywhere.
-pub fn constant<'c>(value: f32) -> Row<'c> {
+pub(crate) fn constant<'c>(value: f32) -> Row<'c> {
     Row::new(Vec::new(), true, move |x, ix| if ix.width == 1 { x.b.f32(value) } else { x.b.f32s(value, ix.width) })
         .cheap()
 }
 
 /// Values rounded to a narrower type and back.
-pub fn rounded<'c>(row: &Row<'c>, ty: moec_ir::DType) -> Row<'c> {
+pub(crate) fn rounded<'c>(row: &Row<'c>, ty: moec_ir::DType) -> Row<'c> {
     let inner = row.clone();
     Row::new(row.shape.clone(), row.vector, move |x, ix| x.round(inner.get(x, ix), ty, ix.width)).after(&[row])
 }
@@ -110,7 +110,7 @@ fn splat<'c>(b: &Builder<'c>, value: V<'c>, width: usize) -> V<'c> {
 }
 
 /// Softmax of the last axis.
-pub fn softmax<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, temperature: f32) -> Row<'c> {
+pub(crate) fn softmax<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, temperature: f32) -> Row<'c> {
     let row = row.clone().stored(x);
     let n = row.shape.last().copied().unwrap_or(1);
     let result = x.alloc(row.len() * 4);
@@ -138,7 +138,13 @@ pub fn softmax<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, temperature: f32) -> Row<'c>
 }
 
 /// Normalisation of the last axis; `w`, `b`, `mean`, `var` are rows of its length.
-pub fn norm<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, kind: NormKind, eps: f32, weights: [Option<Row<'c>>; 4]) -> Row<'c> {
+pub(crate) fn norm<'c>(
+    x: &Exec<'_, 'c>,
+    row: &Row<'c>,
+    kind: NormKind,
+    eps: f32,
+    weights: [Option<Row<'c>>; 4],
+) -> Row<'c> {
     let [w, bias, mean, var] = weights;
     let affine = |y: Row<'c>| {
         let y = w.as_ref().map_or(y.clone(), |w| binary(&y, w, BinaryFn::Mul));
@@ -201,7 +207,7 @@ fn precise(n: u64) -> f32 {
 }
 
 /// Reduction of one axis of the row (`axis` counted inside the row).
-pub fn reduce<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, function: ReduceFn, axis: usize, keep: bool) -> Row<'c> {
+pub(crate) fn reduce<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, function: ReduceFn, axis: usize, keep: bool) -> Row<'c> {
     let row = row.clone().stored(x);
     let n = row.shape.get(axis).copied().unwrap_or(1);
     let inner: u64 = row.shape.iter().skip(axis + 1).product();
@@ -238,7 +244,7 @@ pub fn reduce<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, function: ReduceFn, axis: usi
 }
 
 /// Rows joined along an axis of the row.
-pub fn concat<'c>(rows: &[Row<'c>], axis: usize) -> Row<'c> {
+pub(crate) fn concat<'c>(rows: &[Row<'c>], axis: usize) -> Row<'c> {
     let mut shape = rows[0].shape.clone();
     shape[axis] = rows.iter().map(|r| r.shape[axis]).sum();
     let inner: u64 = shape.iter().skip(axis + 1).product();
@@ -291,7 +297,7 @@ fn pick<'c>(
 }
 
 /// The row seen through a map of positions, with another shape.
-pub fn mapped<'c>(
+pub(crate) fn mapped<'c>(
     row: &Row<'c>,
     shape: Vec<u64>,
     vector: bool,
@@ -307,7 +313,7 @@ pub fn mapped<'c>(
 }
 
 /// Entries `start..end` of an axis.
-pub fn slice<'c>(row: &Row<'c>, axis: usize, start: u64, end: u64) -> Row<'c> {
+pub(crate) fn slice<'c>(row: &Row<'c>, axis: usize, start: u64, end: u64) -> Row<'c> {
     let mut shape = row.shape.clone();
     let size = shape[axis];
     shape[axis] = end - start;
@@ -326,7 +332,7 @@ pub fn slice<'c>(row: &Row<'c>, axis: usize, start: u64, end: u64) -> Row<'c> {
 }
 
 /// Each entry of an axis `n` times in a row.
-pub fn repeat<'c>(row: &Row<'c>, axis: usize, n: u64) -> Row<'c> {
+pub(crate) fn repeat<'c>(row: &Row<'c>, axis: usize, n: u64) -> Row<'c> {
     let mut shape = row.shape.clone();
     shape[axis] *= n;
     let inner: u64 = shape.iter().skip(axis + 1).product();
@@ -338,7 +344,7 @@ pub fn repeat<'c>(row: &Row<'c>, axis: usize, n: u64) -> Row<'c> {
 }
 
 /// Axes of the row in another order.
-pub fn transpose<'c>(row: &Row<'c>, perm: &[usize]) -> Row<'c> {
+pub(crate) fn transpose<'c>(row: &Row<'c>, perm: &[usize]) -> Row<'c> {
     let old = row.shape.clone();
     let shape: Vec<u64> = perm.iter().map(|p| old[*p]).collect();
     let strides: Vec<u64> = (0..old.len()).map(|a| old.iter().skip(a + 1).product()).collect();
@@ -356,7 +362,7 @@ pub fn transpose<'c>(row: &Row<'c>, perm: &[usize]) -> Row<'c> {
 }
 
 /// A value that is computed once per row, before its elements are read.
-pub fn once<'c>(compute: impl Fn(&Exec<'_, 'c>) -> V<'c> + 'c) -> Row<'c> {
+pub(crate) fn once<'c>(compute: impl Fn(&Exec<'_, 'c>) -> V<'c> + 'c) -> Row<'c> {
     let kept: Rc<Cell<Option<V<'c>>>> = Rc::default();
     let sink = Rc::clone(&kept);
     Row::new(Vec::new(), false, move |_, _| {

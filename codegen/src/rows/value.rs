@@ -10,86 +10,86 @@ type Prepare<'c> = Rc<dyn Fn(&Exec<'_, 'c>) + 'c>;
 
 /// One row of a tensor: a function from the position in the row to an f32 (or, if `ints`, an i32).
 #[derive(Clone)]
-pub struct Row<'c> {
+pub(crate) struct Row<'c> {
     /// Sizes of the row, outermost first; empty for one number per row.
-    pub shape: Vec<u64>,
+    pub(crate) shape: Vec<u64>,
     /// Whether several neighbours can be had at once.
-    pub vector: bool,
+    pub(crate) vector: bool,
     /// Whether elements are i32 instead of f32.
-    pub ints: bool,
+    pub(crate) ints: bool,
     /// Whether reading an element twice costs no more than a load.
-    pub cheap: bool,
+    pub(crate) cheap: bool,
     get: Get<'c>,
     prepare: Vec<Prepare<'c>>,
 }
 
 impl<'c> Row<'c> {
     /// A row given by a function of the position.
-    pub fn new(shape: Vec<u64>, vector: bool, get: impl Fn(&Exec<'_, 'c>, Ix<'c>) -> V<'c> + 'c) -> Self {
+    pub(crate) fn new(shape: Vec<u64>, vector: bool, get: impl Fn(&Exec<'_, 'c>, Ix<'c>) -> V<'c> + 'c) -> Self {
         Self { shape, vector, ints: false, cheap: false, get: Rc::new(get), prepare: Vec::new() }
     }
 
     /// Marks reads as no dearer than a load.
     #[must_use]
-    pub fn cheap(mut self) -> Self {
+    pub(crate) fn cheap(mut self) -> Self {
         self.cheap = true;
         self
     }
 
     /// Marks elements as integers.
     #[must_use]
-    pub fn ints(mut self) -> Self {
+    pub(crate) fn ints(mut self) -> Self {
         self.ints = true;
         self
     }
 
     /// Another shape for the same elements.
     #[must_use]
-    pub fn reshaped(mut self, shape: Vec<u64>) -> Self {
+    pub(crate) fn reshaped(mut self, shape: Vec<u64>) -> Self {
         self.shape = shape;
         self
     }
 
     /// Adds code that must run at the start of every row before elements are read.
     #[must_use]
-    pub fn prepared_by(mut self, prepare: impl Fn(&Exec<'_, 'c>) + 'c) -> Self {
+    pub(crate) fn prepared_by(mut self, prepare: impl Fn(&Exec<'_, 'c>) + 'c) -> Self {
         self.prepare.push(Rc::new(prepare));
         self
     }
 
     /// Takes over what the operands need to be prepared.
     #[must_use]
-    pub fn after(mut self, operands: &[&Row<'c>]) -> Self {
+    pub(crate) fn after(mut self, operands: &[&Row<'c>]) -> Self {
         let inherited: Vec<_> = operands.iter().flat_map(|o| o.prepare.iter().cloned()).collect();
         self.prepare.splice(0..0, inherited);
         self
     }
 
     /// Elements of the row.
-    pub fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.shape.iter().product()
     }
 
     /// Emits what must come first in a row.
-    pub fn prepare(&self, x: &Exec<'_, 'c>) {
+    pub(crate) fn prepare(&self, x: &Exec<'_, 'c>) {
         for step in &self.prepare {
             step(x);
         }
     }
 
     /// Emits the elements at `ix`.
-    pub fn get(&self, x: &Exec<'_, 'c>, ix: Ix<'c>) -> V<'c> {
+    pub(crate) fn get(&self, x: &Exec<'_, 'c>, ix: Ix<'c>) -> V<'c> {
         (self.get)(x, ix)
     }
 
     /// Emits the element at position `at` (i64).
-    pub fn scalar(&self, x: &Exec<'_, 'c>, at: V<'c>) -> V<'c> {
+    pub(crate) fn scalar(&self, x: &Exec<'_, 'c>, at: V<'c>) -> V<'c> {
         self.get(x, Ix { at, width: 1 })
     }
 
     /// Computes all rows in flight now and keeps them in scratch memory.
     #[must_use]
-    pub fn stored(self, x: &Exec<'_, 'c>) -> Self {
+    pub(crate) fn stored(self, x: &Exec<'_, 'c>) -> Self {
         if self.cheap {
             return self;
         }
@@ -107,13 +107,13 @@ impl<'c> Row<'c> {
     }
 
     /// The row kept in scratch memory (4 bytes per element).
-    pub fn from_scratch(scratch: Scratch, shape: Vec<u64>) -> Self {
+    pub(crate) fn from_scratch(scratch: Scratch, shape: Vec<u64>) -> Self {
         Self::new(shape, true, move |x, ix| x.load(x.at(scratch), DType::F32, ix)).cheap()
     }
 
     /// The row as f32 in scratch memory, so that rows have addresses.
     #[must_use]
-    pub fn in_scratch(mut self, x: &Exec<'_, 'c>) -> Placed {
+    pub(crate) fn in_scratch(mut self, x: &Exec<'_, 'c>) -> Placed {
         self.cheap = false;
         let scratch = x.alloc(self.len() * 4);
         x.each_row(|| {
@@ -127,13 +127,13 @@ impl<'c> Row<'c> {
 
     /// The first elements of the row, in another shape.
     #[must_use]
-    pub fn narrowed(mut self, shape: Vec<u64>) -> Self {
+    pub(crate) fn narrowed(mut self, shape: Vec<u64>) -> Self {
         self.shape = shape;
         self
     }
 
     /// Integers kept in scratch memory.
-    pub fn from_scratch_ints(scratch: Scratch, shape: Vec<u64>) -> Self {
+    pub(crate) fn from_scratch_ints(scratch: Scratch, shape: Vec<u64>) -> Self {
         Self::new(shape, false, move |x, ix| {
             let at = x.b.gep(x.at(scratch), "i32", ix.at);
             x.b.load(at, "i32", 4)
@@ -145,24 +145,24 @@ impl<'c> Row<'c> {
 
 /// Rows of f32 in scratch memory.
 #[derive(Clone, Copy, Debug)]
-pub struct Placed(Scratch);
+pub(crate) struct Placed(Scratch);
 
 impl Placed {
     /// Address of row `r` (i64) of the block.
-    pub fn place<'c>(self, x: &Exec<'_, 'c>, r: V<'c>) -> V<'c> {
+    pub(crate) fn place<'c>(self, x: &Exec<'_, 'c>, r: V<'c>) -> V<'c> {
         x.at_row(self.0, r)
     }
 }
 
 /// The choice of a row: ids of its slots, -1 where empty, and weights.
 #[derive(Clone)]
-pub struct Choice<'c> {
+pub(crate) struct Choice<'c> {
     /// Slots.
-    pub slots: u64,
+    pub(crate) slots: u64,
     /// Experts.
-    pub experts: u64,
+    pub(crate) experts: u64,
     /// Ids, `[slots]` integers.
-    pub idx: Row<'c>,
+    pub(crate) idx: Row<'c>,
     /// Weights or scores, `[slots]`.
-    pub w: Option<Row<'c>>,
+    pub(crate) w: Option<Row<'c>>,
 }

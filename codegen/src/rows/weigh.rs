@@ -21,7 +21,7 @@ fn filled<'c>(x: &Exec<'_, 'c>, idx: &Row<'c>, at: V<'c>) -> V<'c> {
 /// Applies `weigh`: the steps come in the order of its attributes.
 ///
 /// `drop_rows` and `keep_rows` are the first columns of one-column routes, `expert_scale` a table.
-pub fn weigh<'c>(
+pub(crate) fn weigh<'c>(
     x: &Exec<'_, 'c>,
     op: &Weigh,
     choice: &Choice<'c>,
