@@ -25,9 +25,15 @@ use std::{
 };
 
 /// From `scf`, `arith`, `vector` and `nvvm` to the LLVM dialect; the same for every target.
-const PIPELINE: &str = "builtin.module(canonicalize,cse,convert-vector-to-scf,convert-scf-to-cf,convert-nvvm-to-llvm,\
+const PIPELINE: &str = "builtin.module(cse,convert-vector-to-scf,convert-scf-to-cf,convert-nvvm-to-llvm,\
 arith-expand,convert-vector-to-llvm,convert-arith-to-llvm,convert-index-to-llvm,convert-cf-to-llvm,convert-ub-to-llvm,\
 canonicalize,cse,reconcile-unrealized-casts)";
+
+/// Optimisation of LLVM IR. The emitters unroll, vectorise and interleave themselves, so what is left is to clean up
+/// and to move address arithmetic out of loops: as fast as the code of `default<O3>`, in a tenth of its time.
+const OPTIMISE: &str = "function(sroa<modify-cfg>,early-cse<memssa>,instcombine<no-verify-fixpoint>,simplifycfg,\
+loop-mssa(loop-instsimplify,loop-rotate,licm),loop(indvars,loop-deletion,loop-unroll-full),sroa<modify-cfg>,gvn,\
+instcombine<no-verify-fixpoint>,simplifycfg)";
 
 /// An MLIR context with the dialects that kernels use. Not shared between threads.
 #[derive(Debug)]
@@ -116,6 +122,8 @@ impl Session {
             return Err(self.failure("verify"));
         }
         let manager = PassManager::new(&self.context);
+        // The module was verified above; the passes are MLIR's own.
+        manager.enable_verifier(false);
         parse_pass_pipeline(manager.as_operation_pass_manager(), PIPELINE).map_err(|_| self.failure("pipeline"))?;
         manager.run(&mut module).map_err(|_| self.failure("lowering"))?;
         clock.mark("mlir");
@@ -132,7 +140,7 @@ impl Session {
         native.set_triple(&machine.get_triple());
         native.set_data_layout(&machine.get_target_data().get_data_layout());
         let options = PassBuilderOptions::create();
-        native.run_passes("default<O3>", &machine, options).map_err(|e| CodegenError::llvm("O3", &e.to_string()))?;
+        native.run_passes(OPTIMISE, &machine, options).map_err(|e| CodegenError::llvm("optimise", &e.to_string()))?;
         clock.mark("optimise");
         if keep.llvm {
             compiled.llvm = Some(native.print_to_string().to_string());
