@@ -1,3 +1,4 @@
 //! Tests across crates, and what they share.
 
+pub mod layers;
 pub mod mutate;

@@ -1,23 +1,29 @@
 //! Random small layers: compiled kernels against the interpreter, on the same weights.
 //!
 //! Families, sizes, types and numbers of tokens are drawn from a seed, so that every run draws the same. Rows are
-//! random, all equal (every token goes to the same experts), zero (every score ties), or spoilt by a NaN.
+//! random, all equal (every token goes to the same experts), zero (every score ties), or spoilt by a NaN. In bf16,
+//! rows whose choice hangs on the last places are left out; few may be.
 
 use moec::{
     Compiler, host_target,
     run::{Input, Tensor, Weights, prepare},
     runtime::{Cpu, Device},
 };
+use moec_tests::layers::Sample;
 use std::{
     fmt::Write as _,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
-const LAYERS: usize = 64;
-const TOKENS: [u64; 10] = [0, 1, 2, 7, 16, 17, 63, 64, 65, 129];
+const LAYERS: usize = 300;
+const TOKENS: [u64; 11] = [0, 1, 2, 7, 16, 17, 63, 64, 65, 129, 1000];
+/// Numbers of tokens that one layer is launched with; each layer starts further on.
+const LAUNCHES: usize = 5;
+/// Rows of a launch that are compared.
+const ROWS: u64 = 20;
 
 /// A generator of our own: the draws must never change.
 struct Draw(u64);
@@ -39,9 +45,7 @@ fn config(draw: &mut Draw) -> String {
     let inner = draw.of(&[8, 16, 20, 33, 48, 64, 80]);
     let experts = draw.of(&[1, 2, 3, 5, 8, 12, 16, 33]);
     let top_k = 1 + draw.below(experts.min(6));
-    // In bf16 a choice may rightly differ from the f64 one where two logits lie within a rounding
-    // step, so random layers are f32; bf16 choices are held against cases without near ties.
-    let dtype = "float32";
+    let dtype = draw.of(&["float32", "bfloat16"]);
     let act = draw.of(&["silu", "gelu", "relu"]);
     let yes = |draw: &mut Draw| draw.of(&["true", "false"]);
     let mut text = format!(
@@ -126,14 +130,14 @@ fn rows(inputs: &mut [Tensor], kind: u64) {
     }
 }
 
-/// Compiles a layer and holds it against the interpreter; says what differs.
-fn check(number: usize) -> Result<(), String> {
+/// Compiles a layer and holds it against the interpreter; gives the rows compared and left out, or what differs.
+fn check(number: usize) -> Result<(u64, u64), String> {
     let mut draw = Draw(number as u64 * 7919 + 1);
     let text = config(&mut draw);
     let failed = |what: String| format!("layer {number}: {what}\n{text}");
     let source = moec::read::bytes(text.as_bytes(), "config.json")
         .map_err(|d| failed(d.iter().map(|d| d.message.clone()).collect::<Vec<_>>().join("; ")))?;
-    let outputs = ["output", "topk_indices"].map(str::to_owned).to_vec();
+    let outputs = ["output", "topk_indices", "router_logits"].map(str::to_owned).to_vec();
     let compiler = Compiler { targets: vec![host_target()], outputs, ..Compiler::default() };
     let form = source.model.forms[0].clone();
     let compiled =
@@ -142,28 +146,23 @@ fn check(number: usize) -> Result<(), String> {
     let device: Arc<dyn Device> = Arc::new(Cpu::new(1 + draw.below(3) as u32));
     let layer =
         prepare(&artefact, &device, None, &Weights::Random(number as u64)).map_err(|e| failed(e.to_string()))?;
-    for (i, tokens) in TOKENS.into_iter().enumerate() {
-        // Every kind for every fourth number of tokens, another one for each layer.
-        let kind = (i as u64 + number as u64) % 4;
+    let mut sample = Sample::new(&layer, &compiled.forms[0].graph);
+    for i in 0..LAUNCHES {
+        let tokens = TOKENS[(number * LAUNCHES + i) % TOKENS.len()];
         let (_, mut inputs) = layer.inputs(&Input::Random(tokens)).map_err(|e| failed(e.to_string()))?;
+        let kind = (i + number) as u64 % 4;
         rows(&mut inputs, kind);
-        let launched = layer.launch(tokens, &inputs).map_err(|e| failed(e.to_string()))?;
-        let found =
-            layer.compare(&compiled.forms[0].graph, &inputs, &launched.outputs).map_err(|e| failed(e.to_string()))?;
-        if !found.passed() || found.selection.is_some_and(|(differ, _)| differ > 0) {
-            return Err(failed(format!("{tokens} tokens, rows of kind {kind}: {found:?}")));
-        }
-        let again = layer.launch(tokens, &inputs).map_err(|e| failed(e.to_string()))?;
-        if again.outputs != launched.outputs {
-            return Err(failed(format!("{tokens} tokens: two runs differ")));
-        }
+        let what = format!("{tokens} tokens, rows of kind {kind}");
+        sample.launch(&what, tokens, &inputs, ROWS).map_err(|e| failed(format!("{what}: {e}")))?;
     }
-    Ok(())
+    sample.compare().map_err(failed)?;
+    Ok((sample.compared, sample.unsteady))
 }
 
 #[test]
 fn random_layers_agree_with_the_interpreter() {
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let (compared, unsteady) = (AtomicU64::new(0), AtomicU64::new(0));
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     std::thread::scope(|scope| {
         for _ in 0..threads {
@@ -173,8 +172,12 @@ fn random_layers_agree_with_the_interpreter() {
                     if number >= LAYERS {
                         break;
                     }
-                    if let Err(failure) = check(number) {
-                        failures.lock().expect("no thread panics").push(failure);
+                    match check(number) {
+                        Ok((rows, out)) => {
+                            compared.fetch_add(rows, Ordering::Relaxed);
+                            unsteady.fetch_add(out, Ordering::Relaxed);
+                        }
+                        Err(failure) => failures.lock().expect("no thread panics").push(failure),
                     }
                 }
             });
@@ -182,6 +185,9 @@ fn random_layers_agree_with_the_interpreter() {
     });
     let failures = failures.into_inner().expect("no thread panics");
     assert!(failures.is_empty(), "{} of {LAYERS} layers differ\n{}", failures.len(), failures.join("\n"));
+    let (compared, unsteady) = (compared.into_inner(), unsteady.into_inner());
+    println!("{compared} rows compared, {unsteady} left out");
+    assert!(unsteady * 4 < compared, "{unsteady} of {compared} rows were left out");
 }
 
 #[test]

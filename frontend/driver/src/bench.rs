@@ -3,30 +3,14 @@
 use crate::{
     Error, Target,
     limits::Limits,
-    reference::Stored,
-    run::{Prepared, Tensor, put, random_input},
+    routing::{Routing, inputs},
+    run::{Prepared, Tensor},
 };
 use moec_abi::Program;
 use moec_frontend::FormFacts;
-use moec_ir::{
-    Graph, NodeId, Op,
-    interp::{WeightIndex, Weights as _},
-};
+use moec_ir::Graph;
 use serde::Serialize;
 use std::time::{Duration, Instant};
-
-/// How tokens spread over experts.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Routing {
-    /// Random rows: with random weights, every expert alike.
-    Uniform,
-    /// The expert of rank `i` is wanted in proportion to `i^-s`.
-    Zipf(f64),
-    /// All tokens want the same experts.
-    AllToOne,
-    /// Inputs that somebody recorded.
-    Given(Vec<Tensor>),
-}
 
 /// What was measured for one number of tokens.
 #[derive(Clone, Debug, Serialize)]
@@ -83,106 +67,6 @@ const BUDGET: Duration = Duration::from_secs(1);
 /// Sets of inputs that take turns.
 const SETS: u64 = 8;
 
-/// Nodes from which the selection of a graph computes its scores: the weights of plain routers.
-fn router(graph: &Graph) -> Option<(NodeId, String)> {
-    let select = graph.ids().into_iter().find(|id| matches!(graph.node(*id).op, Op::Select(_)))?;
-    let mut open = vec![select];
-    let mut seen = Vec::new();
-    while let Some(id) = open.pop() {
-        if seen.contains(&id) {
-            continue;
-        }
-        seen.push(id);
-        if let Op::Linear(linear) = &graph.node(id).op {
-            return Some((id, linear.w.clone()));
-        }
-        open.extend(graph.operands(id));
-    }
-    None
-}
-
-/// Rows that point to the wanted experts: the sum of their rows of the router, which are far from each other.
-fn directed(
-    prepared: &Prepared,
-    graph: &Graph,
-    mut inputs: Vec<Tensor>,
-    pick: &mut dyn FnMut(u64) -> Vec<usize>,
-) -> Result<Vec<Tensor>, Error> {
-    let none = || Error::refused("E0407", "the layer has no plain router", "use --routing uniform or file:PATH");
-    let (_, weight) = router(graph).ok_or_else(none)?;
-    let declared = graph.weights.get(&weight).ok_or_else(none)?;
-    let stored = Stored { tensors: prepared.tensors(), prefix: prepared.prefix() };
-    let matrix = stored
-        .get(&weight, declared, WeightIndex::default())
-        .map_err(|e| Error::refused("E0407", format!("the router cannot be read: {e}"), "use --routing uniform"))?;
-    let values = matrix.floats();
-    let [experts, width] = *matrix.shape.as_slice() else { return Err(none()) };
-    let input =
-        inputs.iter_mut().find(|t| t.shape.last() == Some(&(width as u64)) && !t.dtype_is_id()).ok_or_else(none)?;
-    let mut bytes = Vec::with_capacity(input.bytes.len());
-    for token in 0..input.shape.first().copied().unwrap_or(0) {
-        let mut row = vec![0.0; width];
-        for (strength, expert) in (1..).zip(pick(token).into_iter().rev()) {
-            let from = values.get((expert % experts.max(1)) * width..).unwrap_or_default();
-            for (sum, value) in row.iter_mut().zip(from) {
-                *sum += (1.0 + 0.01 * f64::from(strength)) * value;
-            }
-        }
-        let size = (row.iter().map(|v| v * v).sum::<f64>() / width as f64).sqrt().max(1e-30);
-        row.into_iter().try_for_each(|v| put(input.dtype, v / size, &mut bytes)).ok_or_else(none)?;
-    }
-    input.bytes = bytes;
-    Ok(inputs)
-}
-
-/// Inputs of set number `set`.
-fn inputs(
-    prepared: &Prepared,
-    graph: &Graph,
-    facts: &FormFacts,
-    options: &Options,
-    set: u64,
-) -> Result<Vec<Tensor>, Error> {
-    if let Routing::Given(inputs) = &options.routing {
-        return Ok(inputs.clone());
-    }
-    let random = prepared
-        .layer()
-        .inputs()?
-        .into_iter()
-        .map(|b| random_input(b, options.tokens, set + 1))
-        .collect::<Result<Vec<_>, Error>>()?;
-    let (experts, top_k) =
-        (usize::try_from(facts.experts).unwrap_or(1).max(1), usize::try_from(facts.top_k).unwrap_or(1));
-    match &options.routing {
-        Routing::Uniform | Routing::Given(_) => Ok(random),
-        Routing::AllToOne => directed(prepared, graph, random, &mut |_| (0..top_k).collect()),
-        Routing::Zipf(s) => {
-            let weights: Vec<f64> = (1..=experts).map(|i| (i as f64).powf(-s)).collect();
-            let mut state = set.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
-            let mut uniform = move || {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                (state >> 11) as f64 / (1u64 << 53) as f64
-            };
-            directed(prepared, graph, random, &mut |_| {
-                let mut chosen: Vec<usize> = Vec::new();
-                while chosen.len() < top_k.min(experts) {
-                    let left = |e: &usize| !chosen.contains(e);
-                    let total: f64 = (0..experts).filter(left).map(|e| weights[e]).sum();
-                    let mut at = uniform() * total;
-                    let next = (0..experts).filter(left).find(|e| {
-                        at -= weights[*e];
-                        at <= 0.0
-                    });
-                    let last = (0..experts).rev().find(left);
-                    chosen.extend(next.or(last));
-                }
-                chosen
-            })
-        }
-    }
-}
-
 /// Experts that some token chose.
 fn hit(outputs: &[Tensor]) -> Option<usize> {
     let ids = outputs.iter().find(|t| t.name == "topk_indices")?.numbers();
@@ -218,7 +102,9 @@ pub fn measure(
     limits: Option<Limits>,
 ) -> Result<Row, Error> {
     let Some(first) = layers.first() else { return Err(Error::Internal("no layer to measure".to_owned())) };
-    let sets = (0..SETS).map(|set| inputs(first, graph, facts, options, set)).collect::<Result<Vec<_>, Error>>()?;
+    let sets = (0..SETS)
+        .map(|set| inputs(first, graph, facts, &options.routing, options.tokens, set))
+        .collect::<Result<Vec<_>, Error>>()?;
     let mut turns = layers.iter().cycle().zip(sets.iter().cycle());
     let mut next = || -> Result<_, Error> {
         let Some((layer, inputs)) = turns.next() else { return Err(Error::Internal("no inputs".to_owned())) };
@@ -288,7 +174,7 @@ pub fn measure(
 /// # Errors
 /// As [`measure`].
 pub fn once(layer: &Prepared, graph: &Graph, facts: &FormFacts, options: &Options) -> Result<(), Error> {
-    let inputs = inputs(layer, graph, facts, options, 0)?;
+    let inputs = inputs(layer, graph, facts, &options.routing, options.tokens, 0)?;
     layer.launch(options.tokens, &inputs)?;
     Ok(())
 }

@@ -16,6 +16,7 @@ pub mod peers;
 pub mod ptxas;
 pub mod read;
 mod reference;
+pub mod routing;
 pub mod run;
 mod stored;
 pub mod verify;

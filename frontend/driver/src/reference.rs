@@ -95,7 +95,7 @@ impl Weights for Stored<'_> {
     }
 }
 
-/// Results of `graph` in 64-bit arithmetic, by name.
+/// Results of `graph` by name, in 64-bit arithmetic with the roundings of the model.
 pub(crate) fn interpret(
     graph: &Graph,
     inputs: &[Tensor],
@@ -117,6 +117,8 @@ pub(crate) fn interpret(
             (t.name.clone(), array)
         })
         .collect();
-    interp::interpret(graph, &inputs, weights, interp::Options::default())
+    // A rounding that the model asks for is part of its meaning: logits of 20 in bf16 move a weight by percents.
+    let options = interp::Options { rounding: interp::Rounding::Model, trace: None };
+    interp::interpret(graph, &inputs, weights, options)
         .map_err(|e| Error::refused("E0821", format!("the reference cannot be computed: {e}"), "check the weights"))
 }

@@ -5,11 +5,12 @@ use crate::{args::Bench, context::Context, failure::Failure};
 use moec::{
     Target,
     abi::DType,
-    bench::{self, Options, Routing, Row},
+    bench::{self, Options, Row},
     frontend::{Form, FormFacts},
     ir::Graph,
     limits::{self, Limits},
     peers::{self, Peer},
+    routing::Routing,
     run::{Input, Prepared},
     runtime::{Device, Sim},
 };
