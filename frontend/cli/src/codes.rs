@@ -28,7 +28,9 @@ mod tests {
             use moec::plan::error::*;
             [E_MAPPING, E_CLUSTER, E_MODEL, E_NO_PLAN]
         };
-        let own = ["E0314", "E0401", "E0403", "E0407", "E0503", "E0504", "E0601", "E0602", "E0603", "E0604", "E0605"];
+        let own = [
+            "E0314", "E0401", "E0403", "E0407", "E0408", "E0503", "E0504", "E0601", "E0602", "E0603", "E0604", "E0605",
+        ];
         for code in frontend.chain(ir).chain(runtime).chain(place).chain(plan).chain(own) {
             let page = page(code).unwrap_or_else(|| panic!("{code} has no page"));
             assert!(page.starts_with(&format!("# {code}: ")), "{code}");

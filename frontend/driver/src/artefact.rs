@@ -5,7 +5,6 @@ use crate::{
     files::{self, Scratch},
     host,
     library::{self, Variant},
-    ptxas::Ptxas,
 };
 use moec_abi::Program;
 use moec_codegen::Target;
@@ -77,24 +76,6 @@ impl Artefact {
         self.files.insert(format!("{model}.pc"), host::pkg_config(&model).into_bytes());
         self.files.insert(format!("{model}Config.cmake"), host::cmake(&model).into_bytes());
         self.files.insert("example.c".to_owned(), example.into_bytes());
-        Ok(())
-    }
-
-    /// Assembles the PTX of every GPU program; PTX stays beside the result.
-    ///
-    /// # Errors
-    /// `ptxas` refused our code, or could not be run.
-    pub fn assemble(&mut self, ptxas: &Ptxas) -> Result<(), Error> {
-        for program in &mut self.manifest.programs {
-            if !Target::from_name(&program.target).is_some_and(Target::is_gpu) {
-                continue;
-            }
-            let Some(ptx) = self.files.get(&program.code) else { continue };
-            let cubin = ptxas.assemble(ptx, &program.target)?;
-            let name = format!("kernels/{}.{}.cubin", program.name, program.target);
-            self.files.insert(name.clone(), cubin);
-            program.binary = Some(name);
-        }
         Ok(())
     }
 

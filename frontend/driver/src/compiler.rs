@@ -1,6 +1,6 @@
 //! Models and graphs to artefacts.
 
-use crate::Error;
+use crate::{Error, ptxas};
 use moec_abi::Manifest;
 use moec_codegen::{
     Target,
@@ -31,6 +31,8 @@ pub struct Compiler {
     pub keep: Keep,
     /// Keep the IR around every pass.
     pub dump_passes: bool,
+    /// Assemble PTX to cubins, if an assembler is found.
+    pub cubins: bool,
 }
 
 /// What happened to one form.
@@ -101,7 +103,13 @@ pub fn host_target() -> Target {
 
 impl Default for Compiler {
     fn default() -> Self {
-        Self { targets: vec![host_target()], outputs: vec!["output".into()], keep: Keep::default(), dump_passes: false }
+        Self {
+            targets: vec![host_target()],
+            outputs: vec!["output".into()],
+            keep: Keep::default(),
+            dump_passes: false,
+            cubins: false,
+        }
     }
 }
 
@@ -128,6 +136,15 @@ impl Compiler {
     /// # Errors
     /// See [`Error`].
     pub fn compile_forms(&self, model: &str, forms: &[Form]) -> Result<Artefact, Error> {
+        let offered = |name: &str| forms.iter().any(|f| f.graph.outputs.iter().any(|o| o.name == name));
+        if let Some(unknown) = self.outputs.iter().find(|name| !offered(name)) {
+            let mut known: Vec<&str> =
+                forms.iter().flat_map(|f| f.graph.outputs.iter().map(|o| o.name.as_str())).collect();
+            known.sort_unstable();
+            known.dedup();
+            let help = format!("the model has {}", known.join(", "));
+            return Err(Error::refused("E0408", format!("there is no output `{unknown}`"), help));
+        }
         let mut artefact = Artefact {
             manifest: Manifest {
                 schema: moec_abi::SCHEMA,
@@ -153,10 +170,19 @@ impl Compiler {
                 layers: forms[form].layers.clone(),
                 prefixes: forms[form].prefixes.clone(),
             };
-            lower::compile(session, &artefact.forms[form].kernels, &options)
+            let compiled = lower::compile(session, &artefact.forms[form].kernels, &options)?;
+            // The slowest step, of programs that are not ours: next to the work on other targets.
+            let assembler = (self.cubins && target.is_gpu()).then(ptxas::found).flatten();
+            let cubin = assembler.map(|a| a.assemble(&compiled.compiled.code, target.name())).transpose()?;
+            Ok::<_, Error>((compiled, cubin))
         });
         for ((form, target), result) in jobs.iter().zip(results) {
-            let CompiledForm { program, compiled, schedules } = result?;
+            let (CompiledForm { mut program, compiled, schedules }, cubin) = result?;
+            if let Some(cubin) = cubin {
+                let name = format!("kernels/{}.{}.cubin", program.name, program.target);
+                artefact.files.insert(name.clone(), cubin);
+                program.binary = Some(name);
+            }
             artefact.files.insert(program.code.clone(), compiled.code);
             artefact.manifest.programs.push(program);
             artefact.forms[*form].targets.push(TargetReport {
@@ -184,7 +210,7 @@ impl Compiler {
     }
 }
 
-/// Does the jobs on all cores; results come in the order of the jobs.
+/// Does the jobs on all cores, those for GPUs first as they take longest; results come in the order of the jobs.
 ///
 /// MLIR contexts are not shared between threads, so every thread has its own.
 fn generate<R: Send + Sync>(jobs: &[(usize, Target)], run: impl Fn(&Session, (usize, Target)) -> R + Sync) -> Vec<R> {
@@ -193,17 +219,17 @@ fn generate<R: Send + Sync>(jobs: &[(usize, Target)], run: impl Fn(&Session, (us
         let session = Session::new();
         return jobs.iter().map(|job| run(&session, *job)).collect();
     }
+    let mut order: Vec<usize> = (0..jobs.len()).collect();
+    order.sort_by_key(|i| !jobs[*i].1.is_gpu());
     let next = AtomicUsize::new(0);
     let results: Vec<OnceLock<R>> = jobs.iter().map(|_| OnceLock::new()).collect();
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 let session = Session::new();
-                while let Some((i, job)) =
-                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, jobs.get(i)?)))
-                {
+                while let Some(i) = order.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
                     // Each place is written once, by the thread that drew its number.
-                    let _ = results[i].set(run(&session, *job));
+                    let _ = results[i].set(run(&session, jobs[i]));
                 }
             });
         }

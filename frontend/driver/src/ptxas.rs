@@ -6,6 +6,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -70,6 +71,12 @@ pub fn find() -> Search {
     search
 }
 
+/// The assembler of this machine; looked for once.
+pub fn found() -> Option<&'static Ptxas> {
+    static FOUND: OnceLock<Option<Ptxas>> = OnceLock::new();
+    FOUND.get_or_init(|| find().found).as_ref()
+}
+
 fn version(path: &Path) -> Option<String> {
     if !path.is_file() {
         return None;
@@ -95,6 +102,8 @@ impl Ptxas {
         let log = fs::File::create(&messages).map_err(|e| broken(e.to_string()))?;
         let mut child = Command::new(&self.path)
             .arg(format!("-arch={target}"))
+            // Kernels of a module side by side.
+            .arg("--split-compile=0")
             .arg(&source)
             .arg("-o")
             .arg(&result)

@@ -36,7 +36,7 @@ pub(crate) fn run(cx: &Context, args: &Compile) -> Result<(), Failure> {
     cx.say("Targeting", &format!("{}{found}", names.join(", ")));
     let mut artefact = compile(cx, args, model, targets, &requests)?;
     artefact.manifest.inputs = source.inputs;
-    let assembled = assemble(cx, args, &mut artefact, &requests)?;
+    let assembled = assembled(cx, args, &artefact, &requests)?;
     let kernels: usize = artefact.manifest.programs.iter().map(|p| p.launches.len()).sum();
     let forms = artefact.forms.len();
     cx.say(
@@ -125,7 +125,7 @@ fn compile(
     let dump_passes = !args.developer.print_ir.is_empty() || args.developer.save_temps.is_some();
     let all = args.outputs.iter().any(|o| o == "all");
     let outputs = if all { Vec::new() } else { args.outputs.clone() };
-    let compiler = Compiler { targets, outputs, keep, dump_passes };
+    let compiler = Compiler { targets, outputs, keep, dump_passes, cubins: !args.no_cubin };
     match compiler.compile(model) {
         Err(Error::Unsupported { node, what }) if args.target.is_empty() => {
             let cpu: Vec<Target> = compiler.targets.iter().copied().filter(|t| !t.is_gpu()).collect();
@@ -141,20 +141,14 @@ fn compile(
     }
 }
 
-/// Makes cubins where that is possible; says so in a few words.
-fn assemble(
-    cx: &Context,
-    args: &Compile,
-    artefact: &mut Artefact,
-    requests: &[Request],
-) -> Result<&'static str, Failure> {
+/// Whether there are cubins, in a few words.
+fn assembled(cx: &Context, args: &Compile, artefact: &Artefact, requests: &[Request]) -> Result<&'static str, Failure> {
     let has_gpu = artefact.forms.iter().flat_map(|f| &f.targets).any(|t| t.target.is_gpu());
     if !has_gpu || args.no_cubin {
         return Ok("");
     }
-    match ptxas::find().found {
+    match ptxas::found() {
         Some(found) => {
-            artefact.assemble(&found)?;
             cx.detail("Assembled", &format!("cubins with {} {}", found.path.display(), found.version));
             Ok(", with cubins")
         }
