@@ -104,12 +104,24 @@ fn family_of(root: &[Member]) -> Result<(&'static Family, String), Diagnostic> {
     };
     let found = FAMILIES.iter().find(|f| f.types.contains(&name.as_str()));
     found.map(|f| (f, name.clone())).ok_or_else(|| {
+        if !speaks_of_experts(root) {
+            return Diagnostic::error(Code("E0215"), "nothing to compile: the model has no experts")
+                .primary(*span, "a dense model: no key counts experts")
+                .help("moec compiles mixture-of-experts layers");
+        }
         let known = families();
         let near = nearest(name, &known).map_or(String::new(), |n| format!("did you mean {n}? "));
         Diagnostic::error(Code("E0205"), format!("unknown model_type \"{}\"", cut(name)))
             .primary(*span, "no such family")
             .help(format!("{near}known families: {}", known.join(", ")))
     })
+}
+
+/// Whether a key, here or in a nested object, is about a mixture.
+fn speaks_of_experts(members: &[Member]) -> bool {
+    members
+        .iter()
+        .any(|m| m.key.contains("expert") || m.key.contains("moe") || m.value.object().is_some_and(speaks_of_experts))
 }
 
 /// `E0206`: the class belongs to another family.

@@ -2,12 +2,12 @@
 
 use crate::{
     config::{identifier, model_name, read_config},
-    json::{decode, parse},
+    json::{Value, decode, parse},
     model::{Facts, Form, Layer, LayerKind, Model},
     outline::outline,
     weights::small_file,
 };
-use moec_ir::{Code, DType, Diagnostic, Graph, Op, Severity, json::Signature};
+use moec_ir::{Code, DType, Diagnostic, Graph, Op, Severity, Span, json::Signature};
 use std::path::Path;
 
 /// Reads a model from a `config.json`, a folder that holds one, a graph file (`moec-graph-1`), or
@@ -45,16 +45,45 @@ pub fn read_model_bytes(bytes: &[u8], file: &str) -> Result<Model, Vec<Diagnosti
         || (file == "-" && ["moe.graph", "//"].iter().any(|start| text.trim_start().starts_with(start)));
     if is_ir {
         let graph = moec_ir::parse(text).map_err(one)?;
-        return read_graph(graph, file);
+        return read_graph(graph, file).map_err(|found| placed(found, |node| in_ir(text, node)));
     }
     let root = parse(text).map_err(one)?;
     if root.get("format").is_some() && root.get("nodes").is_some() {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let graph = moec_ir::json::read_graph(text, &Signature::default())
-            .map_err(|errors| errors.into_iter().flat_map(one).collect::<Vec<_>>())?;
-        return read_graph(graph, file);
+            .map_err(|errors| errors.into_iter().flat_map(one).collect::<Vec<_>>())
+            .and_then(|graph| read_graph(graph, file));
+        return graph.map_err(|found| placed(found, |node| in_json(&root, node)));
     }
     read_config(text, file)
+}
+
+/// Findings about a node, with the place of the node.
+fn placed(mut found: Vec<Diagnostic>, place: impl Fn(&str) -> Option<Span>) -> Vec<Diagnostic> {
+    for finding in found.iter_mut().filter(|f| f.labels.is_empty()) {
+        if let Some(span) = finding.node.as_deref().and_then(&place) {
+            *finding = finding.clone().primary(span, "this node");
+        }
+    }
+    found
+}
+
+/// Where IR text defines a node: `%name` at the start of a line.
+fn in_ir(text: &str, node: &str) -> Option<Span> {
+    let mut at = 0;
+    text.split_inclusive('\n').find_map(|line| {
+        let start = at + (line.len() - line.trim_start().len());
+        at += line.len();
+        let (name, _) = line.split_once('=')?;
+        let name = name.trim();
+        (name.strip_prefix('%')?.trim_matches('"') == node).then_some(Span { start, end: start + name.len() })
+    })
+}
+
+/// Where graph JSON names a node.
+fn in_json(root: &Value, node: &str) -> Option<Span> {
+    let ids = root.get("nodes")?.array()?.iter().filter_map(|n| n.get("id"));
+    ids.into_iter().find(|id| id.string() == Some(node)).map(|id| id.span)
 }
 
 /// A model of one block: a graph that was read, checked; `file` names the model.

@@ -50,6 +50,8 @@ pub struct Diagnostic {
     pub message: String,
     /// The file that the labels point into, as the user named it.
     pub file: Option<String>,
+    /// The node that it is about, if it is about one.
+    pub node: Option<String>,
     /// Places, the primary one first.
     pub labels: Vec<Label>,
     /// The next step.
@@ -61,7 +63,16 @@ pub struct Diagnostic {
 impl Diagnostic {
     /// A finding of this severity without places.
     pub fn new(severity: Severity, code: Code, message: impl Into<String>) -> Self {
-        Self { severity, code, message: message.into(), file: None, labels: Vec::new(), help: None, notes: Vec::new() }
+        Self {
+            severity,
+            code,
+            message: message.into(),
+            file: None,
+            node: None,
+            labels: Vec::new(),
+            help: None,
+            notes: Vec::new(),
+        }
     }
 
     /// An error.
@@ -83,6 +94,13 @@ impl Diagnostic {
     #[must_use]
     pub fn primary(mut self, span: Span, text: impl Into<String>) -> Self {
         self.labels.insert(0, Label { span, text: text.into(), primary: true });
+        self
+    }
+
+    /// Says which node it is about; readers of files turn that into a place.
+    #[must_use]
+    pub fn about(mut self, node: &str) -> Self {
+        self.node = Some(node.to_owned());
         self
     }
 

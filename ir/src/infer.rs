@@ -29,7 +29,7 @@ impl OpError {
 
     /// The finding, with the node that it is about.
     pub(crate) fn at(self, name: &str, op: &str) -> Diagnostic {
-        let found = Diagnostic::error(self.code, format!("node `{name}` ({op}): {}", self.message));
+        let found = Diagnostic::error(self.code, format!("node `{name}` ({op}): {}", self.message)).about(name);
         match self.help {
             Some(help) => found.help(help),
             None => found,

@@ -144,7 +144,9 @@ fn outputs(graph: &Graph, whole: bool, found: &mut Vec<Diagnostic>) {
 fn finite_attributes(graph: &Graph, found: &mut Vec<Diagnostic>) {
     for id in graph.ids() {
         if let Err(error) = graph.node(id).op.attributes() {
-            found.push(Diagnostic::error(codes::VALUE, format!("{}: {error}", at(graph, id))));
+            found.push(
+                Diagnostic::error(codes::VALUE, format!("{}: {error}", at(graph, id))).about(&graph.node(id).name),
+            );
         }
     }
 }
@@ -156,7 +158,7 @@ fn stated_types(graph: &Graph, typed: &Graph, found: &mut Vec<Diagnostic>) {
             && stated != computed
         {
             let text = format!("{}: stated as {stated}, it is {computed}", at(graph, id));
-            found.push(Diagnostic::error(codes::TYPE, text));
+            found.push(Diagnostic::error(codes::TYPE, text).about(&graph.node(id).name));
         }
     }
 }
@@ -184,7 +186,7 @@ fn forced_experts(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
                 forced.len(),
                 graph.node(user).name
             );
-            found.push(Diagnostic::error(codes::ON_OFF, text));
+            found.push(Diagnostic::error(codes::ON_OFF, text).about(&graph.node(id).name));
         }
     }
 }
@@ -198,7 +200,7 @@ fn weighted_once(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
             Op::Dispatch(dispatch) if dispatch.weighted && combine.weighted => {
                 let text = format!("{}: `{}` has applied the weights already", at(graph, id), graph.node(node).name);
                 let help = "set `weighted` to false in one of them";
-                found.push(Diagnostic::error(codes::WEIGHTED_TWICE, text).help(help));
+                found.push(Diagnostic::error(codes::WEIGHTED_TWICE, text).about(&graph.node(id).name).help(help));
                 return;
             }
             Op::Experts(_) | Op::Attention(_) => rows = graph.operands(node).first().copied(),
@@ -250,7 +252,7 @@ fn negative_scores(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
             graph.node(*scores).name
         );
         let help = "put a `softmax` or a `sigmoid` in front, or set `fn`";
-        found.push(Diagnostic::warning(codes::NEGATIVE_SCORES, text).help(help));
+        found.push(Diagnostic::warning(codes::NEGATIVE_SCORES, text).about(&graph.node(id).name).help(help));
     }
 }
 
@@ -265,7 +267,7 @@ fn padding(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
         if let Some(output) = graph.outputs.iter().find(|o| o.node == node && o.part == Part::Whole) {
             let text = format!("{}: output `{}` holds padded rows", at(graph, id), output.name);
             let help = "bring the rows back with `slice`";
-            found.push(Diagnostic::error(codes::PAD, text).help(help));
+            found.push(Diagnostic::error(codes::PAD, text).about(&graph.node(id).name).help(help));
             return;
         }
         for user in graph.users(node) {
@@ -315,7 +317,7 @@ fn pads_nothing(graph: &Graph, id: NodeId) -> bool {
 fn kernel_round(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
     if graph.node(id).round.is_some() {
         let text = format!("{}: a kernel rounds inside its body, not outside", at(graph, id));
-        found.push(Diagnostic::error(codes::KERNEL, text));
+        found.push(Diagnostic::error(codes::KERNEL, text).about(&graph.node(id).name));
     }
 }
 
@@ -327,7 +329,7 @@ fn batch_flag(graph: &Graph, found: &mut Vec<Diagnostic>) {
     for id in batch_dependent_nodes(graph) {
         let text = format!("{}: the result of a row depends on the other rows of the batch", at(graph, id));
         let help = "say so with `batch_dependent` on the graph, or use an operation that works row by row";
-        found.push(Diagnostic::error(codes::BATCH, text).help(help));
+        found.push(Diagnostic::error(codes::BATCH, text).about(&graph.node(id).name).help(help));
     }
 }
 
