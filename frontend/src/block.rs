@@ -197,7 +197,7 @@ impl Block {
 
     /// A choice of experts.
     pub(crate) fn select(&mut self, scores: NodeId, rule: SelectRule) -> NodeId {
-        self.graph.add("chosen", Op::Select(Select { rule }), &[scores])
+        self.graph.add("chosen", Op::Select(Select::from(rule)), &[scores])
     }
 
     /// The `k` best.

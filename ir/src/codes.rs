@@ -48,4 +48,5 @@ codes! {
     EXTENT = "I0035": "per-expert sizes that do not match the experts",
     JSON = "I0040": "graph JSON of the wrong structure",
     SIGNATURE = "I0041": "a weight or input whose shape is not known",
+    BEYOND = "I0042": "a form that the op set leaves out by decision",
 }

@@ -28,6 +28,8 @@ impl Graph {
             // The mask comes last.
             Op::Adjust(op) => op.mask && i > 0 && i + 1 == operands.len() && is_repeated(operand, result),
             Op::ProductKey(ProductKey::Tucker { .. }) => i >= 2,
+            // The bound.
+            Op::Select(_) => i == 1,
             Op::ProductKey(ProductKey::Sum { .. } | ProductKey::Scores { .. })
             | Op::Shape(_)
             | Op::Input(_)
@@ -41,7 +43,6 @@ impl Graph {
             | Op::Gather(_)
             | Op::Attention(_)
             | Op::Transport(_)
-            | Op::Select(_)
             | Op::Limit(_)
             | Op::Weigh(_)
             | Op::Override(_)

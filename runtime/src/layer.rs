@@ -7,7 +7,7 @@ use crate::{
     pack::pack,
     tensors::Tensors,
 };
-use moec_abi::{Buffer, BufferKind, Program, format};
+use moec_abi::{Buffer, BufferKind, DType, Program, format};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
@@ -298,6 +298,42 @@ impl Layer {
             if got as u64 != needed {
                 let message = format!("{}: {got} bytes were passed, {tokens} tokens need {needed}", buffer.name);
                 return Err(RuntimeError::new(Code::Argument, message));
+            }
+        }
+        self.check_values(inputs)
+    }
+
+    /// Classes and ids must be such as the layer knows.
+    fn check_values(&self, inputs: &[&[u8]]) -> Result<()> {
+        let program = self.program()?;
+        for domain in &program.domains {
+            let before = program.buffers.iter().take(domain.buffer).filter(|b| is_input(b)).count();
+            let (Some(bytes), Some(buffer)) = (inputs.get(before), program.buffers.get(domain.buffer)) else {
+                continue;
+            };
+            let values: Vec<i64> = match buffer.dtype {
+                DType::I32 => bytes.as_chunks().0.iter().map(|b| i64::from(i32::from_le_bytes(*b))).collect(),
+                DType::I64 => bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect(),
+                DType::F64
+                | DType::F32
+                | DType::Bf16
+                | DType::F16
+                | DType::F8e4m3
+                | DType::F8e5m2
+                | DType::U8
+                | DType::I8 => Vec::new(),
+            };
+            let unknown = |v: &&i64| !domain.ranges.iter().any(|[low, high]| (low..=high).contains(v));
+            let found = values.iter().enumerate().find(|(_, v)| unknown(v));
+            if let Some((at, value)) = found {
+                let ranges: Vec<String> = domain
+                    .ranges
+                    .iter()
+                    .map(|[low, high]| if low == high { low.to_string() } else { format!("{low} to {high}") })
+                    .collect();
+                let message = format!("{}: entry {at} is {value}; {} is needed", buffer.name, domain.what);
+                return Err(RuntimeError::new(Code::Argument, message)
+                    .with_help(format!("the values are {}", ranges.join(", "))));
             }
         }
         Ok(())

@@ -55,6 +55,7 @@ fn program() -> Program {
         prefixes: vec![String::new()],
         code: "k.ptx".into(),
         binary: Some("k.cubin".into()),
+        domains: vec![],
     }
 }
 

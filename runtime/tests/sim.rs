@@ -126,6 +126,7 @@ fn program(bound: u64) -> Program {
         prefixes: vec!["l.".into()],
         code: "k.ptx".into(),
         binary: None,
+        domains: Vec::new(),
     }
 }
 

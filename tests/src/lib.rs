@@ -1,4 +1,9 @@
 //! Tests across crates, and what they share.
 
+pub mod attributes;
+pub mod catalog;
+pub mod forms;
+pub mod gallery;
 pub mod layers;
+pub mod lowering;
 pub mod mutate;

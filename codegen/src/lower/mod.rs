@@ -4,6 +4,7 @@
 //! kernel op one or more launches. What the kernels look like inside is the emitters' business.
 
 mod batch;
+mod domains;
 mod grouped;
 mod memory;
 mod weights;
@@ -78,6 +79,7 @@ pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<Co
     for id in graph.order() {
         lowering.node(id)?;
     }
+    let domains = domains::of_inputs(graph, &lowering.memory);
     let Lowering { memory, slots, launches, kernels, schedules, .. } = lowering;
     let mut failure = None;
     let compiled = session.compile(&options.target, options.keep, |b| {
@@ -108,6 +110,7 @@ pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<Co
         prefixes: options.prefixes.clone(),
         code: format!("kernels/{}.{}.{extension}", graph.name, options.target.name()),
         binary: None,
+        domains,
     };
     Ok(CompiledForm { program, compiled, schedules })
 }

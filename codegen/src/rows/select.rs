@@ -161,12 +161,23 @@ fn score_or<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, id: V<'c>, otherwise: f32) -
 ///
 /// # Errors
 /// The name of the rule, if it needs the whole batch.
-pub(crate) fn select<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, rule: &SelectRule) -> Result<Choice<'c>, &'static str> {
+pub(crate) fn select<'c>(
+    x: &Exec<'_, 'c>,
+    scores: &Row<'c>,
+    rule: &SelectRule,
+    bound: Option<&Row<'c>>,
+) -> Result<Choice<'c>, &'static str> {
     let experts = scores.len();
     // Selection reads scores many times.
     let scores = if matches!(rule, SelectRule::Given { .. }) { scores.clone() } else { scores.clone().stored(x) };
     Ok(match rule {
-        SelectRule::Topk { k } => order(x, &scores, *k).choice(experts),
+        SelectRule::Topk { k } => {
+            let slots = order(x, &scores, *k);
+            if let Some(bound) = bound {
+                first_slots(x, &slots, bound);
+            }
+            slots.choice(experts)
+        }
         SelectRule::Rank { ranks } => {
             let depth = ranks.iter().max().map_or(0, |r| r + 1);
             let ordered = order(x, &scores, depth);
@@ -181,7 +192,7 @@ pub(crate) fn select<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, rule: &SelectRule) 
         SelectRule::All => all(x, &scores),
         SelectRule::Topp { p, strict, max_k } => {
             let n = max_k.unwrap_or(experts).min(experts);
-            prefix_by_mass(x, &scores, n, *p, *strict)
+            prefix_by_mass(x, &scores, n, (*p, bound), *strict)
         }
         SelectRule::Threshold { tau, quantile, strict, max_k, min_k } => {
             let n = max_k.unwrap_or(experts).min(experts);
@@ -206,6 +217,18 @@ pub(crate) fn select<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, rule: &SelectRule) 
     })
 }
 
+/// Empties the slots from a bound on, which is known when the kernel runs.
+fn first_slots<'c>(x: &Exec<'_, 'c>, slots: &Slots, bound: &Row<'c>) {
+    x.each_row(|| {
+        let b = x.b;
+        x.repeat(slots.n, |slot| {
+            let place = b.cast("arith.uitofp", slot, "f32");
+            let open = b.cmpf("olt", place, bound.scalar(x, b.i64(0)));
+            slots.set(x, slot, b.select(open, slots.get(x, slot), b.i64(-1)));
+        });
+    });
+}
+
 /// Every expert that is not -infinity, by rising id.
 fn all<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>) -> Choice<'c> {
     let experts = scores.len();
@@ -228,12 +251,22 @@ fn all<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>) -> Choice<'c> {
 }
 
 /// The shortest prefix of the falling order whose sum passes `p`.
-fn prefix_by_mass<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, n: u64, p: f64, strict: bool) -> Choice<'c> {
+fn prefix_by_mass<'c>(
+    x: &Exec<'_, 'c>,
+    scores: &Row<'c>,
+    n: u64,
+    (p, bound): (f64, Option<&Row<'c>>),
+    strict: bool,
+) -> Choice<'c> {
     let slots = order(x, scores, n);
     x.each_row(|| {
         let b = x.b;
         #[expect(clippy::cast_possible_truncation, reason = "thresholds are f32 in the kernel")]
         let mass = b.f32(p as f32);
+        let mass = bound.map_or(mass, |bound| {
+            let own = bound.scalar(x, b.i64(0));
+            b.select(b.cmpf("olt", own, mass), own, mass)
+        });
         b.for_(b.i64(0), b.i64(c(n)), b.i64(1), &[b.f32(0.0), b.bool(true)], |slot, state| {
             let (sum, open) = (state[0], state[1]);
             let id = slots.get(x, slot);

@@ -231,6 +231,11 @@ impl<'c> Walker<'_, 'c> {
         }
     }
 
+    /// The second operand of a selection that is bounded at run time.
+    fn bound(&self, id: NodeId, is_there: bool) -> Result<Option<Row<'c>>, CodegenError> {
+        if is_there { self.row(id, 1).map(Some) } else { Ok(None) }
+    }
+
     fn choice(&self, id: NodeId, operand: usize) -> Result<Choice<'c>, CodegenError> {
         match self.body.operands(id).get(operand).and_then(|o| self.values.get(o)) {
             Some(Value::Choice(choice)) => Ok(choice.clone()),
@@ -287,7 +292,17 @@ impl<'c> Walker<'_, 'c> {
 
     /// Rounds where the model does, and stores what several ops read.
     fn finish(&self, id: NodeId, value: Value<'c>) -> Value<'c> {
-        let Value::Row(row) = value else { return value };
+        let row = match value {
+            Value::Row(row) => row,
+            Value::Choice(choice) => {
+                let w = match (choice.w, self.body.node(id).round) {
+                    (Some(w), Some(dtype)) => Some(tensor::rounded(&w, dtype).stored(self.x)),
+                    (w, _) => w,
+                };
+                return Value::Choice(Choice { w, ..choice });
+            }
+            Value::Sorted(_) | Value::Spread { .. } | Value::Simple { .. } => return value,
+        };
         let row = match self.body.node(id).round {
             Some(dtype) if !row.ints => tensor::rounded(&row, dtype),
             Some(_) | None => row,
@@ -330,10 +345,12 @@ impl<'c> Walker<'_, 'c> {
             Op::Shape(op) => self.shape(id, op)?,
             Op::Gather(op) => self.gather(id, &op.w)?,
             Op::Adjust(_) => self.adjust(id)?,
-            Op::Select(op) => match select::select(x, &self.row(id, 0)?, &op.rule) {
-                Ok(choice) => Value::Choice(choice),
-                Err(rule) => return self.fail(id, &format!("rule `{rule}` needs the whole batch")),
-            },
+            Op::Select(op) => {
+                match select::select(x, &self.row(id, 0)?, &op.rule, self.bound(id, op.bound)?.as_ref()) {
+                    Ok(choice) => Value::Choice(choice),
+                    Err(rule) => return self.fail(id, &format!("rule `{rule}` needs the whole batch")),
+                }
+            }
             Op::ProductKey(op) => self.product_key(id, op)?,
             Op::Weigh(op) => {
                 let choice = self.choice(id, 0)?;
@@ -674,45 +691,52 @@ impl<'c> Walker<'_, 'c> {
         let input = self.row(id, 0)?;
         let up = self.product(id, &input, &plain(&op.up)?, optional(&op.up_bias)?.as_ref())?;
         let act = op.act.unwrap_or(UnaryFn::Identity);
-        let hidden = if let Some(gate) = optional(&op.gate)? {
-            let gate = self.product(id, &input, &gate, optional(&op.gate_bias)?.as_ref())?;
-            let limit = op.limit.map(|l| tensor::constant(narrow(l)));
-            let clamp = |row: Row<'c>, on: LimitOn| match &limit {
-                Some(l) if op.limit_on == on => tensor::binary(&row, l, BinaryFn::Min),
-                Some(_) | None => row,
-            };
-            let gate = clamp(gate, LimitOn::Gate);
-            let gate = match op.alpha {
-                Some(alpha) => {
-                    let scaled = tensor::binary(&gate, &tensor::constant(narrow(alpha)), BinaryFn::Mul);
-                    tensor::binary(&gate, &tensor::unary(&scaled, UnaryFn::Sigmoid), BinaryFn::Mul)
-                }
-                None => tensor::unary(&gate, act),
-            };
-            let gate = clamp(gate, LimitOn::Act);
-            let up = match op.limit {
-                Some(l) => {
-                    let up = tensor::binary(&up, &tensor::constant(narrow(l)), BinaryFn::Min);
-                    tensor::binary(&up, &tensor::constant(narrow(-l)), BinaryFn::Max)
-                }
-                None => up,
-            };
-            let up = tensor::binary(&up, &tensor::constant(narrow(op.up_add)), BinaryFn::Add);
-            tensor::binary(&gate, &up, BinaryFn::Mul)
-        } else if op.packed {
-            let n = up.shape.last().copied().unwrap_or(0) / 2;
-            let axis = up.shape.len() - 1;
-            let up = up.stored(self.x);
-            let (value, gate) = (tensor::slice(&up, axis, 0, n), tensor::slice(&up, axis, n, 2 * n));
-            tensor::binary(&value, &tensor::unary(&gate, act), BinaryFn::Mul)
-        } else {
-            tensor::unary(&up, act)
+        let halves = match optional(&op.gate)? {
+            Some(gate) => Some((up.clone(), self.product(id, &input, &gate, optional(&op.gate_bias)?.as_ref())?)),
+            None if op.packed => {
+                let n = up.shape.last().copied().unwrap_or(0) / 2;
+                let axis = up.shape.len() - 1;
+                let both = up.clone().stored(self.x);
+                Some((tensor::slice(&both, axis, 0, n), tensor::slice(&both, axis, n, 2 * n)))
+            }
+            None => None,
+        };
+        let hidden = match halves {
+            Some((value, gate)) => gated(op, act, value, gate),
+            None => tensor::unary(&up, act),
         };
         match optional(&op.down)? {
             Some(down) => self.product(id, &hidden, &down, optional(&op.down_bias)?.as_ref()),
             None => Ok(hidden),
         }
     }
+}
+
+/// `act(gate) * (value + up_add)` with the clamps.
+fn gated<'c>(op: &Ffn, act: UnaryFn, value: Row<'c>, gate: Row<'c>) -> Row<'c> {
+    let constant = |v: f64| tensor::constant(narrow(v));
+    let clamp = |row: Row<'c>, on: LimitOn| match op.limit {
+        Some(limit) if op.limit_on == on => tensor::binary(&row, &constant(limit), BinaryFn::Min),
+        Some(_) | None => row,
+    };
+    let gate = clamp(gate, LimitOn::Gate);
+    let gate = match op.alpha {
+        Some(alpha) => {
+            let scaled = tensor::binary(&gate, &constant(alpha), BinaryFn::Mul);
+            tensor::binary(&gate, &tensor::unary(&scaled, UnaryFn::Sigmoid), BinaryFn::Mul)
+        }
+        None => tensor::unary(&gate, act),
+    };
+    let gate = clamp(gate, LimitOn::Act);
+    let value = match op.limit {
+        Some(limit) => {
+            let above = tensor::binary(&value, &constant(limit), BinaryFn::Min);
+            tensor::binary(&above, &constant(-limit), BinaryFn::Max)
+        }
+        None => value,
+    };
+    let value = if op.up_add == 0.0 { value } else { tensor::binary(&value, &constant(op.up_add), BinaryFn::Add) };
+    tensor::binary(&gate, &value, BinaryFn::Mul)
 }
 
 /// A value in global memory that is the same for all rows.

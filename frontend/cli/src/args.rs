@@ -378,6 +378,9 @@ pub(crate) struct List {
     /// What to list
     #[arg(value_enum)]
     pub what: Listed,
+    /// With `families`: research architectures as graphs, in place of model types
+    #[arg(long)]
+    pub systems: bool,
 }
 
 /// What can be listed.

@@ -235,6 +235,12 @@ fn every_list_has_rows_and_every_code_a_page() {
         let done = moec(folder.path(), &format!("list {what}"));
         assert!(done.code == 0 && done.out.lines().count() > 5, "{what}: {}", done.out);
     }
+    let done = moec(folder.path(), "list families --systems");
+    let graphs = std::fs::read_dir(root().join("tests/models/systems")).expect("the gallery");
+    for file in graphs.filter_map(|f| f.ok()?.file_name().to_str()?.strip_suffix(".json").map(str::to_owned)) {
+        assert!(done.out.lines().any(|line| line.starts_with(&format!("{file} "))), "{file} is not listed");
+    }
+    assert!(done.out.contains("MoMa, training (2407.21770)"), "{}", done.out);
     let done = moec(folder.path(), "list codes --format json");
     let list: serde_json::Value = serde_json::from_str(&done.out).expect("JSON");
     let codes = list["rows"].as_array().expect("rows");
@@ -345,6 +351,7 @@ fn wrong_usage_and_the_machine_have_their_own_codes() {
         ("bench config.json --routing often", 2, "uniform, zipf:S"),
         ("verify nowhere", 1, "error[E0314]"),
         ("explain E9999", 2, "there is no code"),
+        ("list ops --systems", 2, "moec list families --systems"),
         ("plan config.json --gpus 8 --cluster abacus", 1, "error[E0404]"),
         ("place file --gpus 2", 1, "error[E0413]"),
         ("frobnicate", 2, "frobnicate"),

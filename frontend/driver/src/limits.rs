@@ -80,6 +80,7 @@ fn layer(
         prefixes: vec![String::new()],
         code: format!("{name}.o"),
         binary: None,
+        domains: Vec::new(),
     };
     let manifest = Manifest {
         schema: SCHEMA,

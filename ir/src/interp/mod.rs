@@ -228,7 +228,7 @@ fn step(op: &Op, operands: &[&Value], graph: &Graph, run: &Run<'_, '_>) -> Step<
         Op::Attention(op) => attention::attention(op, operands),
         Op::Adjust(op) => scores::adjust(op, operands, &w, run.tokens),
         Op::Transport(op) => scores::transport(op, operands),
-        Op::Select(op) => select::select(&op.rule, operands, &ty),
+        Op::Select(op) => select::select(op, operands, &ty),
         Op::ProductKey(op) => product_key::product_key(op, operands, &w, &ty),
         Op::Limit(op) => route::limit(op, operands),
         Op::Weigh(op) => route::weigh(op, operands, &w),

@@ -4,7 +4,10 @@ use super::{
     Failure, RouteValue, Step, Value,
     value::{last_axis, size, tensor},
 };
-use crate::{Type, ops::SelectRule};
+use crate::{
+    Type,
+    ops::{Select, SelectRule},
+};
 use std::cmp::Ordering;
 
 /// Positions by falling score; equal scores by rising position, NaN below every number, -inf last.
@@ -25,7 +28,15 @@ fn allowed(score: f64) -> bool {
     score.is_nan() || score > f64::NEG_INFINITY
 }
 
-pub(super) fn select(rule: &SelectRule, operands: &[&Value], ty: &Type) -> Step<Value> {
+pub(super) fn select(op: &Select, operands: &[&Value], ty: &Type) -> Step<Value> {
+    let bounded;
+    let rule = if op.bound {
+        let bound = tensor(operands, 1)?.floats().first().copied().unwrap_or(f64::NAN);
+        bounded = at_most(&op.rule, bound);
+        &bounded
+    } else {
+        &op.rule
+    };
     let Type::Route(ty) = ty else { return Err(Failure("has no route as result".to_owned())) };
     if let SelectRule::Given { experts } = rule {
         return given(operands, *experts);
@@ -58,6 +69,22 @@ pub(super) fn select(rule: &SelectRule, operands: &[&Value], ty: &Type) -> Step<
         ids.extend(std::iter::repeat_n(-1, slots - chosen.len()));
     }
     Ok(Value::Route(RouteValue { rows: scores.count, slots, experts: ty.experts, ids, weights: None }))
+}
+
+/// The rule with the smaller of its own bound and the one of the run.
+fn at_most(rule: &SelectRule, bound: f64) -> SelectRule {
+    match rule {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bounds are small")]
+        SelectRule::Topk { k } => SelectRule::Topk { k: (*k).min(bound.max(0.0) as u64) },
+        SelectRule::Topp { p, strict, max_k } => SelectRule::Topp { p: p.min(bound), strict: *strict, max_k: *max_k },
+        SelectRule::Rank { .. }
+        | SelectRule::All
+        | SelectRule::Threshold { .. }
+        | SelectRule::GroupTopk { .. }
+        | SelectRule::GroupLimited { .. }
+        | SelectRule::ExpertChoice { .. }
+        | SelectRule::Given { .. } => rule.clone(),
+    }
 }
 
 /// Experts of one row, before forbidden ones are left out.

@@ -4,10 +4,14 @@
 //! operands of the graph. A `loop` is unrolled. Shapes come from a [`Signature`] or from the JSON's
 //! own `tensors` and `inputs`, which [`write_graph`] always writes.
 
+mod about;
+mod beyond;
 mod read;
 mod signature;
+mod strict;
 mod write;
 
+pub use about::{About, Work};
 pub use read::{read_graph, read_value};
 pub use signature::{Signature, TensorShape};
 pub use write::write_graph;
@@ -34,6 +38,7 @@ pub(crate) fn named_operands(op: &str, tucker: bool) -> &'static [Named] {
     match op {
         "adjust" => const { &[plain("class"), flagged("mask")] },
         "override" => const { &[plain("when")] },
+        "select" => const { &[flagged("bound")] },
         "weigh" => const { &[flagged("drop_rows"), flagged("keep_rows")] },
         "attention" => const { &[plain("blocks")] },
         "product_key" if tucker => const { &[plain("k1"), plain("k2")] },

@@ -1,6 +1,6 @@
 //! Graph JSON to graph.
 
-use super::{FORMAT, Signature, TensorShape, named_operands};
+use super::{About, FORMAT, Signature, TensorShape, beyond, named_operands, strict::Strict};
 use crate::{
     DType, Diagnostic, Graph, NodeId, Op, Part, TensorType, Type, WeightSpec, codes,
     infer::{OpError, OpResult},
@@ -22,7 +22,7 @@ const MAX_DEPTH: usize = 64;
 /// # Errors
 /// What is wrong, with the node's id.
 pub fn read_graph(text: &str, signature: &Signature) -> Result<Graph, Vec<Diagnostic>> {
-    let value: Value = serde_json::from_str(text)
+    let Strict(value) = serde_json::from_str(text)
         .map_err(|e| vec![Diagnostic::error(codes::JSON, format!("the text is not JSON: {e}"))])?;
     read_value(&value, signature)
 }
@@ -54,6 +54,7 @@ pub fn read_value(value: &Value, signature: &Signature) -> Result<Graph, Vec<Dia
     reader.add_weights()?;
     let mut graph = reader.finish(&file.outputs)?;
     graph.infer()?;
+    rounds(&graph)?;
     bare_routes(&mut graph, &file.outputs);
     Ok(graph)
 }
@@ -64,6 +65,8 @@ struct File {
     format: String,
     #[serde(default)]
     name: Option<String>,
+    #[serde(default, rename = "about")]
+    _about: Option<About>,
     #[serde(default)]
     batch_dependent: bool,
     nodes: Vec<Map<String, Value>>,
@@ -181,10 +184,21 @@ impl Reader<'_> {
     fn node(&mut self, node: &Map<String, Value>, id: &str, op: &str, pass: Option<&str>) -> OpResult<NodeId> {
         if op == "input" || !Op::NAMES.contains(&op) {
             let error = OpError::new(codes::UNKNOWN_OP, format!("there is no operation `{op}`"));
+            if let Some((why, instead)) = beyond::operation(op) {
+                return Err(OpError::new(codes::BEYOND, format!("{}: {why}", error.message)).help(instead));
+            }
             return Err(match nearest(op, Op::NAMES.iter().copied().chain(["loop"])) {
                 Some(near) => error.help(format!("the nearest name is `{near}`")),
                 None => error,
             });
+        }
+        for (key, value) in node {
+            if let Some((key, why, instead)) = beyond::attribute(op, key, value) {
+                return Err(OpError::new(codes::BEYOND, format!("`{key}`: {why}")).help(instead));
+            }
+            if has_null(value) {
+                return Err(attribute(format!("`{key}` is null or holds a null, leave it out instead")));
+            }
         }
         let mut attributes = node.clone();
         attributes.retain(|key, _| !matches!(key.as_str(), "id" | "op" | "in" | "round"));
@@ -352,6 +366,32 @@ fn split(source: &str) -> (&str, Option<Part>) {
     }
 }
 
+/// `round` stands on values that hold numbers, with a type that they can be rounded to.
+fn rounds(graph: &Graph) -> Findings<()> {
+    let mut found = Vec::new();
+    for id in graph.order() {
+        let node = graph.node(id);
+        let Some(dtype) = node.round else { continue };
+        let numbers = match &node.ty {
+            Some(Type::Tensor(ty)) => ty.dtype.is_float(),
+            Some(Type::Route(route)) => route.weighted,
+            Some(Type::Ragged(_)) | None => true,
+            Some(Type::Plan(_)) => false,
+        };
+        if !numbers {
+            found.push(
+                attribute("`round`: the value holds no numbers to round".to_owned()).at(&node.name, node.op.name()),
+            );
+        }
+        if !matches!(dtype, DType::F32 | DType::Bf16 | DType::F16) {
+            let text =
+                format!("`round`: {} is no type that values are rounded to; f32, bf16 and f16 are", dtype.name());
+            found.push(attribute(text).at(&node.name, node.op.name()));
+        }
+    }
+    if found.is_empty() { Ok(()) } else { Err(found) }
+}
+
 /// An output that names a route alone means its weights.
 fn bare_routes(graph: &mut Graph, outputs: &IndexMap<String, String>) {
     for at in 0..graph.outputs.len() {
@@ -382,6 +422,16 @@ fn check_pairs(op: &str, node: &Map<String, Value>) -> OpResult<()> {
     match pairs.iter().find(|(a, b)| node.contains_key(*a) && !node.contains_key(*b)) {
         Some((a, b)) => Err(attribute(format!("`{a}` needs `{b}`"))),
         None => Ok(()),
+    }
+}
+
+/// Whether a value is null or has one inside.
+fn has_null(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(items) => items.iter().any(has_null),
+        Value::Object(map) => map.values().any(has_null),
+        Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
     }
 }
 

@@ -49,6 +49,9 @@ impl Attention {
             return Err(misfit());
         }
         if let (Some(route), Some(block)) = (blocks, self.block) {
+            if !self.causal {
+                return Err(OpError::new(codes::ATTRIBUTE, "attention over chosen blocks is always causal"));
+            }
             if block == 0 {
                 return Err(OpError::new(codes::VALUE, "`block` is 0, at least one key is needed"));
             }

@@ -108,6 +108,11 @@ impl Ffn {
         if self.act.is_none() && self.alpha.is_none() {
             return wrong("`act` is missing");
         }
+        if self.alpha.is_some() && self.act.is_some_and(|act| act != UnaryFn::Silu) {
+            return wrong(
+                "`alpha` makes the activation `g * sigmoid(alpha g)`, another `act` has no meaning beside it",
+            );
+        }
         if self.gate.is_none() && self.gate_bias.is_some() {
             return wrong("`gate_bias` goes with `gate`");
         }

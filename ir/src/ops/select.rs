@@ -1,6 +1,6 @@
 //! Choice of experts.
 
-use super::{is_yes, yes};
+use super::{is_default, is_yes, yes};
 use crate::{
     RouteType, Type, codes,
     infer::{Cx, OpError, OpResult, arity, overflow, sizes, want_known, want_rows, want_tensor},
@@ -11,11 +11,23 @@ use serde::{Deserialize, Serialize};
 ///
 /// Equal scores go to the lower expert. NaN ranks below every number. A score of -inf is never
 /// selected, so fewer slots may be filled; empty slots hold -1 and come last.
+///
+/// With `bound` a second operand `[1]` says at run time how many slots `topk` fills (an integer), or which mass
+/// `topp` gathers; the attribute is the largest value: the smaller of both counts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
 pub struct Select {
+    /// Whether a second operand bounds `k` or `p` at run time.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub bound: bool,
     /// Which experts are taken.
+    #[serde(flatten)]
     pub rule: SelectRule,
+}
+
+impl From<SelectRule> for Select {
+    fn from(rule: SelectRule) -> Self {
+        Self { bound: false, rule }
+    }
 }
 
 /// Selection rules.
@@ -103,13 +115,43 @@ pub enum SelectRule {
 
 impl Select {
     pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
-        let [scores] = arity(operands)?;
+        let scores = if self.bound {
+            let [scores, bound] = arity(operands)?;
+            self.check_bound(bound)?;
+            scores
+        } else {
+            let [scores] = arity(operands)?;
+            scores
+        };
         if let SelectRule::Given { experts } = self.rule {
             return given(scores, experts);
         }
         let (rows, experts) = want_rows(scores, "the scores")?;
         let slots = self.rule.slots(experts)?;
         Ok(Type::Route(RouteType { rows: rows.clone(), slots, experts, weighted: false }))
+    }
+
+    /// The bound is one number, and the rule has one to bound.
+    fn check_bound(&self, bound: &Type) -> OpResult<()> {
+        let bound = want_tensor(bound, "the bound")?;
+        let floats = match self.rule {
+            SelectRule::Topk { .. } => false,
+            SelectRule::Topp { .. } => true,
+            SelectRule::Rank { .. }
+            | SelectRule::All
+            | SelectRule::Threshold { .. }
+            | SelectRule::GroupTopk { .. }
+            | SelectRule::GroupLimited { .. }
+            | SelectRule::ExpertChoice { .. }
+            | SelectRule::Given { .. } => {
+                return Err(OpError::new(codes::ATTRIBUTE, "`bound` goes with the rules `topk` and `topp`"));
+            }
+        };
+        if bound.shape == [crate::Dim::Const(1)] && bound.dtype.is_float() == floats {
+            return Ok(());
+        }
+        let kind = if floats { "a float" } else { "an integer" };
+        Err(OpError::new(codes::SHAPE, format!("the bound is {bound}, {kind} [1] is needed")))
     }
 }
 

@@ -216,6 +216,20 @@ pub struct Program {
     pub code: String,
     /// Ahead-of-time binary for the target, if one was made (cubin), relative.
     pub binary: Option<String>,
+    /// What inputs of integers may hold; a runtime that sees the values refuses others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<Domain>,
+}
+
+/// Values that an input of integers may hold: classes that have experts, ids of a table, experts of a route.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Domain {
+    /// Index into [`Program::buffers`].
+    pub buffer: usize,
+    /// Node that reads the values, and what they are to it.
+    pub what: String,
+    /// Ranges of allowed values, first and last, by rising values.
+    pub ranges: Vec<[i64; 2]>,
 }
 
 /// Everything about an artefact.

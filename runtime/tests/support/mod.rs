@@ -80,6 +80,7 @@ pub fn program(target: &str) -> Program {
         prefixes: vec!["l3.".into(), "l5.".into()],
         code: "kernels/tiny.o".into(),
         binary: None,
+        domains: Vec::new(),
     }
 }
 

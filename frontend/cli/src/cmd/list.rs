@@ -10,13 +10,19 @@ use crate::{
 };
 use moec::{
     Target,
-    ir::Op,
+    ir::{Op, json::About},
     runtime::{Cpu, Device as _, Sim},
 };
 use serde_json::json;
 
+/// The graph files of the gallery.
+const SYSTEMS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/systems.rs"));
+
 /// Prints a table of names and remarks.
 pub(crate) fn run(cx: &Context, args: &List) -> Result<(), Failure> {
+    if args.systems {
+        return systems(cx, args.what);
+    }
     let (key, rows): (&str, Vec<(String, String)>) = match args.what {
         Listed::Targets => ("target", targets()),
         Listed::Passes => {
@@ -41,6 +47,35 @@ pub(crate) fn run(cx: &Context, args: &List) -> Result<(), Failure> {
     let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     let lines: String =
         rows.iter().map(|(name, about)| format!("{}\n", format!("{name:<width$}  {about}").trim_end())).collect();
+    cx.result(lines)
+}
+
+/// Research architectures: name, works with their arXiv ids, what is special.
+fn systems(cx: &Context, what: Listed) -> Result<(), Failure> {
+    if what != Listed::Families {
+        return Err(Failure::Usage("`--systems` goes with families: `moec list families --systems`".into()));
+    }
+    let rows: Vec<(&str, About)> = SYSTEMS.iter().filter_map(|(name, text)| Some((*name, About::of(text)?))).collect();
+    if cx.is_json() {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|(name, about)| json!({"system": name, "special": about.special, "works": about.works}))
+            .collect();
+        return cx.json(&json!({"schema": 1, "rows": rows}));
+    }
+    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    let mut lines = String::new();
+    for (name, about) in &rows {
+        let works: Vec<String> = about
+            .works
+            .iter()
+            .map(|w| if w.arxiv.is_empty() { w.name.clone() } else { format!("{} ({})", w.name, w.arxiv.join(", ")) })
+            .collect();
+        lines += &format!("{name:<width$}  {}\n", about.special);
+        if !works.is_empty() {
+            lines += &format!("{:width$}  {}\n", "", works.join("; "));
+        }
+    }
     cx.result(lines)
 }
 

@@ -1,0 +1,36 @@
+//! Why a change may rightly show in no result.
+
+use super::{Mutant, same_graph};
+use moec_ir::Graph;
+
+/// A rule by which a change has no effect whatever the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// The value is the default, or means the same: both graphs are equal.
+    SameGraph,
+    /// A permission, which changes no value.
+    Permission,
+    /// Another change of the same attribute of the same operation does show.
+    Inactive,
+    /// `bits` says how codes are stored; it changes no value.
+    Storage,
+    /// `strict` counts where a score meets its bound exactly, which random data never do. `tests/properties.rs` has
+    /// such data.
+    Tie,
+    /// `min_k` counts where no score passes. `tests/properties.rs` has such data.
+    Floor,
+}
+
+/// The rule that holds for a change, if one does.
+pub(super) fn reason(before: &Graph, after: &Graph, mutant: &Mutant) -> Option<Reason> {
+    if mutant.attribute == "batch_dependent" && mutant.node.is_empty() {
+        return Some(Reason::Permission);
+    }
+    match mutant.attribute.as_str() {
+        "bits" => return Some(Reason::Storage),
+        "strict" => return Some(Reason::Tie),
+        "min_k" => return Some(Reason::Floor),
+        _ => {}
+    }
+    same_graph(before, after).then_some(Reason::SameGraph)
+}

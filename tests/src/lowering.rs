@@ -1,0 +1,219 @@
+//! What a composed form costs beside the same layer written as one plain mixture.
+
+use crate::{
+    forms::{EXPERTS, Form, INNER, TOP_K, WIDTH, networks, plain},
+    gallery::{Compiled, Data, Numbers, data, run},
+};
+use moec::{
+    Target, host_target,
+    runtime::{Cpu, Sim},
+};
+use moec_ir::Graph;
+use moec_sim::Counts;
+use serde_json::json;
+use std::{fmt::Write as _, sync::Arc, time::Instant};
+
+/// Tokens of a run.
+pub const TOKENS: u64 = 32;
+
+/// A form and what it is held against.
+pub struct Pair {
+    /// What is special about the composed form.
+    pub name: &'static str,
+    /// The composed form.
+    pub composed: Form,
+    /// The same arithmetic as a plain layer.
+    pub plain: Form,
+}
+
+/// Forms whose arithmetic is that of a plain layer.
+pub fn pairs() -> Vec<Pair> {
+    let pair = |name, composed, plain| Pair { name, composed, plain };
+    let base = || Form::new(WIDTH);
+    let glu = |form: Form| form.networks(WIDTH, json!(INNER)).mixture(json!([networks([0, EXPERTS])]));
+    let router =
+        |form: Form| form.tensor("router", json!([EXPERTS, WIDTH])).node("l", "linear", &["x"], json!({"w": "router"}));
+    vec![
+        pair(
+            "bank in two parts",
+            base()
+                .router(EXPERTS, TOP_K, WIDTH)
+                .networks(WIDTH, json!(INNER))
+                .mixture(json!([networks([0, 3]), networks([3, EXPERTS])])),
+            plain(),
+        ),
+        pair(
+            "widths given per expert",
+            base()
+                .router(EXPERTS, TOP_K, WIDTH)
+                .networks(WIDTH, json!(vec![INNER; 8]))
+                .mixture(json!([networks([0, EXPERTS])])),
+            plain(),
+        ),
+        pair(
+            "logits rewired by a vector",
+            glu(router(base())
+                .tensor("delta", json!([EXPERTS]))
+                .node("a", "adjust", &["l"], json!({"add": "delta"}))
+                .node("s", "softmax", &["a"], json!({}))
+                .node("q", "select", &["s"], json!({"rule": "topk", "k": TOP_K}))
+                .node("r", "weigh", &["q", "s"], json!({"norm": "sum"}))),
+            plain(),
+        ),
+        pair(
+            "the same number from every group",
+            glu(router(base())
+                .node("s", "softmax", &["l"], json!({}))
+                .node("q", "select", &["s"], json!({"rule": "group_topk", "groups": TOP_K, "k": 1}))
+                .node("r", "weigh", &["q", "s"], json!({"norm": "sum"}))),
+            plain(),
+        ),
+        pair(
+            "softmax over the selected logits",
+            glu(router(base()).node("q", "select", &["l"], json!({"rule": "topk", "k": TOP_K})).node(
+                "r",
+                "weigh",
+                &["q", "l"],
+                json!({"fn": "softmax"}),
+            )),
+            plain(),
+        ),
+        pair(
+            "slices of one dense network",
+            base()
+                .router(EXPERTS, TOP_K, WIDTH)
+                .tensor("gate", json!([EXPERTS * INNER, WIDTH]))
+                .tensor("up", json!([EXPERTS * INNER, WIDTH]))
+                .tensor("down", json!([WIDTH, EXPERTS * INNER]))
+                .mixture(json!([{"ids": [0, EXPERTS], "kind": "ffn", "act": "silu",
+                    "gate": {"slice": "gate", "axis": 0, "n": EXPERTS}, "up": {"slice": "up", "axis": 0, "n": EXPERTS},
+                    "down": {"slice": "down", "axis": 1, "n": EXPERTS}}])),
+            plain(),
+        ),
+        pair(
+            "index sets over one pool",
+            base()
+                .router(EXPERTS, TOP_K, WIDTH)
+                .tensor("gate", json!([2 * INNER, WIDTH]))
+                .tensor("up", json!([2 * INNER, WIDTH]))
+                .tensor("down", json!([WIDTH, 2 * INNER]))
+                .typed("ids.{e}", "i32", json!([INNER]))
+                .mixture(json!([{"ids": [0, EXPERTS], "kind": "ffn", "act": "silu",
+                    "gate": {"take": "gate", "ids": "ids.{e}", "axis": 0},
+                    "up": {"take": "up", "ids": "ids.{e}", "axis": 0},
+                    "down": {"take": "down", "ids": "ids.{e}", "axis": 1}}])),
+            plain(),
+        ),
+        pair(
+            "null experts that nobody uses",
+            base()
+                .router(EXPERTS, TOP_K, WIDTH)
+                .networks(WIDTH, json!(INNER))
+                .tensor("wider", json!([EXPERTS + 4, WIDTH]))
+                .node("l2", "linear", &["x"], json!({"w": "wider"}))
+                .node("s2", "softmax", &["l2"], json!({}))
+                .node("a2", "adjust", &["s2"], json!({"off": [8, 9, 10, 11]}))
+                .node("q2", "select", &["a2"], json!({"rule": "topk", "k": TOP_K}))
+                .node("r2", "weigh", &["q2", "s2"], json!({"norm": "sum"}))
+                .node("d", "dispatch", &["x", "r2"], json!({}))
+                .node(
+                    "e",
+                    "experts",
+                    &["d"],
+                    json!({"bank": [networks([0, EXPERTS]), {"ids": [8, 12], "kind": "zero"}]}),
+                )
+                .node("y", "combine", &["e", "r2"], json!({}))
+                .output("output", "y"),
+            plain(),
+        ),
+        pair(
+            "weights on the experts' inputs",
+            {
+                let form = base().router(EXPERTS, TOP_K, WIDTH).networks(WIDTH, json!(INNER));
+                form.node("d", "dispatch", &["x", "r"], json!({"weighted": true}))
+                    .node("e", "experts", &["d"], json!({"bank": [networks([0, EXPERTS])]}))
+                    .node("y", "combine", &["e", "r"], json!({"weighted": false}))
+                    .output("output", "y")
+            },
+            plain(),
+        ),
+        pair(
+            "a loop of one pass",
+            {
+                base()
+                    .tensor("router.0", json!([EXPERTS, WIDTH]))
+                    .networks(WIDTH, json!(INNER))
+                    .node(
+                        "y",
+                        "loop",
+                        &[],
+                        json!({"n": 1, "carry": "x", "next": "c", "body": [
+                    {"id": "l", "op": "linear", "in": ["x"], "w": "router.{i}"},
+                    {"id": "s", "op": "softmax", "in": ["l"]},
+                    {"id": "q", "op": "select", "in": ["s"], "rule": "topk", "k": TOP_K},
+                    {"id": "r", "op": "weigh", "in": ["q", "s"], "norm": "sum"},
+                    {"id": "d", "op": "dispatch", "in": ["x", "r"]},
+                    {"id": "e", "op": "experts", "in": ["d"], "bank": [networks([0, EXPERTS])]},
+                    {"id": "c", "op": "combine", "in": ["e", "r"]}]}),
+                    )
+                    .output("output", "y")
+            },
+            plain(),
+        ),
+    ]
+}
+
+/// What a layer does on the simulator, and its launches.
+///
+/// # Panics
+/// When it does not compile or run.
+pub fn counts(graph: &Graph, target: Target, data: &Data) -> (Counts, usize) {
+    let sim = Arc::new(Sim::new(moec_sim::Options { check: false, ..moec_sim::Options::default() }));
+    let compiled = Compiled::new(graph, target, Arc::clone(&sim) as _).unwrap_or_else(|e| panic!("{e}"));
+    let layer = compiled.layer(data).unwrap_or_else(|e| panic!("{e}"));
+    run(&layer, data).unwrap_or_else(|e| panic!("{e}"));
+    (sim.take_counts().total, compiled.program().launches.len())
+}
+
+/// Median seconds of a call on one core.
+///
+/// # Panics
+/// When it does not compile or run.
+pub fn seconds(graph: &Graph, data: &Data) -> f64 {
+    let compiled = Compiled::new(graph, host_target(), Arc::new(Cpu::new(1))).unwrap_or_else(|e| panic!("{e}"));
+    let layer = compiled.layer(data).unwrap_or_else(|e| panic!("{e}"));
+    let mut times: Vec<f64> = (0..101)
+        .map(|_| {
+            let start = Instant::now();
+            run(&layer, data).unwrap_or_else(|e| panic!("{e}"));
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// The table of counts, as it stands in `docs/lowering.md`.
+pub fn table() -> String {
+    let mut table = String::from(
+        "| form | instructions | of plain | bytes | of plain | launches | plain |\n| --- | --- | --- | --- | --- | --- | --- |\n",
+    );
+    for pair in pairs() {
+        let of = |form: &Form| {
+            let graph = form.graph();
+            counts(&graph, Target::Sm80, &data(&graph, TOKENS, 1, Numbers::Small))
+        };
+        let ((c, launches), (p, plain_launches)) = (of(&pair.composed), of(&pair.plain));
+        let bytes = |c: &Counts| c.global_bytes_read + c.global_bytes_written;
+        let _ = writeln!(
+            table,
+            "| {} | {} | {:.3} | {} | {:.3} | {launches} | {plain_launches} |",
+            pair.name,
+            c.warp_instructions,
+            c.warp_instructions as f64 / p.warp_instructions as f64,
+            bytes(&c),
+            bytes(&c) as f64 / bytes(&p) as f64,
+        );
+    }
+    table
+}

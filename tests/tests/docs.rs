@@ -1,0 +1,33 @@
+//! Pages that are made from the code say what the code does. `MOEC_BLESS=1` writes them anew.
+
+use moec_tests::{catalog, gallery::files};
+use std::path::Path;
+
+/// The page must be what the file holds.
+fn kept(name: &str, page: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
+    if std::env::var_os("MOEC_BLESS").is_some() {
+        std::fs::create_dir_all(path.parent().expect("docs is a folder")).expect("the folder can be made");
+        std::fs::write(&path, page).expect("the page can be written");
+        return;
+    }
+    let held = std::fs::read_to_string(&path).expect("run with MOEC_BLESS=1 first");
+    let differs = held.lines().zip(page.lines()).find(|(a, b)| a != b);
+    assert!(held == page, "docs/{name} is not what the code says; MOEC_BLESS=1 writes it anew\n{differs:?}");
+}
+
+#[test]
+fn systems() {
+    kept("systems.md", &catalog::page());
+}
+
+#[test]
+fn every_graph_names_its_file_and_says_what_is_special() {
+    for path in files("models/systems", "json") {
+        let text = std::fs::read_to_string(&path).expect("the file can be read");
+        let about = moec_ir::json::About::of(&text).unwrap_or_else(|| panic!("{} has no `about`", path.display()));
+        assert!(!about.special.is_empty() && !about.special.ends_with('.'), "{}", path.display());
+        let value: serde_json::Value = serde_json::from_str(&text).expect("the file is JSON");
+        assert_eq!(value["name"], moec_tests::gallery::stem(&path), "the name of a graph is that of its file");
+    }
+}
