@@ -56,7 +56,9 @@ fn network(graph: &mut Graph, id: NodeId, ffn: &Ffn, cx: &PassCx<'_>) -> bool {
     graph.set_round(out, round);
     graph.replace_uses(id, out);
     graph.remove(id);
-    outline(graph, up, cx) && outline(graph, out, cx)
+    let first = outline(graph, up, cx);
+    // The second product reads what the first kernel gives, whose type is not known yet.
+    first && graph.infer().is_ok() && outline(graph, out, cx)
 }
 
 fn outline(graph: &mut Graph, id: NodeId, cx: &PassCx<'_>) -> bool {
