@@ -12,6 +12,8 @@ pub enum Reason {
     Permission,
     /// Another change of the same attribute of the same operation does show.
     Inactive,
+    /// `base_id` of experts without weights, which have no names to count in.
+    NoWeights,
     /// `bits` says how codes are stored; it changes no value.
     Storage,
     /// `strict` counts where a score meets its bound exactly, which random data never do. `tests/properties.rs` has
@@ -27,6 +29,9 @@ pub(super) fn reason(before: &Graph, after: &Graph, mutant: &Mutant) -> Option<R
         return Some(Reason::Permission);
     }
     match mutant.attribute.as_str() {
+        "base_id" if mutant.place.ends_with("identity bank base_id") || mutant.place.ends_with("zero bank base_id") => {
+            return Some(Reason::NoWeights);
+        }
         "bits" => return Some(Reason::Storage),
         "strict" => return Some(Reason::Tie),
         "min_k" => return Some(Reason::Floor),
