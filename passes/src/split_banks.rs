@@ -67,7 +67,9 @@ fn find(graph: &Graph, id: NodeId) -> Option<Mixed> {
     let (users, dispatch) = (graph.users(id), *graph.operands(id).first()?);
     let [combine] = users[..] else { return None };
     let between = matches!(graph.node(dispatch).op, Op::Dispatch(_)) && !graph.is_output(id);
-    let mixed = ways.len() > 1 || ways.contains(&Way::Film);
+    // Inner activations beside whole rows are padded to the row: apart, the widths would differ.
+    let padded = op.bank.iter().any(|p| matches!(&p.kind, PartKind::Ffn(ffn) if ffn.down.is_none()));
+    let mixed = ways.len() > 1 && !padded || ways.contains(&Way::Film);
     (mixed && between && matches!(graph.node(combine).op, Op::Combine(_))).then_some(Mixed {
         dispatch,
         experts: id,

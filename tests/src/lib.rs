@@ -3,6 +3,7 @@
 pub mod attributes;
 pub mod catalog;
 pub mod forms;
+pub mod fuzz;
 pub mod gallery;
 pub mod layers;
 pub mod lowering;

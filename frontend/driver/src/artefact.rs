@@ -102,10 +102,13 @@ impl Artefact {
         let all = self.files.iter().map(|(name, content)| (name.as_str(), content.as_slice()));
         for (name, content) in all.chain([("manifest.json", manifest.as_bytes())]) {
             let path: PathBuf = scratch.path().join(name);
-            if let Some(parent) = path.parent() {
-                fs::create_dir_all(parent).map_err(|e| files::failure("create", parent, &e))?;
-            }
-            files::write_new(&path, content).map_err(|e| files::failure("write", folder, &e))?;
+            let write = || {
+                if let Some(parent) = path.parent() {
+                    fs::create_dir_all(parent).map_err(|e| files::failure("create", parent, &e))?;
+                }
+                files::write_new(&path, content).map_err(|e| files::failure("write", folder, &e))
+            };
+            files::step(write)?;
             bytes += content.len() as u64;
         }
         scratch.replace(folder)?;

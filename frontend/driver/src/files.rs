@@ -15,13 +15,21 @@ use std::{
 /// Paths that exist only until they are renamed.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Takes away what is unfinished: for a process that is about to end.
+/// Takes away what is unfinished: for a process that is about to end. Threads that write stop at their next step.
 pub fn remove_unfinished() {
-    let paths = std::mem::take(&mut *UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner));
-    for path in paths {
+    let paths = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+    for path in &*paths {
         // There is nobody to tell.
-        let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     }
+    // Never given back: nothing is written from here on.
+    std::mem::forget(paths);
+}
+
+/// One change of what is on disk; an end of the process waits for it, or comes before it.
+pub(crate) fn step<R>(change: impl FnOnce() -> R) -> R {
+    let _unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+    change()
 }
 
 /// What the system said, with our code.
@@ -78,9 +86,8 @@ pub fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
         return Err(Error::machine(Code("E0602"), message, "name a file"));
     }
     let place = unfinished(path)?;
-    let result = write_new(&place, content)
-        .map_err(|e| failure("write", path, &e))
-        .and_then(|()| fs::rename(&place, path).map_err(|e| failure("write", path, &e)));
+    let result = step(|| write_new(&place, content).and_then(|()| fs::rename(&place, path)))
+        .map_err(|e| failure("write", path, &e));
     finished(&place);
     if result.is_err() {
         let _ = fs::remove_file(&place);
@@ -113,9 +120,12 @@ impl Scratch {
     /// A folder that can become `folder`.
     pub(crate) fn beside(folder: &Path) -> Result<Self, Error> {
         let place = unfinished(folder)?;
-        // A process of the same number may have died here.
-        let _ = fs::remove_dir_all(&place);
-        match fs::create_dir(&place) {
+        let create = || {
+            // A process of the same number may have died here.
+            let _ = fs::remove_dir_all(&place);
+            fs::create_dir(&place)
+        };
+        match step(create) {
             Ok(()) => Ok(Self(place)),
             Err(error) => {
                 finished(&place);
@@ -130,6 +140,10 @@ impl Scratch {
 
     /// Puts the folder where it belongs.
     pub(crate) fn replace(self, folder: &Path) -> Result<(), Error> {
+        step(|| self.exchange(folder))
+    }
+
+    fn exchange(&self, folder: &Path) -> Result<(), Error> {
         let old = self.0.with_extension("old");
         // Another process may put its own there between the two steps: then once more.
         for _ in 0..100 {

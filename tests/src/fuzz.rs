@@ -1,0 +1,185 @@
+//! Everything that reads what users give: whatever the bytes are, it answers and does not panic.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// A reader and what it reads.
+pub struct Target {
+    /// Name.
+    pub name: &'static str,
+    /// Reads bytes; what it answers does not matter.
+    pub read: fn(&[u8]),
+    /// What the paths of the files to start from contain.
+    pub seeds: &'static [&'static str],
+    /// What of a file to start from.
+    part: fn(Vec<u8>) -> Vec<u8>,
+}
+
+/// All readers.
+pub const TARGETS: [Target; 5] = [
+    Target { name: "config", read: |bytes| model(bytes, "config.json"), seeds: &["/config.json"], part: |file| file },
+    Target {
+        name: "graph",
+        read: |bytes| model(bytes, "layer.json"),
+        seeds: &["systems/", ".json"],
+        part: |file| file,
+    },
+    Target { name: "ir", read: |bytes| model(bytes, "layer.moe"), seeds: &[".moe"], part: |file| file },
+    Target { name: "safetensors", read: tensors, seeds: &["goldens-systems/", ".safetensors"], part: |file| file },
+    Target { name: "ptx", read: ptx, seeds: &["ptx-cases/", ".safetensors"], part: source },
+];
+
+/// Reads a model, and runs the passes over what is one.
+fn model(bytes: &[u8], file: &str) {
+    if let Ok(source) = moec::read::bytes(bytes, file) {
+        for form in source.model.forms.iter().take(2) {
+            let mut graph = form.graph.clone();
+            moec::passes::run(&mut graph, false).expect("a valid graph stays valid");
+        }
+    }
+}
+
+fn tensors(bytes: &[u8]) {
+    use moec::runtime::Tensors as _;
+    if let Ok(file) = moec::runtime::SafetensorsBytes::new(bytes) {
+        for name in file.names() {
+            file.find(&name);
+        }
+    }
+}
+
+/// The PTX of a case.
+fn source(file: Vec<u8>) -> Vec<u8> {
+    let metadata = safetensors::SafeTensors::read_metadata(&file).ok();
+    let fields = metadata.as_ref().and_then(|(_, m)| m.metadata().as_ref());
+    fields.and_then(|m| m.get("ptx")).map_or(file.clone(), |ptx| ptx.clone().into_bytes())
+}
+
+fn ptx(bytes: &[u8]) {
+    // What it refuses, it refuses with a line.
+    let _ = moec_sim::Module::parse(&String::from_utf8_lossy(bytes));
+}
+
+/// Draws bytes that are nearly right.
+pub struct Draw {
+    state: u64,
+    seeds: Vec<Vec<u8>>,
+}
+
+impl Draw {
+    /// Starts from the files of a target.
+    pub fn new(target: &Target, seed: u64) -> Self {
+        let mut files = Vec::new();
+        walk(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../passes/tests"), &mut files);
+        walk(Path::new(env!("CARGO_MANIFEST_DIR")), &mut files);
+        let wanted = |path: &&PathBuf| {
+            let path = path.to_string_lossy();
+            target.seeds.iter().all(|part| path.contains(part))
+        };
+        let mut seeds: Vec<Vec<u8>> =
+            files.iter().filter(wanted).filter_map(|p| fs::read(p).ok()).map(target.part).collect();
+        seeds.retain(|s| s.len() < 1 << 17);
+        assert!(!seeds.is_empty(), "{} has no seeds", target.name);
+        Self { state: seed, seeds }
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.state >> 33) as usize % n.max(1)
+    }
+
+    /// The next bytes: a seed with one to four changes.
+    pub fn bytes(&mut self) -> Vec<u8> {
+        /// What breaks readers.
+        const WORDS: [&str; 24] = [
+            "0",
+            "-1",
+            "1e999",
+            "18446744073709551615",
+            "9223372036854775808",
+            "null",
+            "true",
+            "[",
+            "{",
+            "]",
+            "}",
+            "\"",
+            "\\u0000",
+            ",",
+            ":",
+            "T",
+            "%x",
+            "\"in\": [\"x\"]",
+            "topk",
+            "f32",
+            "bf16",
+            "(",
+            ";",
+            "\u{fffd}",
+        ];
+        let mut bytes = {
+            let i = self.below(self.seeds.len());
+            self.seeds[i].clone()
+        };
+        for _ in 0..=self.below(4) {
+            let (at, len) = (self.below(bytes.len()), 1 + self.below(40));
+            let end = (at + len).min(bytes.len());
+            match self.below(6) {
+                0 if at < bytes.len() => bytes[at] ^= 1 << self.below(8),
+                1 => drop(bytes.drain(at..end)),
+                2 => {
+                    let part = bytes[at..end].to_vec();
+                    let to = self.below(bytes.len());
+                    bytes.splice(to..to, part);
+                }
+                3 => {
+                    let other = self.below(self.seeds.len());
+                    let from = self.below(self.seeds[other].len());
+                    let part: Vec<u8> = self.seeds[other].iter().skip(from).take(len * 4).copied().collect();
+                    bytes.splice(at..end, part);
+                }
+                4 => {
+                    // A number in the place of a number.
+                    let digit = bytes.iter().skip(at).position(u8::is_ascii_digit).map(|i| at + i);
+                    if let Some(start) = digit {
+                        let digits = bytes[start..].iter().take_while(|b| b.is_ascii_digit()).count();
+                        let word = WORDS[self.below(5)];
+                        bytes.splice(start..start + digits, word.bytes());
+                    }
+                }
+                _ => {
+                    let word = WORDS[self.below(WORDS.len())];
+                    bytes.splice(at..at, word.bytes());
+                }
+            }
+        }
+        bytes
+    }
+}
+
+fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+    let mut entries: Vec<_> = fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    entries.sort();
+    for path in entries {
+        if path.is_dir() { walk(&path, files) } else { files.push(path) }
+    }
+}
+
+/// Reads `count` draws; the first input at which the reader panics.
+///
+/// # Errors
+/// The input and what was said.
+pub fn run(target: &Target, seed: u64, count: usize) -> Result<(), String> {
+    let mut draw = Draw::new(target, seed);
+    for i in 0..count {
+        let bytes = draw.bytes();
+        if std::panic::catch_unwind(|| (target.read)(&bytes)).is_err() {
+            let place = std::env::temp_dir().join(format!("moec-fuzz-{}-{seed}-{i}", target.name));
+            fs::write(&place, &bytes).map_err(|e| e.to_string())?;
+            return Err(format!("{} panics at {}", target.name, place.display()));
+        }
+    }
+    Ok(())
+}
