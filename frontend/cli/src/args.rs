@@ -147,8 +147,8 @@ pub(crate) struct Compile {
     /// A layer of the model, or all
     #[arg(long, value_name = "N|all", default_value = "all")]
     pub layer: String,
-    /// Results of the layer to keep, such as output,topk_indices
-    #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_value = "output")]
+    /// Results of the layer to keep, such as output,topk_indices, or all [default: output]
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     pub outputs: Vec<String>,
     /// Leave PTX as it is, even when ptxas is there
     #[arg(long)]

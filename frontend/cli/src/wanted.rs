@@ -2,7 +2,9 @@
 
 use crate::{context::Context, failure::Failure};
 use moec::{
-    Target, host_target,
+    Target,
+    frontend::Model,
+    host_target,
     ir::DType,
     read::{self, Source},
     run::{Input, Weights},
@@ -143,4 +145,10 @@ pub(crate) fn nearest<'a>(name: &str, candidates: &[&'a str]) -> Option<&'a str>
     let short: String = name.chars().take(64).collect();
     let best = candidates.iter().map(|c| (distance(&short, c), *c)).min_by_key(|(d, _)| *d)?;
     (best.0 <= (short.chars().count() / 3).max(1)).then_some(best.1)
+}
+
+/// Those of some results that a model has; if it has none of them, all that it has.
+pub(crate) fn outputs(model: &Model, names: &[&str]) -> Vec<String> {
+    let offered = |name: &str| model.forms.iter().any(|f| f.graph.outputs.iter().any(|o| o.name == name));
+    names.iter().filter(|name| offered(name)).map(|name| (*name).to_owned()).collect()
 }

@@ -123,8 +123,11 @@ fn compile(
         keep = Keep { mlir: true, llvm: true, assembly: true };
     }
     let dump_passes = !args.developer.print_ir.is_empty() || args.developer.save_temps.is_some();
-    let all = args.outputs.iter().any(|o| o == "all");
-    let outputs = if all { Vec::new() } else { args.outputs.clone() };
+    let outputs = match args.outputs.as_slice() {
+        [] => wanted::outputs(model, &["output"]),
+        names if names.iter().any(|o| o == "all") => Vec::new(),
+        names => names.to_vec(),
+    };
     let compiler = Compiler { targets, outputs, keep, dump_passes, cubins: !args.no_cubin };
     match compiler.compile(model) {
         Err(Error::Unsupported { node, what }) if args.target.is_empty() => {

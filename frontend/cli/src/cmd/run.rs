@@ -36,7 +36,7 @@ pub(crate) fn load(cx: &Context, what: &Path, on: &Where, outputs: &[&str]) -> R
     cx.say("Reading", &format!("{} ({})", what.display(), wanted::about(&source)));
     let model = source.model;
     let start = Instant::now();
-    let outputs: Vec<String> = outputs.iter().map(|o| (*o).to_owned()).collect();
+    let outputs = wanted::outputs(&model, outputs);
     let compiler = Compiler { targets: vec![target], outputs, ..Compiler::default() };
     let forms: Vec<_> = match on.layer {
         None => model.forms.clone(),
