@@ -71,6 +71,7 @@ impl PlanKernel {
                 cluster: [1, 1, 1],
                 shared: u32::try_from((self.experts() + 1) * 4).unwrap_or(u32::MAX),
                 dependent: false,
+                tokens: moec_abi::ANY_TOKENS,
             })
         } else {
             Grid::Cpu(CpuGrid { items: 1.into(), grain: 1, scratch: (self.experts() + 1) * 4 })

@@ -61,7 +61,9 @@ fn kernels_assemble_without_spills() {
     let session = Session::new();
     for target in [Target::Sm80, Target::Sm89, Target::Sm90a] {
         for spec in [up(DType::Bf16), down(DType::Bf16), up(DType::F32), down(DType::F32)] {
-            for schedule in [Some(gpu::schedule(&spec, target)), gpu::specialised(&spec, target)].into_iter().flatten()
+            let few = gpu::decode(&spec, target).map(|(schedule, _)| schedule);
+            for schedule in
+                [Some(gpu::schedule(&spec, target)), gpu::specialised(&spec, target), few].into_iter().flatten()
             {
                 assemble(&session, &spec, &schedule, target);
             }

@@ -233,6 +233,10 @@ pub(crate) fn buffer_bytes(buffer: &moec_abi::Buffer, tokens: u64) -> Result<u64
 #[cfg(any(feature = "cuda", feature = "sim"))]
 pub(crate) fn grid(shape: &moec_abi::GpuGrid, tokens: u64, name: &str) -> Result<[u32; 3]> {
     let mut blocks = [0; 3];
+    let [first, last] = shape.tokens;
+    if !(first..=last).contains(&tokens) {
+        return Ok(blocks);
+    }
     // x reaches to 2^31 - 1, y and z to 65535.
     for ((out, expr), limit) in blocks.iter_mut().zip(&shape.blocks).zip([0x7fff_ffff, 0xffff, 0xffff]) {
         let value = expr.eval(tokens).ok_or_else(|| overflow(name))?;

@@ -47,6 +47,7 @@ fn program() -> Program {
                 cluster: [2, 1, 1],
                 shared: 100_000,
                 dependent: true,
+                tokens: moec_abi::ANY_TOKENS,
             }),
         }],
         workspace: 0.into(),

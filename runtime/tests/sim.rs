@@ -91,6 +91,7 @@ fn program(bound: u64) -> Program {
             cluster: [1; 3],
             shared: 0,
             dependent: false,
+            tokens: moec_abi::ANY_TOKENS,
         }),
     };
     let elements = Expr::Tokens.times(4);

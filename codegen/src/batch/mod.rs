@@ -188,6 +188,7 @@ impl<'g> BatchKernel<'g> {
                 cluster: [1, 1, 1],
                 shared: 0,
                 dependent: false,
+                tokens: moec_abi::ANY_TOKENS,
             })
         } else {
             Grid::Cpu(CpuGrid { items: units.clone(), grain: if heavy { 1 } else { GRAIN }, scratch: 0 })

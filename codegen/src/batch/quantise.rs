@@ -39,6 +39,7 @@ impl Quantise {
                 cluster: [1, 1, 1],
                 shared: 0,
                 dependent: false,
+                tokens: moec_abi::ANY_TOKENS,
             })
         } else {
             Grid::Cpu(CpuGrid { items: rows, grain: 1, scratch: 0 })

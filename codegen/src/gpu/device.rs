@@ -81,6 +81,13 @@ pub(super) fn number<'c>(b: &Builder<'c>, value: u32) -> V<'c> {
     b.i32(i32::try_from(value).expect("sizes of a schedule fit in 32 bits"))
 }
 
+/// Instructions in the assembler's own words, which stay where they are.
+pub(super) fn asm<'c>(b: &Builder<'c>, text: &str, constraints: &str, operands: &[V<'c>], result: &str) -> V<'c> {
+    let (text, constraints) = (format!("\"{text}\""), format!("\"{constraints}\""));
+    let attributes = [("asm_string", text.as_str()), ("constraints", &constraints), ("has_side_effects", "unit")];
+    b.op("llvm.inline_asm", operands, result, &attributes)
+}
+
 /// A field of a struct.
 pub(super) fn field<'c>(b: &Builder<'c>, value: V<'c>, index: usize, ty: &str) -> V<'c> {
     b.op("llvm.extractvalue", &[value], ty, &[("position", &format!("array<i64: {index}>"))])

@@ -40,8 +40,7 @@ impl<'c> Kernel<'_, 'c> {
         let first_column = b.mulc(column_tile, i64::from(self.mode.out_columns(spec)));
         let bytes = b.addi(b.mulc(origin[0], pitch), b.mulc(origin[1], i64::from(size(spec.out))));
         let base = at(b, self.shared, bytes);
-        let mut values =
-            Values { kernel: self, rows, origin, first_column, biases: BTreeMap::new(), scales: BTreeMap::new() };
+        let mut values = Values::new(self, rows, origin, first_column);
         for place in places {
             let results = (place.column..).zip(&place.columns).map(|(column, of)| {
                 let sums: Vec<_> = of.iter().map(|i| sums[*i]).collect();
@@ -98,7 +97,7 @@ impl<'c> Kernel<'_, 'c> {
 }
 
 /// Computes results; biases and scales are read once each.
-struct Values<'k, 'b, 'c> {
+pub(super) struct Values<'k, 'b, 'c> {
     kernel: &'k Kernel<'b, 'c>,
     rows: Rows<'c>,
     origin: [V<'c>; 2],
@@ -107,8 +106,14 @@ struct Values<'k, 'b, 'c> {
     scales: BTreeMap<u32, V<'c>>,
 }
 
-impl<'c> Values<'_, '_, 'c> {
-    fn value(&mut self, row: u32, column: u32, sums: &[V<'c>]) -> V<'c> {
+impl<'k, 'b, 'c> Values<'k, 'b, 'c> {
+    /// Results of `rows` from row and column `origin` of the tile on, whose first column is `first_column`.
+    pub(super) fn new(kernel: &'k Kernel<'b, 'c>, rows: Rows<'c>, origin: [V<'c>; 2], first_column: V<'c>) -> Self {
+        Self { kernel, rows, origin, first_column, biases: BTreeMap::new(), scales: BTreeMap::new() }
+    }
+
+    /// The result of one place, from the sums of all matrices.
+    pub(super) fn value(&mut self, row: u32, column: u32, sums: &[V<'c>]) -> V<'c> {
         let (b, spec) = (self.kernel.b, self.kernel.spec);
         let mut sums = sums.to_vec();
         if spec.scale == RowScale::Input {

@@ -116,7 +116,7 @@ fn ldmatrix<'c>(b: &Builder<'c>, from: V<'c>) -> [V<'c>; 4] {
 }
 
 /// `c + a * b` for blocks of 16x16 and 16x8.
-fn mma<'c>(b: &Builder<'c>, left: &[V<'c>], right: &[V<'c>], sums: &[V<'c>]) -> [V<'c>; 4] {
+pub(super) fn mma<'c>(b: &Builder<'c>, left: &[V<'c>], right: &[V<'c>], sums: &[V<'c>]) -> [V<'c>; 4] {
     let operands: Vec<_> = [left, right, sums].concat();
     let result = b.intrinsic("llvm.nvvm.mma.m16n8k16.row.col.bf16", &operands, "!llvm.struct<(f32, f32, f32, f32)>");
     std::array::from_fn(|i| field(b, result, i, "f32"))

@@ -10,6 +10,7 @@
 //! Hopper one warpgroup streams while the others multiply (`wgmma`).
 //! The sums of a row use no other row, and always run over `k` in the same order.
 
+mod decode;
 mod device;
 mod epilogue;
 mod fragments;
@@ -20,6 +21,7 @@ mod swizzle;
 mod tile;
 mod wgmma;
 
+pub use decode::decode;
 pub use schedule::{Kind, Mode, Schedule, Tile, schedule, specialised};
 
 use crate::{
@@ -33,6 +35,28 @@ use moec_abi::DType;
 use schedule::{COPIERS, matrices};
 use simt::Simt;
 use tile::{Rows, int};
+
+/// A kernel for some numbers of tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// What follows the product's name in names.
+    pub name: &'static str,
+    /// The kernel's schedule.
+    pub schedule: Schedule,
+    /// First and last number of tokens.
+    pub tokens: [u64; 2],
+}
+
+/// The kernels of a product: together they take every number of tokens.
+pub fn variants(spec: &Grouped, target: Target) -> Vec<Variant> {
+    // The kernels of one architecture come first; the portable ones serve everything else.
+    let schedule = specialised(spec, target).unwrap_or_else(|| schedule(spec, target));
+    let (few, from) = match decode(spec, target) {
+        Some((schedule, most)) => (Some(Variant { name: "_few", schedule, tokens: [0, most] }), most + 1),
+        None => (None, 0),
+    };
+    few.into_iter().chain([Variant { name: "", schedule, tokens: [from, u64::MAX] }]).collect()
+}
 
 /// One parameter of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +119,8 @@ struct Kernel<'b, 'c> {
     args: Args<'c>,
     /// Start of the ring in dynamic shared memory; before it lie barriers, if there are any.
     shared: V<'c>,
+    /// A copy of the offsets in shared memory, where many tiles are looked up.
+    table: Option<V<'c>>,
     /// How many threads there are, and the number of this one, its warp and its lane (i32).
     threads: u32,
     thread: V<'c>,
@@ -126,7 +152,19 @@ pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target
         let thread = register(b, "tid.x");
         let (warp, lane) = (b.shrui(thread, b.i32(5)), b.andi(thread, b.i32(31)));
         let mode = &schedule.modes[0];
-        let kernel = Kernel { b, spec, schedule, mode, args, shared, threads: schedule.threads(), thread, warp, lane };
+        let kernel = Kernel {
+            b,
+            spec,
+            schedule,
+            mode,
+            args,
+            shared,
+            table: None,
+            threads: schedule.threads(),
+            thread,
+            warp,
+            lane,
+        };
         match schedule.kind {
             Kind::MmaSync | Kind::Simt => kernel.modes(&schedule.modes, &|kernel: &Kernel<'_, '_>| {
                 let pairs = kernel.pairs();
@@ -137,6 +175,7 @@ pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target
                     });
                 });
             }),
+            Kind::Decode => kernel.decode(),
             Kind::Wgmma => kernel.specialised(),
         }
     });
@@ -146,7 +185,7 @@ impl Schedule {
     /// What the kernel is given, in order.
     pub fn parameters(&self, spec: &Grouped) -> Vec<Parameter> {
         let weights = match self.kind {
-            Kind::MmaSync | Kind::Simt => Parameter::Weights,
+            Kind::MmaSync | Kind::Simt | Kind::Decode => Parameter::Weights,
             Kind::Wgmma => Parameter::WeightMap,
         };
         [
@@ -210,7 +249,7 @@ impl<'c> Kernel<'_, 'c> {
     fn way(&self, tile: &Tile, rows: Rows<'c>, column_tile: V<'c>) {
         let zero = self.b.f32(0.0);
         let (origin, places, sums) = match self.schedule.kind {
-            Kind::MmaSync | Kind::Wgmma => {
+            Kind::MmaSync | Kind::Wgmma | Kind::Decode => {
                 let products = Mma::new(self, tile);
                 let sums = self.accumulate(tile, rows, column_tile, vec![zero; products.sums()], &products);
                 (products.lane_origin(self), products.places(self.spec.matrices), sums)
@@ -224,10 +263,18 @@ impl<'c> Kernel<'_, 'c> {
         self.store(rows, column_tile, origin, &places, &sums);
     }
 
+    /// What earlier launches wrote is visible from here on, and the next launch may start.
+    fn wait_for_predecessor(&self) {
+        if self.schedule.dependent {
+            self.b.intrinsic0("llvm.nvvm.griddepcontrol.wait", &[]);
+            self.b.intrinsic0("llvm.nvvm.griddepcontrol.launch.dependents", &[]);
+        }
+    }
+
     /// The threads that work on the tile meet.
     fn meet(&self) {
         match self.schedule.kind {
-            Kind::MmaSync | Kind::Simt => barrier(self.b),
+            Kind::MmaSync | Kind::Simt | Kind::Decode => barrier(self.b),
             Kind::Wgmma => barrier_of(self.b, 1, self.schedule.threads() - COPIERS),
         }
     }

@@ -18,6 +18,8 @@ pub enum Kind {
     MmaSync,
     /// Fused multiply-adds on f32.
     Simt,
+    /// `mma.sync` on bf16 with f32 sums, for few rows: operands pass through registers alone.
+    Decode,
     /// `wgmma` on bf16 with f32 sums: one warpgroup copies, the others multiply.
     Wgmma,
 }
@@ -57,6 +59,8 @@ pub struct Schedule {
     pub blocks: u32,
     /// Modes by rising limit: narrow columns while rows are too few to occupy the device with wide ones.
     pub modes: Vec<Mode>,
+    /// Whether the launch may start before its predecessor ends.
+    pub dependent: bool,
 }
 
 impl fmt::Display for Schedule {
@@ -64,6 +68,7 @@ impl fmt::Display for Schedule {
         let (kind, groups) = match self.kind {
             Kind::MmaSync => ("mma.sync", self.warps),
             Kind::Simt => ("simt", self.warps),
+            Kind::Decode => ("decode", self.warps),
             Kind::Wgmma => ("wgmma", self.warps / 4),
         };
         write!(f, "{kind} warps {}", self.warps)?;
@@ -115,7 +120,8 @@ impl Mode {
             RowSource::Dense => full,
             // An expert's last tile may be nearly empty, the others are full.
             RowSource::Gathered | RowSource::Sorted => {
-                Expr::Min(Box::new(rows.clone()), Box::new(Expr::Const(spec.experts))).plus(full)
+                let ends = Expr::Min(Box::new(rows.clone()), Box::new(Expr::Const(spec.experts)));
+                Expr::Min(Box::new(rows.clone()), Box::new(ends.plus(full)))
             }
         };
         row_tiles.times(self.column_tiles(spec))
@@ -126,7 +132,7 @@ impl Mode {
 pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
     if spec.a != DType::Bf16 || spec.w != DType::Bf16 {
         let modes = vec![Mode { limit: None, columns: 64, tiles: vec![tile(16, 32, 3, 1), tile(64, 32, 3, 2)] }];
-        return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes };
+        return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes, dependent: false };
     }
     // Two blocks share a multiprocessor: 164 KiB of shared memory on sm_80, 100 on sm_89, 228 on sm_90.
     let (few, many) = if target == Target::Sm89 {
@@ -142,7 +148,7 @@ pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
     };
     let wide = Mode { limit: None, columns: 128, tiles: many };
     let narrow = Mode { limit: few_rows(spec, &wide, 2), columns: 64, tiles: few };
-    Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes: vec![narrow, wide] }
+    Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes: vec![narrow, wide], dependent: false }
 }
 
 /// The schedule with the instructions of this target alone, if it has any for the product. Its kernel takes a tensor
@@ -153,7 +159,7 @@ pub fn specialised(spec: &Grouped, target: Target) -> Option<Schedule> {
     }
     let wide = Mode { limit: None, columns: 256, tiles: vec![tile(64, 64, 4, 1), tile(128, 64, 4, 2)] };
     let narrow = Mode { limit: few_rows(spec, &wide, 1), columns: 128, tiles: vec![tile(64, 64, 8, 1)] };
-    Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes: vec![narrow, wide] })
+    Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes: vec![narrow, wide], dependent: true })
 }
 
 fn tile(rows: u32, depth: u32, stages: u32, down: u32) -> Tile {
@@ -199,20 +205,24 @@ impl Schedule {
             threads: [self.threads(), 1, 1],
             cluster: [1, 1, 1],
             shared: self.shared(spec),
-            dependent: self.kind == Kind::Wgmma,
+            dependent: self.dependent,
+            tokens: moec_abi::ANY_TOKENS,
         }
     }
 
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         match self.kind {
-            Kind::MmaSync | Kind::Simt => self.warps * 32,
+            Kind::MmaSync | Kind::Simt | Kind::Decode => self.warps * 32,
             Kind::Wgmma => self.warps * 32 + COPIERS,
         }
     }
 
     /// Bytes of dynamic shared memory.
     pub fn shared(&self, spec: &Grouped) -> u32 {
+        if self.kind == Kind::Decode {
+            return super::decode::SHARED_BYTES;
+        }
         let bytes =
             |mode: &Mode, t: &Tile| (t.stages * mode.stage_bytes(spec, t)).max(t.rows * mode.staging_pitch(spec));
         let tiles = self.modes.iter().flat_map(|m| m.tiles.iter().map(move |t| bytes(m, t)));
@@ -222,7 +232,7 @@ impl Schedule {
     /// Bytes of shared memory before the ring: barriers.
     pub(super) fn header(&self) -> u32 {
         match self.kind {
-            Kind::MmaSync | Kind::Simt => 0,
+            Kind::MmaSync | Kind::Simt | Kind::Decode => 0,
             Kind::Wgmma => 1024,
         }
     }

@@ -43,7 +43,10 @@ impl<'c> Kernel<'_, 'c> {
         let full = self.tiles(b.i32(0), rows);
         let row_tiles = match self.spec.rows {
             RowSource::Dense => full,
-            RowSource::Gathered | RowSource::Sorted => b.addi(b.minsi(rows, self.experts()), full),
+            RowSource::Gathered | RowSource::Sorted => {
+                // No tile is empty.
+                b.minsi(rows, b.addi(b.minsi(rows, self.experts()), full))
+            }
         };
         b.mulc(row_tiles, self.column_tiles())
     }
@@ -70,35 +73,53 @@ impl<'c> Kernel<'_, 'c> {
 
     /// Calls `body` with the rows and the column tile of pair `id`, if there are any rows.
     pub(super) fn with_pair(&self, id: V<'c>, pairs: V<'c>, body: impl FnOnce(Rows<'c>, V<'c>)) {
+        let b = self.b;
         let (row_tile, column_tile) = self.pair(id, pairs);
-        self.with_rows(row_tile, |rows| body(rows, column_tile));
+        let rows = self.rows(row_tile);
+        b.if_(b.cmpi("sgt", rows.count, b.i32(0)), || body(rows, column_tile));
     }
 
-    /// Calls `body` with the rows of row tile `tile`, if it has any.
-    fn with_rows(&self, tile: V<'c>, body: impl FnOnce(Rows<'c>)) {
+    /// Rows of row tile `tile`; none if there are fewer tiles.
+    pub(super) fn rows(&self, tile: V<'c>) -> Rows<'c> {
         let b = self.b;
         let height = i64::from(self.mode.rows());
         match self.spec.rows {
             RowSource::Dense => {
                 let first = b.mulc(tile, height);
-                let rest = b.subi(narrow(b, self.args.tokens), first);
-                b.if_(b.cmpi("sgt", rest, b.i32(0)), || {
-                    let count = b.minsi(rest, b.i32(int(height)));
-                    body(Rows { expert: b.i32(0), first, count });
-                });
+                let count = b.minsi(b.subi(narrow(b, self.args.tokens), first), b.i32(int(height)));
+                Rows { expert: b.i32(0), first, count }
             }
             RowSource::Gathered | RowSource::Sorted => {
                 let experts = int(i64::try_from(self.spec.experts).expect("experts fit in 32 bits"));
-                self.search(b.i32(0), experts, tile, body);
+                let [expert, first, count] = self.search(b.i32(0), experts, tile)[..] else {
+                    unreachable!("a search has three results")
+                };
+                Rows { expert, first, count }
             }
         }
     }
 
+    /// Number of pairs that have rows, by the offsets. All lanes of the warp take part.
+    pub(super) fn filled_pairs(&self) -> V<'c> {
+        let b = self.b;
+        let tiles = match self.spec.rows {
+            RowSource::Dense => self.tiles(b.i32(0), narrow(b, self.args.tokens)),
+            RowSource::Gathered | RowSource::Sorted => {
+                let own = b.for_(self.lane, self.experts(), b.i32(32), &[b.i32(0)], |e, sum| {
+                    vec![b.addi(sum[0], self.tiles(self.offset(e), self.offset(b.addc(e, 1))))]
+                });
+                shuffle(b, scan(b, own[0], self.lane), b.i32(31))
+            }
+        };
+        b.mulc(tiles, self.column_tiles())
+    }
+
+    /// First row of an expert.
     fn offset(&self, expert: V<'c>) -> V<'c> {
         let b = self.b;
         let place = b.minsi(expert, self.experts());
-        let place = b.gep(self.args.offsets.expect("grouped products have offsets"), "i32", place);
-        b.load(place, "i32", 4)
+        let table = self.table.or(self.args.offsets).expect("grouped products have offsets");
+        b.load(b.gep(table, "i32", place), "i32", 4)
     }
 
     fn tiles(&self, begin: V<'c>, end: V<'c>) -> V<'c> {
@@ -107,9 +128,10 @@ impl<'c> Kernel<'_, 'c> {
         b.divui(b.addc(b.subi(end, begin), i64::from(height) - 1), b.i32(int(i64::from(height))))
     }
 
-    /// Finds the expert that holds tile `wanted` of those of `span` experts from `base` on: each lane
-    /// counts the tiles of a few experts, a scan over the warp finds the lane, and its experts are searched again.
-    fn search(&self, base: V<'c>, span: i32, wanted: V<'c>, body: impl FnOnce(Rows<'c>)) {
+    /// Finds the expert that holds tile `wanted` of those of `span` experts from `base` on, with the first row of the
+    /// tile and their number: each lane counts the tiles of a few experts, a scan over the warp finds the lane, and its
+    /// experts are searched again.
+    fn search(&self, base: V<'c>, span: i32, wanted: V<'c>) -> Vec<V<'c>> {
         let b = self.b;
         let each = (span + 31) / 32;
         let begin = b.addi(base, b.muli(self.lane, b.i32(each)));
@@ -133,20 +155,21 @@ impl<'c> Kernel<'_, 'c> {
         };
         let sum = scan(b, count, self.lane);
         let found = ballot(b, b.cmpi("ugt", sum, wanted));
-        b.if_(b.cmpi("ne", found, b.i32(0)), || {
+        let inside = || {
             let lane = lowest_bit(b, found);
             let before = shuffle(b, b.subi(sum, count), lane);
             let rest = b.subi(wanted, before);
             let expert = b.addi(base, b.muli(lane, b.i32(each)));
             if each > 1 {
-                return self.search(expert, each, rest, body);
+                return self.search(expert, each, rest);
             }
-            let height = self.mode.rows();
-            let first = b.addi(shuffle(b, first, lane), b.mulc(rest, i64::from(height)));
+            let height = i64::from(self.mode.rows());
+            let first = b.addi(shuffle(b, first, lane), b.mulc(rest, height));
             let left = b.subi(shuffle(b, last, lane), first);
-            let count = b.minsi(left, b.i32(int(i64::from(height))));
-            body(Rows { expert, first, count });
-        });
+            vec![expert, first, b.minsi(left, b.i32(int(height)))]
+        };
+        let none = || vec![b.i32(0), b.i32(0), b.i32(0)];
+        b.if_else(b.cmpi("ne", found, b.i32(0)), &["i32", "i32", "i32"], inside, none)
     }
 }
 

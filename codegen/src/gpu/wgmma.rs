@@ -66,8 +66,7 @@ impl<'c> Kernel<'_, 'c> {
         });
         barrier(b);
         // What the launch before wrote is visible from here on.
-        b.intrinsic0("llvm.nvvm.griddepcontrol.wait", &[]);
-        b.intrinsic0("llvm.nvvm.griddepcontrol.launch.dependents", &[]);
+        self.wait_for_predecessor();
         let copies = b.cmpi("ult", self.warp, b.i32(4));
         let registers = |count: u32, action: &str| {
             b.intrinsic0(&format!("llvm.nvvm.setmaxnreg.{action}.sync.aligned.u32"), &[number(b, count)]);

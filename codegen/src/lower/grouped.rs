@@ -39,6 +39,15 @@ struct Product<'g> {
     k: u64,
 }
 
+/// One kernel of a product. All kernels of a product read the same packed weights.
+struct Variant<'g> {
+    /// What follows the product's name.
+    name: &'static str,
+    kernel: Kernels<'g>,
+    layout: Layout,
+    grid: Grid,
+}
+
 #[expect(clippy::cast_possible_truncation, reason = "kernels compute in f32")]
 const fn narrow(value: f64) -> f32 {
     value as f32
@@ -255,21 +264,11 @@ impl<'g> Lowering<'g> {
                 scale: if dispatch.is_some_and(|d| d.weighted) { RowScale::Input } else { RowScale::None },
                 epilogue: product.epilogue.clone(),
             };
-            let (kernel, layout, grid) = self.schedule(&spec, &tokens);
+            let variants = self.variants(&spec, &tokens);
+            let Some(layout) = variants.first().map(|v| v.layout.clone()) else { return self.fail(id, "no kernel") };
             let slot = weights::bank(body, id, graph, &product.matrices, product.names, layout, w)?;
             let packed = self.memory.weight(&mut self.slots, slot);
-            let weights = match &kernel {
-                Kernels::Gpu(_, schedule) if schedule.parameters(&spec).contains(&Parameter::WeightMap) => {
-                    Arg::TensorMap(schedule.weight_map(&spec, packed))
-                }
-                Kernels::Gpu(..)
-                | Kernels::Cpu(..)
-                | Kernels::Rows(_)
-                | Kernels::Plan(_)
-                | Kernels::Batch(_)
-                | Kernels::Quantise(_) => Arg::Buffer(packed),
-            };
-            let mut args = vec![Arg::Buffer(a), weights];
+            let mut args = Vec::new();
             if spec.bias {
                 let rows = Layout::Rows { columns: 1 };
                 let slot = weights::bank(body, id, graph, &product.biases, product.names, rows, DType::F32)?;
@@ -288,9 +287,23 @@ impl<'g> Lowering<'g> {
                 }
             }
             args.extend([Arg::Buffer(out), Arg::Value(tokens.clone())]);
-            let symbol = spec.symbol.clone();
-            self.launch(id, symbol, args, grid);
-            self.kernels.push(kernel);
+            for Variant { name, kernel, grid, .. } in variants {
+                let (symbol, weights) = match &kernel {
+                    Kernels::Gpu(spec, schedule) if schedule.parameters(spec).contains(&Parameter::WeightMap) => {
+                        (spec.symbol.clone(), Arg::TensorMap(schedule.weight_map(spec, packed)))
+                    }
+                    Kernels::Gpu(spec, _) | Kernels::Cpu(spec, _) => (spec.symbol.clone(), Arg::Buffer(packed)),
+                    Kernels::Rows(_) | Kernels::Plan(_) | Kernels::Batch(_) | Kernels::Quantise(_) => {
+                        return self.fail(id, "a product has another kernel");
+                    }
+                };
+                let args = [Arg::Buffer(a), weights].into_iter().chain(args.clone()).collect();
+                self.launch(id, symbol, args, grid);
+                if let Some(launch) = self.launches.last_mut() {
+                    launch.name.push_str(name);
+                }
+                self.kernels.push(kernel);
+            }
         }
         Ok(())
     }
@@ -326,21 +339,32 @@ impl<'g> Lowering<'g> {
         out
     }
 
-    fn schedule(&mut self, spec: &Grouped, tokens: &Expr) -> (Kernels<'g>, Layout, Grid) {
-        if self.target.is_gpu() {
-            // The kernels of one architecture come first; the portable ones serve everything else.
-            let schedule = gpu::specialised(spec, self.target).unwrap_or_else(|| gpu::schedule(spec, self.target));
-            self.schedules.push(format!("{}: {schedule}", spec.symbol));
-            let mut grid = schedule.grid(spec);
-            grid.blocks = grid.blocks.map(|e| substitute(&e, tokens));
-            (Kernels::Gpu(spec.clone(), schedule.clone()), schedule.layout(spec), Grid::Gpu(grid))
-        } else {
+    /// The kernels of a product, each for its numbers of tokens.
+    fn variants(&mut self, spec: &Grouped, tokens: &Expr) -> Vec<Variant<'g>> {
+        if !self.target.is_gpu() {
             let schedule = cpu::schedule(spec, self.target);
             self.schedules.push(format!("{}: {schedule:?}", spec.symbol));
             let mut grid = schedule.grid(spec);
             grid.items = substitute(&grid.items, tokens);
-            (Kernels::Cpu(spec.clone(), schedule), schedule.layout(spec), Grid::Cpu(grid))
+            let layout = schedule.layout(spec);
+            return vec![Variant {
+                name: "",
+                kernel: Kernels::Cpu(spec.clone(), schedule),
+                layout,
+                grid: Grid::Cpu(grid),
+            }];
         }
+        let variants =
+            gpu::variants(spec, self.target).into_iter().map(|gpu::Variant { name, schedule, tokens: range }| {
+                let spec = Grouped { symbol: format!("{}{name}", spec.symbol), ..spec.clone() };
+                self.schedules.push(format!("{}: {schedule}", spec.symbol));
+                let mut grid = schedule.grid(&spec);
+                grid.blocks = grid.blocks.map(|e| substitute(&e, tokens));
+                grid.tokens = range;
+                let layout = schedule.layout(&spec);
+                Variant { name, kernel: Kernels::Gpu(spec, schedule), layout, grid: Grid::Gpu(grid) }
+            });
+        variants.collect()
     }
 
     /// Whether the value is the operand of another product.

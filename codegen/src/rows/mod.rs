@@ -151,6 +151,7 @@ impl<'g> RowKernel<'g> {
                 cluster: [1, 1, 1],
                 shared: u32::try_from(self.scratch * u64::from(self.warps)).unwrap_or(u32::MAX),
                 dependent: false,
+                tokens: moec_abi::ANY_TOKENS,
             })
         } else {
             Grid::Cpu(CpuGrid { items: rows.ceil_div(exec::CPU_ROWS), grain: 1, scratch: self.scratch })

@@ -176,6 +176,30 @@ fn hopper() {
 }
 
 #[test]
+fn few_rows() {
+    let check_decode = |spec: &Grouped, target, cases: Cases<'_>| {
+        let (schedule, _) = gpu::decode(spec, target).expect("rows are of 16-byte pieces");
+        run(spec, &schedule, target, cases)
+    };
+    let routings = [Routing::Skewed, Routing::AllTo(0), Routing::AllTo(4), Routing::NoneTo(0)];
+    for target in [Target::Sm80, Target::Sm90a] {
+        for spec in [up(DType::Bf16), down(DType::Bf16), dense(DType::Bf16)] {
+            check_decode(&spec, target, &EVEN[..6]);
+        }
+        for tokens in [3, 8, 20] {
+            check_decode(&up(DType::Bf16), target, &routings.map(|r| (tokens, r)));
+        }
+    }
+    // Whole rounds, a last round that is not full, and rows that end inside a chunk.
+    for (k, n, a_stride) in [(2048, 40, 2048), (1304, 9, 1312), (8, 1, 8), (2880, 24, 2880)] {
+        let spec = Grouped { bias: true, scale: RowScale::Input, k, n, a_stride, out_stride: n + 1, ..up(DType::Bf16) };
+        check_decode(&spec, Target::Sm90a, &[(1, Routing::Even), (5, Routing::Skewed)]);
+        let spec = Grouped { out: DType::F32, k, n, a_stride, out_stride: n, ..down(DType::Bf16) };
+        check_decode(&spec, Target::Sm80, &[(1, Routing::Even), (5, Routing::Skewed)]);
+    }
+}
+
+#[test]
 fn odd_sizes() {
     for (k, n, a_stride, out_stride) in [(1, 1, 1, 1), (33, 17, 40, 17), (100, 70, 102, 72), (65, 9, 66, 12)] {
         let spec = Grouped { k, n, a_stride, out_stride, ..up(DType::Bf16) };
@@ -224,6 +248,7 @@ fn weights_are_read_once_and_without_bank_conflicts() {
     for (spec, k, n) in shapes {
         let spec = Grouped { k, n, a_stride: k, out_stride: n, experts: 2, ..spec };
         let schedules = [
+            (gpu::decode(&spec, Target::Sm90a).expect("rows are of 16-byte pieces").0, Target::Sm90a),
             (gpu::schedule(&spec, Target::Sm80), Target::Sm80),
             (gpu::specialised(&spec, Target::Sm90a).expect("bf16 has a Hopper kernel"), Target::Sm90a),
         ];

@@ -160,6 +160,21 @@ pub struct GpuGrid {
     pub shared: u32,
     /// The launch may start before its predecessor ends (programmatic dependent launch).
     pub dependent: bool,
+    /// First and last number of tokens for which the launch is made; others have a kernel of their own.
+    #[serde(default = "any_tokens", skip_serializing_if = "is_any")]
+    pub tokens: [u64; 2],
+}
+
+/// All numbers of tokens: see [`GpuGrid::tokens`].
+pub const ANY_TOKENS: [u64; 2] = [0, u64::MAX];
+
+const fn any_tokens() -> [u64; 2] {
+    ANY_TOKENS
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn is_any(tokens: &[u64; 2]) -> bool {
+    *tokens == ANY_TOKENS
 }
 
 /// Where a launch runs.
