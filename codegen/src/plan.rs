@@ -70,7 +70,7 @@ impl PlanKernel {
                 threads: [u32::try_from(WARPS * 32).unwrap_or(32), 1, 1],
                 cluster: [1, 1, 1],
                 shared: u32::try_from((self.experts() + 1) * 4).unwrap_or(u32::MAX),
-                dependent: false,
+                dependent: crate::gpu::starts_early(target),
                 tokens: moec_abi::ANY_TOKENS,
             })
         } else {
@@ -95,7 +95,12 @@ impl PlanKernel {
             let threads = u32::try_from(WARPS * 32).unwrap_or(32);
             let kind = FuncKind::Kernel { threads, blocks: 1, cluster: 1 };
             let parameters: Vec<(&str, &str)> = (0..n).map(|_| ("!llvm.ptr<1>", "{}")).chain([("i64", "{}")]).collect();
-            b.func(&self.symbol, kind, &parameters, |a| self.gpu(b, &self.args(a)));
+            b.func(&self.symbol, kind, &parameters, |a| {
+                if crate::gpu::starts_early(target) {
+                    crate::gpu::wait_for_predecessor(b);
+                }
+                self.gpu(b, &self.args(a));
+            });
         } else {
             let parameters = [("!llvm.ptr", "{}"), ("i64", "{}"), ("i64", "{}"), ("!llvm.ptr", "{}")];
             b.func(&self.symbol, FuncKind::Plain, &parameters, |a| {

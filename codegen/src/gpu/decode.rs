@@ -1,6 +1,6 @@
 //! Products of few rows: weights go from memory straight into fragments of `mma.sync`.
 //!
-//! A block takes [`UNITS`] times 16 packed rows of one expert and all of `k`, which its warps share in turn: a lane
+//! A block takes one or two times 16 packed rows of one expert and all of `k`, which its warps share in turn: a lane
 //! loads 16 neighbouring bytes of a weight row and of a row of the operand, and both count as fragments of a product
 //! whose depth is permuted alike on both sides. So weights need no shared memory, no barrier and no other order. Their
 //! loads run ahead of the products in registers, the first before the launch's predecessor has ended. The sums of the
@@ -23,12 +23,15 @@ use moec_abi::DType;
 
 /// Warps of a block; they take chunks of `k` in turn.
 const WARPS: u32 = 8;
-/// 16-row units of packed weights of a block.
+/// Most 16-row units of packed weights of a block.
 const UNITS: u32 = 2;
 /// Elements of `k` that a warp takes at a time: 16 bytes of four lanes.
 const CHUNK: u64 = 32;
 /// Most tokens for which these kernels are launched: the width of their only tile.
 const TOKENS: u64 = 8;
+/// Most packed rows of one matrix for all rows (a router) that is read again for every eight tokens, and most tokens
+/// for which it is: the tiles of the other kernels would occupy a few multiprocessors alone.
+const SMALL: (u64, u64) = (1024, 512);
 
 /// The schedule for few tokens, and the most tokens that it is for; `None` where rows do not consist of 16-byte pieces.
 pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
@@ -38,9 +41,13 @@ pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
     }
     let steps = steps(spec);
     let tile = Tile { rows: 8, depth: CHUNK as u32, stages: steps.min(4), down: 1 };
-    let modes = vec![Mode { limit: None, columns: 16 * UNITS, tiles: vec![tile] }];
-    let dependent = target == Target::Sm90a;
-    Some((Schedule { kind: Kind::Decode, warps: WARPS, blocks: 2, modes, dependent }, TOKENS))
+    let small = spec.rows == RowSource::Dense && packed_rows(spec) <= SMALL.0;
+    let modes = vec![Mode { limit: None, columns: if small { 16 } else { 16 * UNITS }, tiles: vec![tile] }];
+    let dependent = super::starts_early(target);
+    Some((
+        Schedule { kind: Kind::Decode, warps: WARPS, blocks: 2, modes, dependent, walk: None },
+        if small { SMALL.1 } else { TOKENS },
+    ))
 }
 
 /// Chunks of one warp.
@@ -84,6 +91,11 @@ impl<'c> Kernel<'_, 'c> {
         self.wait_for_predecessor();
     }
 
+    /// 16-row units of packed weights of the block.
+    fn units(&self) -> u32 {
+        self.mode.columns / 16
+    }
+
     /// Rows of a row tile, which the first warp looks up for all.
     fn shared_rows(&self, row_tile: V<'c>) -> Rows<'c> {
         let b = self.b;
@@ -118,12 +130,12 @@ impl<'c> Kernel<'_, 'c> {
         }
         let each = ring.len() / depth as usize;
         let zero = b.f32(0.0);
-        let mut carried = vec![zero; UNITS as usize * 4];
+        let mut carried = vec![zero; self.units() as usize * 4];
         carried.extend(ring.concat());
         let last = b.i32(int(i64::from(rounds) - 1));
         // Each step is multiplied, and its registers are filled with the step of the next round.
         let carried = b.for_(b.i32(0), last, b.i32(1), &carried, |round, carried| {
-            let (sums, ring) = carried.split_at(UNITS as usize * 4);
+            let (sums, ring) = carried.split_at(self.units() as usize * 4);
             let (mut sums, mut next) = (sums.to_vec(), Vec::new());
             let from = b.mulc(b.addc(round, 1), i64::from(depth));
             for (u, pieces) in ring.chunks(each * 4).enumerate() {
@@ -135,7 +147,7 @@ impl<'c> Kernel<'_, 'c> {
             sums.extend(next);
             sums
         });
-        let (sums, ring) = carried.split_at(UNITS as usize * 4);
+        let (sums, ring) = carried.split_at(self.units() as usize * 4);
         let sums = ring.chunks(each * 4).fold(sums.to_vec(), |sums, pieces| products(b, &sums, pieces));
         self.reduce(rows, column_tile, &sums);
     }
@@ -158,7 +170,7 @@ impl<'c> Kernel<'_, 'c> {
             let row = b.minsi(b.addc(first, i64::from(i * 8)), b.i32(int(packed - 1)));
             at(b, at(b, expert, b.mulc(wide(b, row), stride)), start)
         };
-        (0..2 * UNITS).map(row).collect()
+        (0..2 * self.units()).map(row).collect()
     }
 
     fn operand_row(&self, rows: Rows<'c>) -> (V<'c>, V<'c>) {
@@ -205,14 +217,14 @@ impl<'c> Kernel<'_, 'c> {
     /// Adds the sums of all warps and stores the tile.
     fn reduce(&self, rows: Rows<'c>, column_tile: V<'c>, sums: &[V<'c>]) {
         let (b, spec) = (self.b, self.spec);
-        let mine = at(b, self.shared, b.mulc(b.addi(b.mulc(self.warp, i64::from(UNITS) * 32), self.lane), 16));
+        let mine = at(b, self.shared, b.mulc(b.addi(b.mulc(self.warp, i64::from(self.units()) * 32), self.lane), 16));
         for (unit, sums) in (0..).zip(sums.chunks(4)) {
             b.store(vector(b, sums), at_const(b, mine, unit * 512), 16);
         }
         barrier(b);
-        b.if_(b.cmpi("ult", self.warp, b.i32(int(UNITS.into()))), || {
+        b.if_(b.cmpi("ult", self.warp, b.i32(int(self.units().into()))), || {
             let from = at(b, self.shared, b.mulc(self.thread, 16));
-            let part = |warp: u32| b.load(at_const(b, from, u64::from(warp * UNITS) * 512), "vector<4xf32>", 16);
+            let part = |warp: u32| b.load(at_const(b, from, u64::from(warp * self.units()) * 512), "vector<4xf32>", 16);
             let total = (1..WARPS).fold(part(0), |sum, warp| b.addf(sum, part(warp)));
             let sums: Vec<_> = (0..4).map(|i| element(b, total, i, "f32")).collect();
             let group = b.shrui(self.lane, b.i32(2));

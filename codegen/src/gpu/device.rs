@@ -17,9 +17,9 @@ pub(super) fn barrier(b: &Builder<'_>) {
     b.op0("nvvm.barrier0", &[], &[]);
 }
 
-/// `threads` threads of the block meet at barrier `id`.
-pub(super) fn barrier_of(b: &Builder<'_>, id: u32, threads: u32) {
-    b.intrinsic0("llvm.nvvm.barrier.cta.sync.aligned.count", &[number(b, id), number(b, threads)]);
+/// `threads` threads of the block meet at barrier `id` (i32).
+pub(super) fn barrier_of<'c>(b: &Builder<'c>, id: V<'c>, threads: u32) {
+    b.intrinsic0("llvm.nvvm.barrier.cta.sync.aligned.count", &[id, number(b, threads)]);
 }
 
 /// The value of another lane.

@@ -4,6 +4,7 @@ use super::{
     Kernel,
     device::{at, vector, wide},
     schedule::size,
+    swizzle::Swizzle,
     tile::{Rows, int},
 };
 use crate::{
@@ -25,22 +26,46 @@ pub(super) struct Place {
     pub(super) columns: Vec<Vec<usize>>,
 }
 
+/// The part of a tile that some threads store together.
+pub(super) struct Part<'c> {
+    /// Where its rows pass through shared memory.
+    pub(super) base: V<'c>,
+    /// First row of the tile, and their number.
+    pub(super) first_row: u32,
+    pub(super) rows: u32,
+    /// First column of the result (i32).
+    pub(super) first_column: V<'c>,
+    /// Columns of the result.
+    pub(super) columns: u32,
+    /// Whether pieces of rows in shared memory are mixed, or rows have gaps, against bank conflicts.
+    pub(super) swizzled: bool,
+}
+
+impl<'c> Part<'c> {
+    /// Address in shared memory of a byte of a row of the part (i32 values).
+    fn address(&self, b: &Builder<'c>, row: V<'c>, byte: V<'c>, element: u32) -> V<'c> {
+        let row_bytes = self.columns * element;
+        let offset = if self.swizzled {
+            let piece = Swizzle { row_bytes }.offset(b, row, b.shrui(byte, b.i32(4)));
+            b.addi(piece, b.andi(byte, b.i32(15)))
+        } else {
+            b.addi(b.mulc(row, i64::from(row_bytes + GAP * element)), byte)
+        };
+        at(b, self.base, offset)
+    }
+}
+
+/// Elements between rows in shared memory, unless their pieces are mixed.
+pub(super) const GAP: u32 = 8;
+
 impl<'c> Kernel<'_, 'c> {
-    /// Stores a tile. The result passes through shared memory, so that rows leave in 16-byte pieces.
-    pub(super) fn store(
-        &self,
-        rows: Rows<'c>,
-        column_tile: V<'c>,
-        origin: [V<'c>; 2],
-        places: &[Place],
-        sums: &[V<'c>],
-    ) {
+    /// Stores a part of a tile. The result passes through shared memory, so that rows leave in 16-byte pieces.
+    pub(super) fn store(&self, rows: Rows<'c>, part: &Part<'c>, origin: [V<'c>; 2], places: &[Place], sums: &[V<'c>]) {
         let (b, spec) = (self.b, self.spec);
-        let pitch = i64::from(self.mode.staging_pitch(spec));
-        let first_column = b.mulc(column_tile, i64::from(self.mode.out_columns(spec)));
-        let bytes = b.addi(b.mulc(origin[0], pitch), b.mulc(origin[1], i64::from(size(spec.out))));
-        let base = at(b, self.shared, bytes);
-        let mut values = Values::new(self, rows, origin, first_column);
+        let element = size(spec.out);
+        let first = i64::from(part.first_row);
+        let rows = Rows { first: b.addc(rows.first, first), count: b.addc(rows.count, -first), ..rows };
+        let mut values = Values::new(self, rows, origin, part.first_column);
         for place in places {
             let results = (place.column..).zip(&place.columns).map(|(column, of)| {
                 let sums: Vec<_> = of.iter().map(|i| sums[*i]).collect();
@@ -54,38 +79,39 @@ impl<'c> Kernel<'_, 'c> {
             } else {
                 b.cast("arith.truncf", value, &format!("vector<{count}xbf16>"))
             };
-            let offset = i64::from(place.row) * pitch + i64::from(place.column * size(spec.out));
-            let to = b.gepc(base, "i8", int(offset));
-            b.store(value, to, size(spec.out) * u32::try_from(count).expect("one or two columns"));
+            let row = b.addc(origin[0], i64::from(place.row));
+            let byte = b.mulc(b.addc(origin[1], i64::from(place.column)), i64::from(element));
+            let to = part.address(b, row, byte, element);
+            b.store(value, to, element * u32::try_from(count).expect("one or two columns"));
         }
         self.meet();
-        self.copy_out(rows, first_column);
+        self.copy_out(rows, part);
     }
 
     /// Copies the rows that exist from shared memory to the result.
-    fn copy_out(&self, rows: Rows<'c>, first_column: V<'c>) {
+    fn copy_out(&self, rows: Rows<'c>, part: &Part<'c>) {
         let (b, spec) = (self.b, self.spec);
         let element = size(spec.out);
         // The widest piece that starts at a multiple of its size in every row and never crosses the last column.
         let pieces = [16 / element, 8 / element, 4 / element];
         let fits = |p: &u32| [spec.out_stride, spec.n].iter().all(|n| n.is_multiple_of(u64::from(*p)));
         let piece = pieces.into_iter().find(fits).unwrap_or(1);
-        let per_row = i64::from(self.mode.out_columns(spec) / piece);
+        let per_row = i64::from(part.columns / piece);
         let ty = match piece {
             1 => self.element(spec.out).to_owned(),
             _ => format!("vector<{piece}x{}>", self.element(spec.out)),
         };
         let bytes = piece * element;
-        let total = b.mulc(rows.count, per_row);
+        let count = b.minsi(rows.count, b.i32(int(i64::from(part.rows))));
+        let total = b.mulc(count, per_row);
         let threads = b.i32(int(i64::from(self.threads)));
         b.for_(self.thread, total, threads, &[], |index, _| {
             let per_row = b.i32(int(per_row));
             let (row, place) = (b.divui(index, per_row), b.remui(index, per_row));
-            let column = b.addi(first_column, b.mulc(place, i64::from(piece)));
+            let column = b.addi(part.first_column, b.mulc(place, i64::from(piece)));
             b.if_(b.cmpi("slt", column, b.i32(int(i64::try_from(spec.n).expect("columns fit in 32 bits")))), || {
-                let pitch = i64::from(self.mode.staging_pitch(spec));
-                let from = b.addi(b.mulc(row, pitch), b.mulc(place, i64::from(bytes)));
-                let value = b.load(at(b, self.shared, from), &ty, bytes);
+                let from = part.address(b, row, b.mulc(place, i64::from(bytes)), element);
+                let value = b.load(from, &ty, bytes);
                 let stride = i64::try_from(spec.out_stride).expect("rows fit in memory");
                 let to = b.mulc(wide(b, b.addi(rows.first, row)), stride);
                 let to = b.gep(self.args.out, self.element(spec.out), b.addi(to, wide(b, column)));

@@ -23,11 +23,6 @@ pub(super) struct Mma<'c> {
 }
 
 impl<'c> Mma<'c> {
-    /// `m` times `n` blocks from `origin` on.
-    pub(super) fn part(m: u32, n: u32, origin: [V<'c>; 2]) -> Self {
-        Self { m, n, depth: 0, origin }
-    }
-
     /// The part of this warp.
     pub(super) fn new(kernel: &Kernel<'_, 'c>, tile: &Tile) -> Self {
         let b = kernel.b;

@@ -29,10 +29,11 @@ use crate::{
     grouped::{Grouped, RowScale, RowSource},
     mlir::{Builder, FuncKind, V},
 };
-use device::{GLOBAL, SHARED, at_const, barrier, barrier_of, register};
+use device::{GLOBAL, SHARED, at_const, barrier, register};
+use epilogue::Part;
 use fragments::Mma;
 use moec_abi::DType;
-use schedule::{COPIERS, matrices};
+use schedule::matrices;
 use simt::Simt;
 use tile::{Rows, int};
 
@@ -56,6 +57,19 @@ pub fn variants(spec: &Grouped, target: Target) -> Vec<Variant> {
         None => (None, 0),
     };
     few.into_iter().chain([Variant { name: "", schedule, tokens: [from, u64::MAX] }]).collect()
+}
+
+/// Whether launches for a target may start before their predecessors end. Every thread of their kernels, or every
+/// block that reads nothing of the predecessor, then calls [`wait_for_predecessor`].
+pub(crate) fn starts_early(target: Target) -> bool {
+    target == Target::Sm90a
+}
+
+/// What earlier launches wrote is visible from here on, and the next launch may start. It starts no sooner, so that a
+/// kernel that waits for nothing yet can rely on all launches before its predecessor.
+pub(crate) fn wait_for_predecessor(b: &Builder<'_>) {
+    b.intrinsic0("llvm.nvvm.griddepcontrol.wait", &[]);
+    b.intrinsic0("llvm.nvvm.griddepcontrol.launch.dependents", &[]);
 }
 
 /// One parameter of a kernel.
@@ -148,7 +162,7 @@ pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target
             out: find(Parameter::Out).expect("a result"),
             tokens: find(Parameter::Tokens).expect("a number of tokens"),
         };
-        let shared = at_const(b, b.address_of(&ring, SHARED), u64::from(schedule.header()));
+        let shared = at_const(b, b.address_of(&ring, SHARED), u64::from(schedule.header(spec)));
         let thread = register(b, "tid.x");
         let (warp, lane) = (b.shrui(thread, b.i32(5)), b.andi(thread, b.i32(31)));
         let mode = &schedule.modes[0];
@@ -249,7 +263,7 @@ impl<'c> Kernel<'_, 'c> {
     fn way(&self, tile: &Tile, rows: Rows<'c>, column_tile: V<'c>) {
         let zero = self.b.f32(0.0);
         let (origin, places, sums) = match self.schedule.kind {
-            Kind::MmaSync | Kind::Wgmma | Kind::Decode => {
+            Kind::MmaSync | Kind::Decode | Kind::Wgmma => {
                 let products = Mma::new(self, tile);
                 let sums = self.accumulate(tile, rows, column_tile, vec![zero; products.sums()], &products);
                 (products.lane_origin(self), products.places(self.spec.matrices), sums)
@@ -260,14 +274,16 @@ impl<'c> Kernel<'_, 'c> {
                 (products.lane_origin(self), products.places(self.spec.matrices), sums)
             }
         };
-        self.store(rows, column_tile, origin, &places, &sums);
+        let columns = self.mode.out_columns(self.spec);
+        let first_column = self.b.mulc(column_tile, i64::from(columns));
+        let part = Part { base: self.shared, first_row: 0, rows: tile.rows, first_column, columns, swizzled: false };
+        self.store(rows, &part, origin, &places, &sums);
     }
 
-    /// What earlier launches wrote is visible from here on, and the next launch may start.
+    /// As [`wait_for_predecessor`], if the launch may start early at all.
     fn wait_for_predecessor(&self) {
         if self.schedule.dependent {
-            self.b.intrinsic0("llvm.nvvm.griddepcontrol.wait", &[]);
-            self.b.intrinsic0("llvm.nvvm.griddepcontrol.launch.dependents", &[]);
+            wait_for_predecessor(self.b);
         }
     }
 
@@ -275,7 +291,7 @@ impl<'c> Kernel<'_, 'c> {
     fn meet(&self) {
         match self.schedule.kind {
             Kind::MmaSync | Kind::Simt | Kind::Decode => barrier(self.b),
-            Kind::Wgmma => barrier_of(self.b, 1, self.schedule.threads() - COPIERS),
+            Kind::Wgmma => self.meet_group(),
         }
     }
 

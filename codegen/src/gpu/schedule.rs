@@ -1,5 +1,6 @@
 //! Tile shapes, and what follows from them for packing and launching.
 
+use super::epilogue::GAP;
 use crate::{
     Target,
     grouped::{Grouped, RowSource},
@@ -61,6 +62,8 @@ pub struct Schedule {
     pub modes: Vec<Mode>,
     /// Whether the launch may start before its predecessor ends.
     pub dependent: bool,
+    /// Blocks that walk through all tiles; `None`: each tile has its block.
+    pub walk: Option<u64>,
 }
 
 impl fmt::Display for Schedule {
@@ -109,8 +112,13 @@ impl Mode {
     }
 
     /// Bytes between rows of the result in shared memory. The gap keeps the rows that a warp writes in different banks.
-    pub(super) fn staging_pitch(&self, spec: &Grouped) -> u32 {
-        (self.out_columns(spec) + 8) * size(spec.out)
+    fn staging_pitch(&self, spec: &Grouped) -> u32 {
+        (self.out_columns(spec) + GAP) * size(spec.out)
+    }
+
+    /// Bytes between stages of a ring that all tiles of the mode share.
+    pub(super) fn stage_stride(&self, spec: &Grouped) -> u32 {
+        self.tiles.iter().map(|t| self.stage_bytes(spec, t)).max().unwrap_or(0)
     }
 
     /// Blocks for `rows` rows of a launch: enough for every distribution over experts.
@@ -132,7 +140,7 @@ impl Mode {
 pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
     if spec.a != DType::Bf16 || spec.w != DType::Bf16 {
         let modes = vec![Mode { limit: None, columns: 64, tiles: vec![tile(16, 32, 3, 1), tile(64, 32, 3, 2)] }];
-        return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes, dependent: false };
+        return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes, dependent: false, walk: None };
     }
     // Two blocks share a multiprocessor: 164 KiB of shared memory on sm_80, 100 on sm_89, 228 on sm_90.
     let (few, many) = if target == Target::Sm89 {
@@ -148,7 +156,7 @@ pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
     };
     let wide = Mode { limit: None, columns: 128, tiles: many };
     let narrow = Mode { limit: few_rows(spec, &wide, 2), columns: 64, tiles: few };
-    Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes: vec![narrow, wide], dependent: false }
+    Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes: vec![narrow, wide], dependent: false, walk: None }
 }
 
 /// The schedule with the instructions of this target alone, if it has any for the product. Its kernel takes a tensor
@@ -157,9 +165,15 @@ pub fn specialised(spec: &Grouped, target: Target) -> Option<Schedule> {
     if target != Target::Sm90a || spec.a != DType::Bf16 || spec.w != DType::Bf16 {
         return None;
     }
-    let wide = Mode { limit: None, columns: 256, tiles: vec![tile(64, 64, 4, 1), tile(128, 64, 4, 2)] };
-    let narrow = Mode { limit: few_rows(spec, &wide, 1), columns: 128, tiles: vec![tile(64, 64, 8, 1)] };
-    Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes: vec![narrow, wide], dependent: true })
+    // Most of shared memory is the ring: the rarer an expert's rows, the more of it is weights.
+    let ring = |limit, stages, rows: &[u32]| {
+        let tiles = rows.iter().map(|rows| tile(*rows, 64, stages, 1)).collect();
+        Mode { limit, columns: 128, tiles }
+    };
+    let few = ring(Some(spec.experts * 48), 8, &[16, 64]);
+    let many = ring(None, 4, &[64, 128, 192, 256]);
+    let walk = Some(HOPPER_MULTIPROCESSORS);
+    Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes: vec![few, many], dependent: true, walk })
 }
 
 fn tile(rows: u32, depth: u32, stages: u32, down: u32) -> Tile {
@@ -175,6 +189,9 @@ fn few_rows(spec: &Grouped, wide: &Mode, each: u64) -> Option<u64> {
     let beyond = row_tiles.saturating_sub(spec.experts) * u64::from(wide.rows());
     Some(row_tiles.min(spec.experts) + beyond)
 }
+
+/// Multiprocessors of H100 and H200.
+const HOPPER_MULTIPROCESSORS: u64 = 132;
 
 /// Multiprocessors of the larger devices: 108 (A100), 142 (L40S), 132 (H100, H200).
 const MULTIPROCESSORS: u64 = 128;
@@ -200,6 +217,10 @@ impl Schedule {
             mode.blocks(spec, &reached)
         });
         let blocks = blocks.reduce(|x, y| Expr::Max(Box::new(x), Box::new(y))).unwrap_or(Expr::Const(1));
+        let blocks = match self.walk {
+            Some(most) => Expr::Min(Box::new(blocks), Box::new(Expr::Const(most))),
+            None => blocks,
+        };
         GpuGrid {
             blocks: [blocks, Expr::Const(1), Expr::Const(1)],
             threads: [self.threads(), 1, 1],
@@ -223,17 +244,33 @@ impl Schedule {
         if self.kind == Kind::Decode {
             return super::decode::SHARED_BYTES;
         }
-        let bytes =
-            |mode: &Mode, t: &Tile| (t.stages * mode.stage_bytes(spec, t)).max(t.rows * mode.staging_pitch(spec));
-        let tiles = self.modes.iter().flat_map(|m| m.tiles.iter().map(move |t| bytes(m, t)));
-        self.header() + tiles.max().unwrap_or(0)
+        let modes = self.modes.iter().flat_map(|m| m.tiles.iter().map(move |t| (m, t)));
+        let passing = |(mode, tile): (&Mode, &Tile)| {
+            (tile.stages * mode.stage_bytes(spec, tile)).max(tile.rows * mode.staging_pitch(spec))
+        };
+        self.header(spec)
+            + match self.kind {
+                Kind::Wgmma => self.staging(spec) + 2 * super::wgmma::part_bytes(spec, self.most_rows()),
+                Kind::MmaSync | Kind::Simt | Kind::Decode => modes.map(passing).max().unwrap_or(0),
+            }
+    }
+
+    /// Distance from the ring to where results pass through shared memory, for [`Kind::Wgmma`].
+    pub(super) fn staging(&self, spec: &Grouped) -> u32 {
+        let rings = self.modes.iter().flat_map(|m| m.tiles.iter().map(|t| t.stages * m.stage_stride(spec)));
+        rings.max().unwrap_or(0)
+    }
+
+    /// Rows of the highest tile of all modes.
+    pub(super) fn most_rows(&self) -> u32 {
+        self.modes.iter().map(Mode::rows).max().unwrap_or(1)
     }
 
     /// Bytes of shared memory before the ring: barriers.
-    pub(super) fn header(&self) -> u32 {
+    pub(super) fn header(&self, spec: &Grouped) -> u32 {
         match self.kind {
             Kind::MmaSync | Kind::Simt | Kind::Decode => 0,
-            Kind::Wgmma => 1024,
+            Kind::Wgmma => super::wgmma::header(spec),
         }
     }
 }

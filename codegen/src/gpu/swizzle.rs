@@ -22,7 +22,7 @@ impl Swizzle {
     /// What the pieces of this row are mixed with.
     pub(super) fn mask<'c>(self, b: &Builder<'c>, row: V<'c>) -> V<'c> {
         match self.row_bytes {
-            128 => b.andi(row, b.i32(7)),
+            bytes if bytes % 128 == 0 => b.andi(row, b.i32(7)),
             64 => b.andi(b.shrui(row, b.i32(1)), b.i32(3)),
             bytes => unreachable!("rows of {bytes} bytes are not staged"),
         }

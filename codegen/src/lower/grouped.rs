@@ -202,7 +202,14 @@ impl<'g> Lowering<'g> {
         });
         let w = if packed.into_iter().all(|t| t == DType::Bf16) { DType::Bf16 } else { DType::F32 };
         let inside = match graph.node(id).op {
-            Op::Kernel(Kernel { kind: moec_ir::ops::KernelKind::Down, .. }) => DType::F32,
+            // Rows that the model rounds are stored as it rounds them.
+            Op::Kernel(Kernel { kind: moec_ir::ops::KernelKind::Down, .. }) => {
+                let round = body.outputs.first().and_then(|o| body.node(o.node).round);
+                match (self.target.is_gpu(), w, round) {
+                    (true, DType::Bf16, Some(moec_ir::DType::Bf16)) => DType::Bf16,
+                    (_, _, _) => DType::F32,
+                }
+            }
             _ if self.feeds_products(id) => memory::activation(self.target, w),
             _ => DType::F32,
         };
@@ -264,48 +271,119 @@ impl<'g> Lowering<'g> {
                 scale: if dispatch.is_some_and(|d| d.weighted) { RowScale::Input } else { RowScale::None },
                 epilogue: product.epilogue.clone(),
             };
-            let variants = self.variants(&spec, &tokens);
-            let Some(layout) = variants.first().map(|v| v.layout.clone()) else { return self.fail(id, "no kernel") };
-            let slot = weights::bank(body, id, graph, &product.matrices, product.names, layout, w)?;
-            let packed = self.memory.weight(&mut self.slots, slot);
-            let mut args = Vec::new();
-            if spec.bias {
-                let rows = Layout::Rows { columns: 1 };
-                let slot = weights::bank(body, id, graph, &product.biases, product.names, rows, DType::F32)?;
-                args.push(Arg::Buffer(self.memory.weight(&mut self.slots, slot)));
-            }
-            if let Some(Place::Plan { offsets, map, scale, first, .. }) = &plan_place {
-                let bytes = (product.ids[0] - first) * 4;
-                args.push(Arg::Offset { buffer: *offsets, bytes: Expr::Const(bytes) });
-                if rows == RowSource::Gathered {
-                    args.push(Arg::Buffer(*map));
-                }
-                match (spec.scale, scale) {
-                    (RowScale::None, _) => {}
-                    (RowScale::Input | RowScale::Output, Some(scale)) => args.push(Arg::Buffer(*scale)),
-                    (RowScale::Input | RowScale::Output, None) => return self.fail(id, "the plan has no weights"),
-                }
-            }
-            args.extend([Arg::Buffer(out), Arg::Value(tokens.clone())]);
-            for Variant { name, kernel, grid, .. } in variants {
-                let (symbol, weights) = match &kernel {
-                    Kernels::Gpu(spec, schedule) if schedule.parameters(spec).contains(&Parameter::WeightMap) => {
-                        (spec.symbol.clone(), Arg::TensorMap(schedule.weight_map(spec, packed)))
-                    }
-                    Kernels::Gpu(spec, _) | Kernels::Cpu(spec, _) => (spec.symbol.clone(), Arg::Buffer(packed)),
-                    Kernels::Rows(_) | Kernels::Plan(_) | Kernels::Batch(_) | Kernels::Quantise(_) => {
-                        return self.fail(id, "a product has another kernel");
-                    }
-                };
-                let args = [Arg::Buffer(a), weights].into_iter().chain(args.clone()).collect();
-                self.launch(id, symbol, args, grid);
-                if let Some(launch) = self.launches.last_mut() {
-                    launch.name.push_str(name);
-                }
-                self.kernels.push(kernel);
-            }
+            self.launch_product(id, body, product, &spec, ("", a, out), &tokens, plan_place.as_ref())?;
         }
         Ok(())
+    }
+
+    /// The launches of one product, whose operand and result are `a` and `out`; `part` follows the op's name.
+    #[expect(clippy::too_many_arguments, reason = "what is multiplied, with what, and where")]
+    fn launch_product(
+        &mut self,
+        id: NodeId,
+        body: &Graph,
+        product: &Product<'_>,
+        spec: &Grouped,
+        (part, a, out): (&str, usize, usize),
+        tokens: &Expr,
+        plan: Option<&Place>,
+    ) -> Result<(), CodegenError> {
+        let graph = self.graph;
+        let variants = self.variants(spec, tokens);
+        let Some(layout) = variants.first().map(|v| v.layout.clone()) else { return self.fail(id, "no kernel") };
+        let slot = weights::bank(body, id, graph, &product.matrices, product.names, layout, spec.w)?;
+        let packed = self.memory.weight(&mut self.slots, slot);
+        let mut args = Vec::new();
+        if spec.bias {
+            let rows = Layout::Rows { columns: 1 };
+            let slot = weights::bank(body, id, graph, &product.biases, product.names, rows, DType::F32)?;
+            args.push(Arg::Buffer(self.memory.weight(&mut self.slots, slot)));
+        }
+        if let Some(Place::Plan { offsets, map, scale, first, .. }) = plan {
+            let bytes = (product.ids[0] - first) * 4;
+            args.push(Arg::Offset { buffer: *offsets, bytes: Expr::Const(bytes) });
+            if spec.rows == RowSource::Gathered {
+                args.push(Arg::Buffer(*map));
+            }
+            match (spec.scale, scale) {
+                (RowScale::None, _) => {}
+                (RowScale::Input | RowScale::Output, Some(scale)) => args.push(Arg::Buffer(*scale)),
+                (RowScale::Input | RowScale::Output, None) => return self.fail(id, "the plan has no weights"),
+            }
+        }
+        args.extend([Arg::Buffer(out), Arg::Value(tokens.clone())]);
+        for Variant { name, kernel, grid, .. } in variants {
+            let (symbol, weights) = match &kernel {
+                Kernels::Gpu(spec, schedule) if schedule.parameters(spec).contains(&Parameter::WeightMap) => {
+                    (spec.symbol.clone(), Arg::TensorMap(schedule.weight_map(spec, packed)))
+                }
+                Kernels::Gpu(spec, _) | Kernels::Cpu(spec, _) => (spec.symbol.clone(), Arg::Buffer(packed)),
+                Kernels::Rows(_) | Kernels::Plan(_) | Kernels::Batch(_) | Kernels::Quantise(_) => {
+                    return self.fail(id, "a product has another kernel");
+                }
+            };
+            let args = [Arg::Buffer(a), weights].into_iter().chain(args.clone()).collect();
+            self.launch(id, symbol, args, grid);
+            if let Some(launch) = self.launches.last_mut() {
+                launch.name.push_str(part);
+                launch.name.push_str(name);
+            }
+            self.kernels.push(kernel);
+        }
+        Ok(())
+    }
+
+    /// Large products of a row kernel's operand, such as a router's logits: on a GPU they get tensor cores and many
+    /// multiprocessors of their own. Gives the nodes of the body and the buffers that hold their values.
+    pub(super) fn logits(&mut self, id: NodeId, kernel: &'g Kernel) -> Result<Vec<(NodeId, usize)>, CodegenError> {
+        /// Elements from which a matrix is large.
+        const LARGE: u64 = 1 << 14;
+        let body: &'g Graph = &kernel.body;
+        let mut given = Vec::new();
+        if !self.target.is_gpu() {
+            return Ok(given);
+        }
+        let (inputs, rows) = (body.inputs(), self.leading(id)?);
+        for node in body.order() {
+            let Op::Linear(linear) = &body.node(node).op else { continue };
+            let operand = body.operands(node).first().and_then(|o| inputs.iter().position(|i| i == o));
+            let Some(operand) = operand.and_then(|i| self.graph.operands(id).get(i).copied()) else { continue };
+            let Some(Place::Tensor { buffer, dtype: DType::Bf16 }) = self.memory.place(operand).cloned() else {
+                continue;
+            };
+            let of_rows = match type_of(self.graph, operand)? {
+                Type::Tensor(tensor) => tensor.shape.len() == 2 && dim(&tensor.shape[0]) == rows,
+                Type::Route(_) | Type::Plan(_) | Type::Ragged(_) => false,
+            };
+            let product = self.dense(id, body, linear)?;
+            let narrow = weights::packed_type(body, &WeightSpec::Plain(linear.w.clone())) == DType::Bf16;
+            if !of_rows || !narrow || product.n * product.k < LARGE {
+                continue;
+            }
+            let part = format!("_{}", body.node(node).name);
+            let spec = Grouped {
+                symbol: self.symbol(id, &part.replace(|c: char| !c.is_ascii_alphanumeric(), "_")),
+                experts: 1,
+                rows: RowSource::Dense,
+                rows_per_token: 1,
+                matrices: 1,
+                k: product.k,
+                n: product.n,
+                a_stride: product.k,
+                out_stride: product.n,
+                a: DType::Bf16,
+                w: DType::Bf16,
+                out: DType::F32,
+                bias: !product.biases.is_empty(),
+                scale: RowScale::None,
+                epilogue: Epilogue::Sum(0),
+            };
+            let name = format!("{}{part}", self.graph.node(id).name);
+            let out = self.memory.scratch(name, DType::F32, vec![rows.clone(), product.n.into()]);
+            self.launch_product(id, body, &product, &spec, (&part, buffer, out), &rows, None)?;
+            given.push((node, out));
+        }
+        Ok(given)
     }
 
     /// Rows of the operand rounded to signed bytes, in memory of their own.

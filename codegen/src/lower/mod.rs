@@ -118,7 +118,7 @@ pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<Co
 impl Kernels<'_> {
     fn emit(&self, b: &Builder<'_>, target: Target) -> Result<(), CodegenError> {
         match self {
-            Self::Rows(kernel) => kernel.emit(b, target).map(|_| ()),
+            Self::Rows(kernel) => kernel.emit(b, target),
             Self::Plan(kernel) => {
                 kernel.emit(b, target);
                 Ok(())
@@ -216,7 +216,9 @@ impl<'g> Lowering<'g> {
         let place = self.memory.allocate(self.graph, id, self.target)?;
         let result = place.dtype().unwrap_or(moec_abi::DType::F32);
         let symbol = self.symbol(id, "");
-        let planned = RowKernel::plan(self.session, self.target, symbol.clone(), &kernel.body, dtypes, result)?;
+        let given = self.logits(id, kernel)?;
+        let nodes: Vec<NodeId> = given.iter().map(|(node, _)| *node).collect();
+        let planned = RowKernel::plan(self.session, self.target, symbol.clone(), &kernel.body, dtypes, &nodes, result)?;
         let mut args = Vec::new();
         for arg in &planned.args {
             let buffer = match arg {
@@ -234,6 +236,7 @@ impl<'g> Lowering<'g> {
                     let slot = weights::whole(&kernel.body, id, self.graph, name, layout.clone(), *dtype)?;
                     Some(self.memory.weight(&mut self.slots, slot))
                 }
+                RowArg::Given(node) => given.iter().find(|(id, _)| id == node).map(|(_, buffer)| *buffer),
                 RowArg::Output(OutputPart::Data) => place.data(),
                 RowArg::Output(OutputPart::Idx) => place.idx(),
                 RowArg::Output(OutputPart::Weights) => place.weights(),

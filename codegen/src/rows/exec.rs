@@ -77,6 +77,10 @@ pub(crate) struct Exec<'a, 'c> {
     used: Cell<u64>,
     lane: Option<V<'c>>,
     warp: Option<(V<'c>, u32)>,
+    /// Whether lanes depend on each other: then one warp has all of a row.
+    together: Cell<bool>,
+    /// Which part of the columns this warp has, and how many there are.
+    part: Option<(V<'c>, u32)>,
 }
 
 impl<'a, 'c> Exec<'a, 'c> {
@@ -93,13 +97,16 @@ impl<'a, 'c> Exec<'a, 'c> {
             used: Cell::new(0),
             lane: None,
             warp: None,
+            together: Cell::new(false),
+            part: None,
         }
     }
 
     /// A warp with the row `row` and its part of shared memory.
     ///
     /// `warp` is the number of the warp in its block, and how many there are: arrays of the warps of a block
-    /// lie side by side, so that their place does not depend on the scratch that a warp needs in all.
+    /// lie side by side, so that their place does not depend on the scratch that a warp needs in all. With `part`,
+    /// the warp has only that part of the columns, of so many.
     pub(crate) fn warp(
         b: &'a Builder<'c>,
         target: Target,
@@ -107,6 +114,7 @@ impl<'a, 'c> Exec<'a, 'c> {
         lane: V<'c>,
         scratch: V<'c>,
         warp: (V<'c>, u32),
+        part: Option<(V<'c>, u32)>,
     ) -> Self {
         let zero = b.i64(0);
         Self {
@@ -119,6 +127,8 @@ impl<'a, 'c> Exec<'a, 'c> {
             used: Cell::new(0),
             lane: Some(lane),
             warp: Some(warp),
+            together: Cell::new(false),
+            part,
         }
     }
 
@@ -128,8 +138,14 @@ impl<'a, 'c> Exec<'a, 'c> {
     }
 
     /// The lane of the warp, i64, on a GPU.
-    pub(crate) const fn lane(&self) -> Option<V<'c>> {
+    pub(crate) fn lane(&self) -> Option<V<'c>> {
+        self.together.set(true);
         self.lane
+    }
+
+    /// Whether lanes depended on each other so far.
+    pub(crate) const fn together(&self) -> bool {
+        self.together.get()
     }
 
     /// Number of the row in the batch, i64.
@@ -158,6 +174,7 @@ impl<'a, 'c> Exec<'a, 'c> {
 
     /// An array of `bytes` for each row in flight.
     pub(crate) fn alloc(&self, bytes: u64) -> Scratch {
+        self.together.set(true);
         let stride = bytes.next_multiple_of(64);
         let offset = self.used.get();
         let rows = if self.is_warp() { 1 } else { CPU_ROWS };
@@ -203,11 +220,17 @@ impl<'a, 'c> Exec<'a, 'c> {
                 self.single(|| body(Ix { at: b.i64(0), width: 1 }));
                 return;
             }
-            b.for_(lane, b.i64(count), b.i64(32), &[], |i, _| {
+            let (start, step) = match self.part {
+                Some((part, parts)) => (b.addi(lane, b.shli(part, b.i64(5))), 32 * i64::from(parts)),
+                None => (lane, 32),
+            };
+            b.for_(start, b.i64(count), b.i64(step), &[], |i, _| {
                 body(Ix { at: i, width: 1 });
                 Vec::new()
             });
-            self.sync();
+            if self.part.is_none() {
+                self.sync();
+            }
             return;
         }
         let width = self.target.lanes();
@@ -228,6 +251,7 @@ impl<'a, 'c> Exec<'a, 'c> {
         let b = self.b;
         let count = i64::try_from(n).unwrap_or(i64::MAX);
         let identity = b.f32(fold.identity());
+        self.together.set(true);
         if let Some(lane) = self.lane {
             let part = b.for_(lane, b.i64(count), b.i64(32), &[identity], |i, acc| {
                 vec![fold.apply(b, acc[0], value(Ix { at: i, width: 1 }))]
@@ -263,6 +287,7 @@ impl<'a, 'c> Exec<'a, 'c> {
     pub(crate) fn largest_key(&self, n: u64, key: impl Fn(V<'c>) -> V<'c>) -> V<'c> {
         let b = self.b;
         let count = b.i64(i64::try_from(n).unwrap_or(i64::MAX));
+        self.together.set(true);
         let (start, step) = self.lane.map_or_else(|| (b.i64(0), 1), |lane| (lane, 32));
         let part = b.for_(start, count, b.i64(step), &[b.i64(i64::MIN)], |i, acc| vec![b.maxsi(acc[0], key(i))])[0];
         if self.is_warp() { self.butterfly(part, |x, y| b.maxsi(x, y)) } else { part }
@@ -274,6 +299,7 @@ impl<'a, 'c> Exec<'a, 'c> {
 
     /// Sum of a value over the lanes of the warp; every lane gets it.
     pub(crate) fn total(&self, value: V<'c>) -> V<'c> {
+        self.together.set(true);
         if self.is_warp() { self.butterfly(value, |x, y| self.b.addf(x, y)) } else { value }
     }
 
@@ -299,6 +325,7 @@ impl<'a, 'c> Exec<'a, 'c> {
 
     /// Emits `body` for one lane only; all lanes see its writes afterwards.
     pub(crate) fn single(&self, body: impl FnOnce()) {
+        self.together.set(true);
         match self.lane {
             None => body(),
             Some(lane) => {

@@ -42,6 +42,8 @@ pub enum RowArg {
         /// Element type of the packed values.
         dtype: DType,
     },
+    /// The value of a node of the body, f32, which another kernel has computed.
+    Given(NodeId),
     /// Memory for the result.
     Output(OutputPart),
 }
@@ -93,6 +95,8 @@ pub struct RowKernel<'g> {
     pub args: Vec<RowArg>,
     /// Warps per thread block, each with a row.
     warps: u32,
+    /// Warps that share the columns of a row.
+    parts: u32,
     /// Bytes of scratch per CPU thread or warp.
     scratch: u64,
 }
@@ -104,7 +108,7 @@ impl<'g> RowKernel<'g> {
     /// Plans the kernel: finds its arguments and measures its scratch memory by emitting it once.
     ///
     /// `operands` gives the element type of each operand in memory, `None` for routes, and whether its rows
-    /// are those of some experts only.
+    /// are those of some experts only; `given` are nodes of the body whose values other kernels compute.
     ///
     /// # Errors
     /// [`CodegenError::Unsupported`] with the node that is no row op.
@@ -114,19 +118,25 @@ impl<'g> RowKernel<'g> {
         symbol: String,
         body: &'g Graph,
         operands: Vec<(Option<DType>, bool)>,
+        given: &[NodeId],
         result: DType,
     ) -> Result<Self, CodegenError> {
-        let args = arguments(body, target)?;
+        let args = arguments(body, target, given)?;
         let (operands, partial) = operands.into_iter().unzip();
-        let mut kernel = Self { symbol, body, operands, partial, result, args, warps: exec::GPU_WARPS, scratch: 0 };
-        let mut measured = Ok(0);
+        let mut kernel =
+            Self { symbol, body, operands, partial, result, args, warps: exec::GPU_WARPS, parts: 1, scratch: 0 };
+        let mut measured = Ok((0, true));
         session.sketch(|b| {
             if target.is_gpu() {
                 b.shared(crate::SHARED, 0, 1024);
             }
-            measured = kernel.emit(b, target);
+            measured = kernel.emit_measured(b, target);
         });
-        kernel.scratch = measured?;
+        let together;
+        (kernel.scratch, together) = measured?;
+        if target.is_gpu() && !together {
+            kernel.parts = columns(body)?.div_ceil(PART).try_into().unwrap_or(1);
+        }
         while kernel.warps > 1 && kernel.scratch * u64::from(kernel.warps) > SHARED_LIMIT {
             kernel.warps /= 2;
         }
@@ -146,11 +156,11 @@ impl<'g> RowKernel<'g> {
     pub fn grid(&self, target: Target, rows: Expr) -> Grid {
         if target.is_gpu() {
             Grid::Gpu(GpuGrid {
-                blocks: [rows.ceil_div(u64::from(self.warps)), 1.into(), 1.into()],
+                blocks: [rows.ceil_div(u64::from(self.warps)), u64::from(self.parts).into(), 1.into()],
                 threads: [self.warps * 32, 1, 1],
                 cluster: [1, 1, 1],
                 shared: u32::try_from(self.scratch * u64::from(self.warps)).unwrap_or(u32::MAX),
-                dependent: false,
+                dependent: crate::gpu::starts_early(target),
                 tokens: moec_abi::ANY_TOKENS,
             })
         } else {
@@ -158,17 +168,25 @@ impl<'g> RowKernel<'g> {
         }
     }
 
-    /// Appends the kernel to the module; returns the bytes of scratch that it uses.
+    /// Appends the kernel to the module.
     ///
     /// # Errors
     /// [`CodegenError::Unsupported`] with the node that is no row op.
-    pub fn emit(&self, b: &Builder<'_>, target: Target) -> Result<u64, CodegenError> {
-        let mut outcome = Ok(0);
+    pub fn emit(&self, b: &Builder<'_>, target: Target) -> Result<(), CodegenError> {
+        self.emit_measured(b, target).map(|_| ())
+    }
+
+    /// Appends the kernel; gives the bytes of scratch that it uses, and whether lanes depend on each other.
+    fn emit_measured(&self, b: &Builder<'_>, target: Target) -> Result<(u64, bool), CodegenError> {
+        let mut outcome = Ok((0, true));
         if target.is_gpu() {
             let kind = FuncKind::Kernel { threads: self.warps * 32, blocks: 1, cluster: 1 };
             let parameters: Vec<(&str, &str)> =
                 self.args.iter().map(|_| ("!llvm.ptr<1>", "{}")).chain([("i64", "{}")]).collect();
             b.func(&self.symbol, kind, &parameters, |a| {
+                if crate::gpu::starts_early(target) {
+                    crate::gpu::wait_for_predecessor(b);
+                }
                 let special = |name: &str| {
                     let raw = b.op(&format!("nvvm.read.ptx.sreg.{name}"), &[], "i32", &[]);
                     b.cast("arith.extui", raw, "i64")
@@ -180,8 +198,9 @@ impl<'g> RowKernel<'g> {
                 let shared = b.address_of(crate::SHARED, "!llvm.ptr<3>");
                 let rows = a[self.args.len()];
                 b.if_(b.cmpi("slt", row, rows), || {
-                    let x = exec::Exec::warp(b, target, row, lane, shared, (warp, self.warps));
-                    outcome = walk::walk(self, &x, &a[..self.args.len()]).map(|()| x.scratch_bytes());
+                    let part = (self.parts > 1).then(|| (special("ctaid.y"), self.parts));
+                    let x = exec::Exec::warp(b, target, row, lane, shared, (warp, self.warps), part);
+                    outcome = walk::walk(self, &x, &a[..self.args.len()]).map(|()| (x.scratch_bytes(), x.together()));
                 });
             });
         } else {
@@ -196,7 +215,7 @@ impl<'g> RowKernel<'g> {
                     let first = b.mulc(item, height);
                     let rows = b.minsi(b.i64(height), b.subi(total, first));
                     let x = exec::Exec::cpu(b, target, first, rows, a[3]);
-                    outcome = walk::walk(self, &x, &pointers).map(|()| x.scratch_bytes());
+                    outcome = walk::walk(self, &x, &pointers).map(|()| (x.scratch_bytes(), x.together()));
                 });
             });
         }
@@ -204,8 +223,20 @@ impl<'g> RowKernel<'g> {
     }
 }
 
+/// Columns of a row that a warp takes, where warps can share a row.
+const PART: u64 = 128;
+
+/// Columns of the result.
+fn columns(body: &Graph) -> Result<u64, CodegenError> {
+    let Some(output) = body.outputs.first() else { return Ok(1) };
+    match type_of(body, output.node)? {
+        Type::Tensor(tensor) => Ok(tensor.shape.iter().skip(1).map(|d| d.known().unwrap_or(1)).product()),
+        Type::Route(_) | Type::Plan(_) | Type::Ragged(_) => Ok(1),
+    }
+}
+
 /// The arguments that a body needs, in order.
-fn arguments(body: &Graph, target: Target) -> Result<Vec<RowArg>, CodegenError> {
+fn arguments(body: &Graph, target: Target, given: &[NodeId]) -> Result<Vec<RowArg>, CodegenError> {
     let mut args = Vec::new();
     for (operand, id) in body.inputs().into_iter().enumerate() {
         let mut input = |part| args.push(RowArg::Input { operand, part });
@@ -223,8 +254,14 @@ fn arguments(body: &Graph, target: Target) -> Result<Vec<RowArg>, CodegenError> 
             }
         }
     }
+    args.extend(given.iter().map(|id| RowArg::Given(*id)));
     let matrices = walk::matrices(body);
+    let used: Vec<&WeightName> =
+        body.ids().into_iter().filter(|id| !given.contains(id)).flat_map(|id| body.node(id).op.weights()).collect();
     for (name, weight) in &body.weights {
+        if !given.is_empty() && !used.contains(&name) {
+            continue;
+        }
         let matrix = matrices.contains(&name.as_str());
         let layout = if matrix { linear::layout(target) } else { Layout::Rows { columns: 1 } };
         let dtype = if weight.dtype == moec_ir::DType::Bf16 { DType::Bf16 } else { DType::F32 };

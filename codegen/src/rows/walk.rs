@@ -87,6 +87,11 @@ pub(super) fn walk<'c>(kernel: &RowKernel<'_>, x: &Exec<'_, 'c>, pointers: &[V<'
             RowArg::Weight { name, dtype, .. } => {
                 walker.weights.insert(name.clone(), (*pointer, *dtype));
             }
+            RowArg::Given(id) => {
+                let row = Value::Row(global(*pointer, DType::F32, walker.row_shape(*id)?));
+                let row = walker.finish(*id, row);
+                walker.values.insert(*id, row);
+            }
             RowArg::Output(part) => outputs.push((*part, *pointer)),
         }
     }
