@@ -3,12 +3,11 @@
 //! A block takes one or two times 16 packed rows of one expert and all of `k`, which its warps share in turn: a lane
 //! loads 16 neighbouring bytes of a weight row and of a row of the operand, and both count as fragments of a product
 //! whose depth is permuted alike on both sides. So weights need no shared memory, no barrier and no other order. Their
-//! loads run ahead of the products in registers, the first before the launch's predecessor has ended. The sums of the
-//! warps are added in the order of the warps.
+//! loads run ahead of the products in registers. The sums of the warps are added in the order of the warps.
 
 use super::{
     Kernel, Schedule,
-    device::{asm, at, at_const, barrier, element, field, register, vector, wide},
+    device::{asm, asm0, at, at_const, barrier, element, field, register, vector, wide},
     epilogue::Values,
     fragments::mma,
     schedule::{Kind, Mode, Tile, packed_columns, packed_rows, size},
@@ -69,7 +68,7 @@ struct Source<'c> {
     /// Its weight rows: `UNITS` pairs, eight rows apart.
     weights: Vec<V<'c>>,
     /// Its row of the operand, and whether that exists.
-    operand: Option<(V<'c>, V<'c>)>,
+    operand: (V<'c>, V<'c>),
 }
 
 impl<'c> Kernel<'_, 'c> {
@@ -118,14 +117,14 @@ impl<'c> Kernel<'_, 'c> {
         let b = self.b;
         let depth = self.mode.tiles[0].stages;
         let rounds = steps(self.spec).div_ceil(depth);
-        let mut source = Source { weights: self.weight_rows(rows, column_tile), operand: None };
-        let first: Vec<Vec<Piece<'c>>> =
-            (0..depth).map(|u| self.weight_pieces(&source, b.i32(int(u.into())))).collect();
-        self.wait_for_predecessor();
-        source.operand = Some(self.operand_row(rows));
+        if self.schedule.dependent && self.spec.rows != RowSource::Gathered {
+            self.fetch_weights(rows, column_tile);
+            self.wait_for_predecessor();
+        }
+        let source = Source { weights: self.weight_rows(rows, column_tile), operand: self.operand_row(rows) };
         let mut ring = Vec::new();
-        for (u, pieces) in (0..depth).zip(first) {
-            ring.extend(pieces);
+        for u in 0..depth {
+            ring.extend(self.weight_pieces(&source, b.i32(int(u.into()))));
             ring.push(self.operand_piece(&source, b.i32(int(u.into()))));
         }
         let each = ring.len() / depth as usize;
@@ -150,6 +149,22 @@ impl<'c> Kernel<'_, 'c> {
         let (sums, ring) = carried.split_at(self.units() as usize * 4);
         let sums = ring.chunks(each * 4).fold(sums.to_vec(), |sums, pieces| products(b, &sums, pieces));
         self.reduce(rows, column_tile, &sums);
+    }
+
+    /// Asks for all weights of the block, so that they are on their way while the predecessor still runs. (Loads into
+    /// registers would do that too, but the assembler moves them behind the wait.)
+    fn fetch_weights(&self, rows: Rows<'c>, column_tile: V<'c>) {
+        let (b, spec) = (self.b, self.spec);
+        let packed = i64::try_from(packed_rows(spec)).expect("weights fit in memory");
+        let stride = i64::try_from(packed_columns(spec) * spec.w.bytes()).expect("weights fit in memory");
+        let columns = i64::from(self.mode.columns);
+        b.if_(b.cmpi("eq", self.thread, b.i32(0)), || {
+            let expert = at(b, self.args.w, b.mulc(wide(b, rows.expert), packed * stride));
+            let first = b.mulc(column_tile, columns);
+            let count = b.minsi(b.i32(int(columns)), b.subi(b.i32(int(packed)), first));
+            let from = at(b, expert, b.mulc(wide(b, first), stride));
+            asm0(b, "cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", &[from, b.mulc(count, stride)]);
+        });
     }
 
     /// Byte of a row at which this lane starts.
@@ -207,7 +222,7 @@ impl<'c> Kernel<'_, 'c> {
     /// This lane's piece of its row of the operand; zero where there is none.
     fn operand_piece(&self, source: &Source<'c>, step: V<'c>) -> Piece<'c> {
         let (b, spec) = (self.b, self.spec);
-        let Some((row, exists)) = source.operand else { unreachable!("the operand is read after the wait") };
+        let (row, exists) = source.operand;
         let distance = b.addi(b.mulc(step, i64::from(WARPS) * 64), self.lane_start());
         let end = b.i32(int(i64::try_from(spec.k * spec.a.bytes()).expect("rows fit in 32 bits")));
         let exists = b.andi(exists, b.cmpi("ult", distance, end));

@@ -88,6 +88,13 @@ pub(super) fn asm<'c>(b: &Builder<'c>, text: &str, constraints: &str, operands: 
     b.op("llvm.inline_asm", operands, result, &attributes)
 }
 
+/// As [`asm`], without a result.
+pub(super) fn asm0<'c>(b: &Builder<'c>, text: &str, constraints: &str, operands: &[V<'c>]) {
+    let (text, constraints) = (format!("\"{text}\""), format!("\"{constraints}\""));
+    let attributes = [("asm_string", text.as_str()), ("constraints", &constraints), ("has_side_effects", "unit")];
+    b.op0("llvm.inline_asm", operands, &attributes);
+}
+
 /// A field of a struct.
 pub(super) fn field<'c>(b: &Builder<'c>, value: V<'c>, index: usize, ty: &str) -> V<'c> {
     b.op("llvm.extractvalue", &[value], ty, &[("position", &format!("array<i64: {index}>"))])

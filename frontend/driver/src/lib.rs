@@ -7,6 +7,7 @@ mod artefact;
 pub mod bench;
 mod compiler;
 mod error;
+pub mod estimate;
 pub mod files;
 mod host;
 pub mod interrupt;

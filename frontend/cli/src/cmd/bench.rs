@@ -6,6 +6,7 @@ use moec::{
     Target,
     abi::DType,
     bench::{self, Options, Row},
+    estimate::{self, Estimate},
     frontend::{Form, FormFacts},
     ir::Graph,
     limits::{self, Limits},
@@ -220,8 +221,22 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
         sim.take_counts();
         let options = Options { tokens, routing, launches: Some(1), kernels_only: true };
         bench::once(&prepared, &graph, &facts(&graph), &options)?;
-        let c = sim.take_counts().total;
+        let tally = sim.take_counts();
+        let c = tally.total;
         let program = prepared.program()?;
+        // Uniform routing hits so many experts in the mean.
+        let (experts, routes) = (facts(&graph).experts.max(1) as f64, (facts(&graph).top_k * tokens) as f64);
+        let share = 1.0 - (1.0 - 1.0 / experts).powf(routes);
+        let kernels: Vec<(String, Estimate)> = program
+            .launches
+            .iter()
+            .filter_map(|launch| {
+                let counts = tally.kernels.get(&launch.symbol)?;
+                let footprint = estimate::footprint(program, launch, tokens, share);
+                let target = Target::from_name(&program.target)?;
+                Some((launch.name.clone(), estimate::estimate(counts, footprint, target)?))
+            })
+            .collect();
         let row = json!({
             "model": loaded.artefact.manifest().model, "layer": prepared.layer().number(), "device": "sim",
             "target": program.target, "tokens": tokens, "routing": args.routing,
@@ -229,6 +244,10 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
             "bytes_shared": c.shared_bytes_read + c.shared_bytes_written, "bank_conflicts": c.bank_conflicts(),
             "registers": c.registers, "shared_bytes": c.shared_bytes, "tensor_flops": c.tensor_flops,
             "blocks": c.blocks, "occupancy": f64::from(c.occupancy_permille) / 1000.0,
+            "kernels": kernels.iter().map(|(name, e)| json!({
+                "name": name, "limit": e.limit().0, "microseconds": e.microseconds,
+                "cycles": e.cycles.iter().map(|(l, n)| (l.name().to_owned(), json!(n))).collect::<serde_json::Map<_, _>>(),
+            })).collect::<Vec<_>>(),
         });
         if !cx.is_json() {
             cx.result(format!(
@@ -240,6 +259,14 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
                 c.registers,
                 c.shared_bytes
             ))?;
+            for (name, e) in &kernels {
+                let (limit, cycles) = e.limit();
+                cx.result(format!(
+                    "        {name:<24} at least {cycles:>9.0} cycles, {:>8.2} us, bound by {}\n",
+                    e.microseconds,
+                    limit.name()
+                ))?;
+            }
         }
         rows.push(row);
     }

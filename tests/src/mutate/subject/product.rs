@@ -58,7 +58,12 @@ pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
         }
         for spec in [up(DType::Bf16, 584), down(DType::Bf16, 584)] {
             all.extend(modes(&spec, &gpu::schedule(&spec, target), "mma", target, seeds, filter));
+            if let Some((schedule, _)) = gpu::decode(&spec, target) {
+                all.extend(modes(&spec, &schedule, "decode", target, seeds, filter));
+            }
             if let Some(schedule) = gpu::specialised(&spec, target) {
+                // So few blocks walk from tile to tile.
+                let schedule = gpu::Schedule { walk: Some(5), ..schedule };
                 all.extend(modes(&spec, &schedule, "wgmma", target, seeds, filter));
             }
         }
@@ -76,7 +81,10 @@ fn modes(
 ) -> Vec<Subject> {
     let shapes = [(1, Spread::Skewed), (19, Spread::Skewed), (67, Spread::Last)];
     let alone = |mode: &gpu::Mode| {
-        let name = format!("{} {name} x{} {}", spec.symbol, mode.columns, target.name());
+        // Modes differ in columns, or else in the height of their tiles.
+        let same = schedule.modes.iter().filter(|m| m.columns == mode.columns).count() > 1;
+        let height = if same { format!("x{}", mode.rows()) } else { String::new() };
+        let name = format!("{} {name} x{}{height} {}", spec.symbol, mode.columns, target.name());
         if !name.contains(filter) {
             return None;
         }
