@@ -337,7 +337,7 @@ impl<'g> Lowering<'g> {
     /// multiprocessors of their own. Gives the nodes of the body and the buffers that hold their values.
     pub(super) fn logits(&mut self, id: NodeId, kernel: &'g Kernel) -> Result<Vec<(NodeId, usize)>, CodegenError> {
         /// Elements from which a matrix is large.
-        const LARGE: u64 = 1 << 14;
+        const LARGE: u64 = 1 << 12;
         let body: &'g Graph = &kernel.body;
         let mut given = Vec::new();
         if !self.target.is_gpu() {
