@@ -35,6 +35,33 @@ impl Outcome {
     }
 }
 
+/// Something else that runs PTX: a driver with its device. Errors are texts for people.
+pub trait Machine {
+    /// `bytes` of memory at a multiple of `align`, content undefined.
+    ///
+    /// # Errors
+    /// There is no memory.
+    fn alloc(&mut self, bytes: u64, align: u64) -> Result<u64, String>;
+
+    /// Copies to the machine's memory.
+    ///
+    /// # Errors
+    /// The copy fails.
+    fn write(&mut self, address: u64, data: &[u8]) -> Result<(), String>;
+
+    /// Copies from the machine's memory, after the launch.
+    ///
+    /// # Errors
+    /// The copy fails.
+    fn read(&mut self, address: u64, bytes: u64) -> Result<Vec<u8>, String>;
+
+    /// Loads the module and runs one kernel of it to its end.
+    ///
+    /// # Errors
+    /// The module or the launch is refused, or the kernel fails.
+    fn launch(&mut self, ptx: &str, launch: &Launch<'_>) -> Result<(), String>;
+}
+
 /// How far an output may be from its expectation.
 #[derive(Clone, Copy, Debug, Default)]
 struct Tolerance {
@@ -46,6 +73,8 @@ struct Tolerance {
 #[derive(Debug)]
 pub struct Case {
     name: String,
+    target: String,
+    ptx: String,
     module: Module,
     entry: String,
     grid: [u32; 3],
@@ -157,6 +186,8 @@ impl Case {
         };
         Ok(Case {
             name: text("case")?.to_owned(),
+            target: text("target")?.to_owned(),
+            ptx: text("ptx")?.to_owned(),
             module: Module::parse(text("ptx")?)?,
             entry: text("entry")?.to_owned(),
             grid: triple(text("grid")?)?,
@@ -180,7 +211,19 @@ impl Case {
         &self.name
     }
 
-    /// Runs the case and judges it.
+    /// Target of the code, such as `sm_90a`.
+    #[must_use]
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// Whether the kernel is correct, so that its results count.
+    #[must_use]
+    pub fn is_correct(&self) -> bool {
+        self.expect == "ok"
+    }
+
+    /// Runs the case on the simulator and judges it.
     ///
     /// # Errors
     ///
@@ -190,30 +233,64 @@ impl Case {
         let mut address = BTreeMap::new();
         for (name, (bytes, align)) in &self.buffers {
             let a = memory.alloc(*bytes, *align);
-            if let Some(data) = self.inputs.get(name) {
-                if data.len() as u64 != *bytes {
-                    return bad(format!("inputs.{name} has {} bytes, the buffer {bytes}", data.len()));
-                }
+            if let Some(data) = self.input(name, *bytes)? {
                 memory.write(a, data)?;
             }
             address.insert(name.as_str(), a);
         }
-        let args = self.args.iter().map(|a| argument(a, &address)).collect::<Result<_, _>>()?;
-        let l = Launch {
+        let report = launch(&self.module, &mut memory, &self.launch(&address)?, options)?;
+        let failure = if !self.is_correct() {
+            self.judge_faulty(&report)
+        } else if let Some(f) = report.findings.first() {
+            Some(format!("{} findings, first: {f}", report.findings.len()))
+        } else {
+            self.judge_results(|name, bytes| memory.read(address[name], bytes))?
+        };
+        Ok(Outcome { case: self.name.clone(), expect: self.expect.clone(), failure, report })
+    }
+
+    /// Runs a correct case on another machine and compares its results; says why it failed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Case`] for arguments that do not follow the format.
+    pub fn run_on(&self, machine: &mut dyn Machine) -> Result<Option<String>, Error> {
+        let mut address = BTreeMap::new();
+        for (name, (bytes, align)) in &self.buffers {
+            let a = match machine.alloc(*bytes, *align) {
+                Ok(a) => a,
+                Err(why) => return Ok(Some(why)),
+            };
+            // Memory that nothing has written shall not look like zeros.
+            let poison = vec![0xff; *bytes as usize];
+            if let Err(why) = machine.write(a, self.input(name, *bytes)?.unwrap_or(&poison)) {
+                return Ok(Some(why));
+            }
+            address.insert(name.as_str(), a);
+        }
+        if let Err(why) = machine.launch(&self.ptx, &self.launch(&address)?) {
+            return Ok(Some(why));
+        }
+        self.judge_results(|name, bytes| machine.read(address[name], bytes).map_err(Error::Case))
+    }
+
+    fn input(&self, name: &str, bytes: u64) -> Result<Option<&[u8]>, Error> {
+        let Some(data) = self.inputs.get(name) else { return Ok(None) };
+        if data.len() as u64 != bytes {
+            return bad(format!("inputs.{name} has {} bytes, the buffer {bytes}", data.len()));
+        }
+        Ok(Some(data))
+    }
+
+    fn launch(&self, address: &BTreeMap<&str, u64>) -> Result<Launch<'_>, Error> {
+        Ok(Launch {
             entry: &self.entry,
             grid: self.grid,
             block: self.block,
             cluster: self.cluster,
             dynamic_shared: self.dynamic_shared,
-            args,
-        };
-        let report = launch(&self.module, &mut memory, &l, options)?;
-        let failure = if self.expect == "ok" {
-            self.judge_correct(&memory, &address, &report)?
-        } else {
-            self.judge_faulty(&report)
-        };
-        Ok(Outcome { case: self.name.clone(), expect: self.expect.clone(), failure, report })
+            args: self.args.iter().map(|a| argument(a, address)).collect::<Result<_, _>>()?,
+        })
     }
 
     fn judge_faulty(&self, report: &Report) -> Option<String> {
@@ -228,22 +305,15 @@ impl Case {
         Some(format!("no `{}` at one of the lines {:?}; found: [{}]", self.expect, self.fault_lines, seen.join("; ")))
     }
 
-    fn judge_correct(
+    fn judge_results(
         &self,
-        memory: &Memory,
-        address: &BTreeMap<&str, u64>,
-        report: &Report,
+        mut read: impl FnMut(&str, u64) -> Result<Vec<u8>, Error>,
     ) -> Result<Option<String>, Error> {
-        if let Some(f) = report.findings.first() {
-            return Ok(Some(format!("{} findings, first: {f}", report.findings.len())));
-        }
         for name in &self.outputs {
-            let (Some(a), Some((bytes, _)), Some((dtype, want))) =
-                (address.get(name.as_str()), self.buffers.get(name), self.expected.get(name))
-            else {
+            let (Some((bytes, _)), Some((dtype, want))) = (self.buffers.get(name), self.expected.get(name)) else {
                 return bad(format!("output `{name}` has no buffer or no expectation"));
             };
-            let got = memory.read(*a, *bytes)?;
+            let got = read(name, *bytes)?;
             if got.len() != want.len() {
                 return bad(format!("expected.{name} has {} bytes, the buffer {bytes}", want.len()));
             }

@@ -4,7 +4,7 @@
 
 use crate::clock::Scope;
 use crate::counts;
-use crate::exec::{Cluster, Env, GlobalShadow, GlobalSync, PAGE_WORDS, Turn};
+use crate::exec::{Cluster, Env, GlobalShadow, GlobalSync, PAGE_BYTES, Turn};
 use crate::op::{Atomic, Bulk, Code, FUNC_BASE, Op, Rmw, Where};
 use crate::report::{Counts, Findings};
 use crate::space;
@@ -41,7 +41,12 @@ pub enum Arg {
 }
 
 impl Arg {
-    fn bytes(&self) -> Result<Vec<u8>, Error> {
+    /// Bytes of the parameter, little-endian. A tensor map is in the form of the simulator.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TensorMap`] for a map no driver would take.
+    pub fn bytes(&self) -> Result<Vec<u8>, Error> {
         Ok(match self {
             Arg::U64(v) => v.to_le_bytes().to_vec(),
             Arg::I64(v) => v.to_le_bytes().to_vec(),
@@ -84,11 +89,26 @@ pub struct Options {
     pub check: bool,
     /// Warp instructions after which the launch is given up.
     pub max_instructions: u64,
+    /// How the lanes of a warp go on where nothing keeps them together.
+    pub lanes: Lanes,
+}
+
+/// How the lanes of a warp go on between two places where they must meet (warp barriers, shuffles, matrix operations).
+/// A kernel may rely on neither of them; running lanes apart is slow and shows what a warp barrier is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lanes {
+    /// Together, as far as they can.
+    #[default]
+    Together,
+    /// One after another, the first lane first.
+    Ascending,
+    /// One after another, the last lane first.
+    Descending,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { seed: 0, check: true, max_instructions: 4_000_000_000 }
+        Options { seed: 0, check: true, max_instructions: 4_000_000_000, lanes: Lanes::Together }
     }
 }
 
@@ -141,11 +161,7 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     }
     let const_bank = constants(code, &var_addr)?;
     let pages = if options.check {
-        memory
-            .allocs
-            .iter()
-            .map(|a| (0..(a.bytes as usize).div_ceil(4 * PAGE_WORDS)).map(|_| OnceLock::new()).collect())
-            .collect()
+        memory.allocs.iter().map(|a| (0..a.bytes.div_ceil(PAGE_BYTES)).map(|_| OnceLock::new()).collect()).collect()
     } else {
         Vec::new()
     };
@@ -164,6 +180,7 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
         dynamic_shared: launch.dynamic_shared,
         check: options.check,
         seed: options.seed,
+        lanes: options.lanes,
         max_instructions: options.max_instructions,
         executed: AtomicU64::new(0),
     };
@@ -354,7 +371,7 @@ fn independent(code: &Code, reachable: &BTreeSet<usize>) -> bool {
             Op::Ld(a) | Op::St(a) => !a.order.strong || shared(a.place) || a.order.scope == Scope::Cta,
             Op::Atom(a) => harmless(a),
             Op::Bulk(b) => plain(b),
-            Op::TensormapReplace { .. } => false,
+            Op::TensormapReplace { .. } | Op::TensormapCopy { .. } => false,
             _ => true,
         })
     })

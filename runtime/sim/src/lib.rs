@@ -63,7 +63,7 @@ mod syntax;
 mod tensormap;
 
 pub use error::Error;
-pub use launch::{Arg, Launch, Options, launch};
+pub use launch::{Arg, Lanes, Launch, Options, launch};
 pub use memory::Memory;
 pub use module::{EntryInfo, Module};
 pub use report::{Counts, Finding, FindingKind, Report, Tally};

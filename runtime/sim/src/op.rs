@@ -457,6 +457,11 @@ pub(crate) enum Op {
         index: u32,
         value: Reg,
     },
+    /// Copies a tensor map from shared to global memory, for the warp as one, and releases it.
+    TensormapCopy {
+        to: Addr,
+        from: Addr,
+    },
 }
 
 /// What an instruction is counted as.

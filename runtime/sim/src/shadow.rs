@@ -1,8 +1,9 @@
 //! Happens-before race detection on one piece of memory.
 //!
-//! Every four bytes have a cell with their last write and their reads since (FastTrack, Flanagan and Freund 2009, with
-//! the lanes of a warp that read at one time as one reader). Bytes of a word that are touched singly get cells of
-//! their own. Asynchronous operations are components of the clock like threads are; touching what one of them has
+//! A cell holds the last write of a place and the reads since (FastTrack, Flanagan and Freund 2009, with the lanes of a
+//! warp that read at one time as one reader). Every line of sixteen bytes has one, as long as it is touched as a whole;
+//! a line that is touched in parts gets a cell for each word, and a word one for each byte. A write of the whole joins
+//! the parts again. Asynchronous operations are components of the clock like threads are; touching what one of them has
 //! written, or is still reading, without knowing of its completion is a missing wait rather than a race.
 
 use crate::clock::{Clock, Epoch, Scope, Touch, View};
@@ -49,16 +50,57 @@ struct Reader {
     pc: u32,
 }
 
+/// The parts of a line or of a word: four cells, and for those that have parts themselves the index of these plus one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Parts {
+    cells: [Cell; 4],
+    split: [u32; 4],
+}
+
+/// Things of one kind that are used again.
+#[derive(Debug)]
+struct Pool<T> {
+    all: Vec<T>,
+    free: Vec<u32>,
+}
+
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Pool { all: Vec::new(), free: Vec::new() }
+    }
+}
+
+impl<T> Pool<T> {
+    /// Puts a value in and returns its index plus one.
+    fn add(&mut self, value: T) -> u32 {
+        match self.free.pop() {
+            Some(i) => {
+                self.all[i as usize - 1] = value;
+                i
+            }
+            None => {
+                self.all.push(value);
+                self.all.len() as u32
+            }
+        }
+    }
+}
+
 /// The cells of a piece of memory.
 #[derive(Debug, Default)]
 pub(crate) struct Shadow {
-    cells: Vec<Cell>,
-    /// Index into `bytes` plus one for words whose bytes are tracked singly.
+    lines: Vec<Cell>,
+    /// Index into `parts` plus one for lines whose words are tracked singly.
     split: Vec<u32>,
-    bytes: Vec<[Cell; 4]>,
-    lists: Vec<Vec<Reader>>,
-    free: Vec<u32>,
+    parts: Pool<Parts>,
+    lists: Pool<Vec<Reader>>,
 }
+
+/// Whether a write leaves the bytes as they are, which is no race of writes; asked only where it matters.
+pub(crate) type Same<'a> = &'a dyn Fn() -> bool;
+
+/// Bytes of a line.
+pub(crate) const LINE: u64 = 16;
 
 impl Access<'_> {
     fn known(&self, clock: &Clock, own: u32, copied: u32, e: Epoch, lane: u32) -> bool {
@@ -125,7 +167,7 @@ impl Access<'_> {
     }
 
     /// Whether the last write of a place is in the way of this access.
-    fn after_write(&self, c: &Cell, same: bool) -> Option<Conflict> {
+    fn after_write(&self, c: &Cell, same: Same<'_>) -> Option<Conflict> {
         if c.w.is_none() {
             return None;
         }
@@ -134,7 +176,7 @@ impl Access<'_> {
             if c.w.touch().is_async() {
                 return Some(Conflict::MissingWait { with });
             }
-            return (!same && !self.both_strong(c.w, 0)).then_some(Conflict::Race { with });
+            return (!self.both_strong(c.w, 0) && !same()).then_some(Conflict::Race { with });
         }
         let needs_fence = self.touch.in_async_proxy() && !c.w.touch().in_async_proxy();
         (needs_fence && !self.fenced(c.w)).then_some(Conflict::MissingFence { with })
@@ -162,130 +204,175 @@ impl Access<'_> {
 impl Shadow {
     /// Cells for `bytes` bytes.
     pub(crate) fn new(bytes: usize) -> Shadow {
-        let words = bytes.div_ceil(4);
-        Shadow { cells: vec![Cell::default(); words], split: Vec::new(), ..Shadow::default() }
+        let lines = bytes.div_ceil(LINE as usize);
+        Shadow { lines: vec![Cell::default(); lines], split: vec![0; lines], ..Shadow::default() }
     }
 
-    /// Whether these lanes have read the word at this time already, so that nothing new can be found.
+    /// Whether these lanes have read the line at this time already, so that nothing new can be found.
+    #[inline]
+    pub(crate) fn has_read_line(&self, line: usize, e: Epoch, lanes: u32) -> bool {
+        self.split[line] == 0 && self.has(&self.lines[line], e, lanes)
+    }
+
+    /// As [`Self::has_read_line`], for a word.
     #[inline]
     pub(crate) fn has_read(&self, word: usize, e: Epoch, lanes: u32) -> bool {
-        let c = &self.cells[word];
-        if !self.split.is_empty() {
-            return false;
+        match self.split[word / 4] {
+            0 => self.has(&self.lines[word / 4], e, lanes),
+            parts => {
+                let p = &self.parts.all[parts as usize - 1];
+                p.split[word % 4] == 0 && self.has(&p.cells[word % 4], e, lanes)
+            }
         }
+    }
+
+    #[inline]
+    fn has(&self, c: &Cell, e: Epoch, lanes: u32) -> bool {
         match c.list {
             0 => c.r == e && c.lanes & lanes != 0,
-            list => self.lists[list as usize - 1].iter().any(|r| r.e == e && r.lanes & lanes != 0),
+            list => self.lists.all[list as usize - 1].iter().any(|r| r.e == e && r.lanes & lanes != 0),
         }
     }
 
     /// The instruction of the last write to a word, when an asynchronous copy made it.
     pub(crate) fn copied_by(&self, word: usize) -> Option<u32> {
-        let split = self.split.get(word).copied().unwrap_or(0);
-        let c = if split == 0 { &self.cells[word] } else { &self.bytes[split as usize - 1][0] };
+        let c = match self.split[word / 4] {
+            0 => &self.lines[word / 4],
+            parts => {
+                let p = &self.parts.all[parts as usize - 1];
+                match p.split[word % 4] {
+                    0 => &p.cells[word % 4],
+                    bytes => &self.parts.all[bytes as usize - 1].cells[0],
+                }
+            }
+        };
         (!c.w.is_none() && c.w.touch().is_async()).then_some(c.wpc)
     }
 
-    /// Registers an access to the bytes of `mask` (four bits) of a word and tells what is wrong with it. `same` says
-    /// that a write does not change the bytes, which is no race of writes.
-    pub(crate) fn touch(&mut self, word: usize, mask: u8, write: bool, same: bool, a: &Access<'_>) -> Option<Conflict> {
-        let split = self.split.get(word).copied().unwrap_or(0);
-        if split == 0 && mask == 0xf {
-            let mut cell = self.cells[word];
-            let found = self.cell(&mut cell, write, same, a);
-            self.cells[word] = cell;
-            return found;
+    /// Registers an access to a whole line and tells what is wrong with it.
+    pub(crate) fn touch_line(&mut self, line: usize, write: bool, same: Same<'_>, a: &Access<'_>) -> Option<Conflict> {
+        let parts = self.split[line];
+        if parts == 0 {
+            return cell(&mut self.lists, &mut self.lines[line], write, same, a);
         }
-        let index = if split == 0 { self.split_word(word) } else { split as usize - 1 };
         let mut found = None;
-        for b in 0..4 {
-            if mask >> b & 1 == 1 {
-                let mut cell = self.bytes[index][b];
-                found = self.cell(&mut cell, write, same, a).or(found);
-                self.bytes[index][b] = cell;
-            }
+        for w in 0..4 {
+            found = self.touch_word(parts as usize - 1, w, 0xf, write, same, a).or(found);
+        }
+        if write {
+            // All words have been written together: they are one again.
+            self.lines[line] = self.parts.all[parts as usize - 1].cells[0];
+            self.split[line] = 0;
+            self.parts.free.push(parts);
         }
         found
     }
 
-    fn split_word(&mut self, word: usize) -> usize {
-        if self.split.is_empty() {
-            self.split = vec![0; self.cells.len()];
-        }
-        let cell = self.cells[word];
-        let mut four = [cell; 4];
-        if cell.list != 0 {
-            for c in &mut four[1..] {
-                let copy = self.lists[cell.list as usize - 1].clone();
-                c.list = self.new_list(copy);
+    /// Registers an access to the bytes of `mask` (four bits) of a word and tells what is wrong with it.
+    pub(crate) fn touch(
+        &mut self,
+        word: usize,
+        mask: u8,
+        write: bool,
+        same: Same<'_>,
+        a: &Access<'_>,
+    ) -> Option<Conflict> {
+        let parts = match self.split[word / 4] {
+            0 => {
+                let parts = self.divide(self.lines[word / 4]);
+                self.split[word / 4] = parts;
+                parts
             }
-        }
-        self.bytes.push(four);
-        self.split[word] = self.bytes.len() as u32;
-        self.bytes.len() - 1
+            parts => parts,
+        };
+        self.touch_word(parts as usize - 1, word % 4, mask, write, same, a)
     }
 
-    fn new_list(&mut self, readers: Vec<Reader>) -> u32 {
-        match self.free.pop() {
-            Some(i) => {
-                self.lists[i as usize - 1] = readers;
-                i
+    fn touch_word(
+        &mut self,
+        parts: usize,
+        w: usize,
+        mask: u8,
+        write: bool,
+        same: Same<'_>,
+        a: &Access<'_>,
+    ) -> Option<Conflict> {
+        let bytes = match self.parts.all[parts].split[w] {
+            0 if mask == 0xf => return cell(&mut self.lists, &mut self.parts.all[parts].cells[w], write, same, a),
+            0 => {
+                let bytes = self.divide(self.parts.all[parts].cells[w]);
+                self.parts.all[parts].split[w] = bytes;
+                bytes
             }
-            None => {
-                self.lists.push(readers);
-                self.lists.len() as u32
-            }
+            bytes => bytes,
+        };
+        let mut found = None;
+        for b in (0..4).filter(|b| mask >> b & 1 == 1) {
+            let c = &mut self.parts.all[bytes as usize - 1].cells[b];
+            found = cell(&mut self.lists, c, write, same, a).or(found);
         }
+        if write && mask == 0xf {
+            self.parts.all[parts].cells[w] = self.parts.all[bytes as usize - 1].cells[0];
+            self.parts.all[parts].split[w] = 0;
+            self.parts.free.push(bytes);
+        }
+        found
     }
 
-    fn cell(&mut self, c: &mut Cell, write: bool, same: bool, a: &Access<'_>) -> Option<Conflict> {
-        let mut found = a.after_write(c, same);
-        if !write {
-            self.add_reader(c, a);
-            return found;
-        }
+    /// Four cells with what one knew.
+    fn divide(&mut self, c: Cell) -> u32 {
+        let mut parts = Parts { cells: [c; 4], split: [0; 4] };
         if c.list != 0 {
-            let mut list = std::mem::take(&mut self.lists[c.list as usize - 1]);
-            found = found.or_else(|| list.iter().find_map(|r| a.after_read(r)));
-            list.clear();
-            self.lists[c.list as usize - 1] = list;
-            self.free.push(c.list);
-            c.list = 0;
-        } else if c.lanes != 0 {
-            found = found.or_else(|| a.after_read(&Reader { e: c.r, lanes: c.lanes, pc: c.rpc }));
+            for part in &mut parts.cells[1..] {
+                let copy = self.lists.all[c.list as usize - 1].clone();
+                part.list = self.lists.add(copy);
+            }
         }
-        c.r = Epoch::default();
-        c.lanes = 0;
-        c.w = a.epoch();
-        c.wpc = a.pc;
-        found
+        self.parts.add(parts)
     }
+}
 
-    fn add_reader(&mut self, c: &mut Cell, a: &Access<'_>) {
-        let (e, lanes) = a.reader();
-        if c.list == 0 {
-            if c.lanes == 0 || (c.r != e && a.all_ordered(c.r, c.lanes)) {
-                c.r = e;
-                c.lanes = lanes;
-                c.rpc = a.pc;
-                return;
-            }
-            if c.r == e {
-                c.lanes |= lanes;
-                return;
-            }
-            let first = Reader { e: c.r, lanes: c.lanes, pc: c.rpc };
-            c.list = self.new_list(vec![first]);
-            c.lanes = 0;
-        }
-        let list = &mut self.lists[c.list as usize - 1];
-        if let Some(r) = list.iter_mut().find(|r| r.e == e) {
-            r.lanes |= lanes;
+fn cell(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, write: bool, same: Same<'_>, a: &Access<'_>) -> Option<Conflict> {
+    let mut found = a.after_write(c, same);
+    if !write {
+        add_reader(lists, c, a);
+        return found;
+    }
+    if c.list != 0 {
+        let list = &mut lists.all[c.list as usize - 1];
+        found = found.or_else(|| list.iter().find_map(|r| a.after_read(r)));
+        list.clear();
+        lists.free.push(c.list);
+    } else if c.lanes != 0 {
+        found = found.or_else(|| a.after_read(&Reader { e: c.r, lanes: c.lanes, pc: c.rpc }));
+    }
+    *c = Cell { w: a.epoch(), wpc: a.pc, ..Cell::default() };
+    found
+}
+
+fn add_reader(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, a: &Access<'_>) {
+    let (e, lanes) = a.reader();
+    if c.list == 0 {
+        if c.lanes == 0 || (c.r != e && a.all_ordered(c.r, c.lanes)) {
+            c.r = e;
+            c.lanes = lanes;
+            c.rpc = a.pc;
             return;
         }
-        list.retain(|r| !a.all_ordered(r.e, r.lanes));
-        list.push(Reader { e, lanes, pc: a.pc });
+        if c.r == e {
+            c.lanes |= lanes;
+            return;
+        }
+        c.list = lists.add(vec![Reader { e: c.r, lanes: c.lanes, pc: c.rpc }]);
+        c.lanes = 0;
     }
+    let list = &mut lists.all[c.list as usize - 1];
+    if let Some(r) = list.iter_mut().find(|r| r.e == e) {
+        r.lanes |= lanes;
+        return;
+    }
+    list.retain(|r| !a.all_ordered(r.e, r.lanes));
+    list.push(Reader { e, lanes, pc: a.pc });
 }
 
 #[cfg(test)]
@@ -320,10 +407,13 @@ mod tests {
     fn unordered_read_after_write_races_and_a_barrier_orders_it() {
         let mut views = views();
         let mut s = Shadow::new(16);
-        assert_eq!(s.touch(0, 15, true, false, &access(&views[0], 0, Touch::Plain)), None);
-        assert_eq!(s.touch(0, 15, false, false, &access(&views[1], 1, Touch::Plain)), Some(Conflict::Race { with: 0 }));
+        assert_eq!(s.touch(0, 15, true, &|| false, &access(&views[0], 0, Touch::Plain)), None);
+        assert_eq!(
+            s.touch(0, 15, false, &|| false, &access(&views[1], 1, Touch::Plain)),
+            Some(Conflict::Race { with: 0 })
+        );
         barrier(&mut views);
-        assert_eq!(s.touch(0, 15, false, false, &access(&views[2], 2, Touch::Plain)), None);
+        assert_eq!(s.touch(0, 15, false, &|| false, &access(&views[2], 2, Touch::Plain)), None);
     }
 
     #[test]
@@ -331,14 +421,14 @@ mod tests {
         let mut views = views();
         let mut s = Shadow::new(16);
         for i in 0..64 {
-            assert_eq!(s.touch(1, 15, false, false, &access(&views[i], i as u32, Touch::Plain)), None);
+            assert_eq!(s.touch(1, 15, false, &|| false, &access(&views[i], i as u32, Touch::Plain)), None);
         }
-        assert!(s.touch(1, 15, true, false, &access(&views[0], 0, Touch::Plain)).is_some());
+        assert!(s.touch(1, 15, true, &|| false, &access(&views[0], 0, Touch::Plain)).is_some());
         for i in 0..64 {
-            s.touch(2, 15, false, false, &access(&views[i], i as u32, Touch::Plain));
+            s.touch(2, 15, false, &|| false, &access(&views[i], i as u32, Touch::Plain));
         }
         barrier(&mut views);
-        assert_eq!(s.touch(2, 15, true, false, &access(&views[0], 0, Touch::Plain)), None);
+        assert_eq!(s.touch(2, 15, true, &|| false, &access(&views[0], 0, Touch::Plain)), None);
     }
 
     #[test]
@@ -346,9 +436,31 @@ mod tests {
         let views = views();
         let mut s = Shadow::new(16);
         for i in 0..4 {
-            assert_eq!(s.touch(0, 1 << i, true, false, &access(&views[i], i as u32, Touch::Plain)), None);
+            assert_eq!(s.touch(0, 1 << i, true, &|| false, &access(&views[i], i as u32, Touch::Plain)), None);
         }
-        assert!(s.touch(0, 1, true, false, &access(&views[5], 5, Touch::Plain)).is_some());
+        assert!(s.touch(0, 1, true, &|| false, &access(&views[5], 5, Touch::Plain)).is_some());
+    }
+
+    #[test]
+    fn lines_part_and_join_again() {
+        let mut views = views();
+        let mut s = Shadow::new(32);
+        assert_eq!(s.touch_line(1, true, &|| false, &access(&views[0], 0, Touch::Plain)), None);
+        // The line's write is each word's, and a word's reader is not the line's.
+        assert!(s.touch(6, 15, false, &|| false, &access(&views[1], 1, Touch::Plain)).is_some());
+        barrier(&mut views);
+        assert_eq!(s.touch(6, 1, true, &|| false, &access(&views[2], 2, Touch::Plain)), None);
+        assert_eq!(s.touch(5, 15, true, &|| false, &access(&views[3], 3, Touch::Plain)), None);
+        assert_eq!(s.touch(6, 2, true, &|| false, &access(&views[4], 4, Touch::Plain)), None);
+        let all = s.touch_line(1, false, &|| false, &access(&views[3], 3, Touch::Plain));
+        assert_eq!(all, Some(Conflict::Race { with: 4 }));
+        barrier(&mut views);
+        assert_eq!(s.touch_line(1, true, &|| false, &access(&views[5], 5, Touch::Plain)), None);
+        assert_eq!(s.split, [0, 0]);
+        assert_eq!(
+            s.touch_line(1, false, &|| false, &access(&views[6], 6, Touch::Plain)),
+            Some(Conflict::Race { with: 5 })
+        );
     }
 
     #[test]
@@ -356,9 +468,9 @@ mod tests {
         let views = views();
         let mut s = Shadow::new(16);
         let strong = Touch::Strong(Scope::Gpu);
-        assert_eq!(s.touch(0, 15, true, false, &access(&views[0], 0, strong)), None);
-        assert_eq!(s.touch(0, 15, true, false, &access(&views[1], 1, strong)), None);
-        assert!(s.touch(0, 15, false, false, &access(&views[2], 2, Touch::Plain)).is_some());
+        assert_eq!(s.touch(0, 15, true, &|| false, &access(&views[0], 0, strong)), None);
+        assert_eq!(s.touch(0, 15, true, &|| false, &access(&views[1], 1, strong)), None);
+        assert!(s.touch(0, 15, false, &|| false, &access(&views[2], 2, Touch::Plain)).is_some());
     }
 
     #[test]
@@ -366,32 +478,32 @@ mod tests {
         let mut views = views();
         let mut s = Shadow::new(16);
         let mut memo = Memo::default();
-        s.touch(0, 15, true, false, &access(&views[3], 3, Touch::Plain));
-        s.touch(1, 15, true, false, &access(&views[4], 4, Touch::Plain));
+        s.touch(0, 15, true, &|| false, &access(&views[3], 3, Touch::Plain));
+        s.touch(1, 15, true, &|| false, &access(&views[4], 4, Touch::Plain));
         views[4].proxy_fence(&mut memo);
         barrier(&mut views);
         assert_eq!(
-            s.touch(0, 15, false, false, &access(&views[0], 0, Touch::Bulk)),
+            s.touch(0, 15, false, &|| false, &access(&views[0], 0, Touch::Bulk)),
             Some(Conflict::MissingFence { with: 3 })
         );
-        assert_eq!(s.touch(1, 15, false, false, &access(&views[0], 0, Touch::Bulk)), None);
+        assert_eq!(s.touch(1, 15, false, &|| false, &access(&views[0], 0, Touch::Bulk)), None);
         views[1].proxy_fence(&mut memo);
-        assert_eq!(s.touch(0, 15, false, false, &access(&views[1], 1, Touch::Bulk)), None);
+        assert_eq!(s.touch(0, 15, false, &|| false, &access(&views[1], 1, Touch::Bulk)), None);
     }
 
     #[test]
     fn data_of_a_copy_in_flight_is_a_missing_wait() {
         let mut views = views();
         let mut s = Shadow::new(16);
-        s.touch(0, 15, true, false, &access(&views[0], 0, Touch::Bulk));
+        s.touch(0, 15, true, &|| false, &access(&views[0], 0, Touch::Bulk));
         barrier(&mut views);
         assert_eq!(
-            s.touch(0, 15, false, false, &access(&views[1], 1, Touch::Plain)),
+            s.touch(0, 15, false, &|| false, &access(&views[1], 1, Touch::Plain)),
             Some(Conflict::MissingWait { with: 0 })
         );
         let mut done = Clock::default();
         done.raise(140, 1);
         views[1].v = Memo::default().join(&views[1].v.clone(), &Rc::new(done));
-        assert_eq!(s.touch(0, 15, false, false, &access(&views[1], 1, Touch::Plain)), None);
+        assert_eq!(s.touch(0, 15, false, &|| false, &access(&views[1], 1, Touch::Plain)), None);
     }
 }

@@ -215,6 +215,19 @@ impl TensorMapDesc {
         out
     }
 
+    /// The map that a kernel makes itself, field by field, out of zeros.
+    pub(crate) fn blank() -> TensorMapDesc {
+        TensorMapDesc {
+            dtype: MapType::U8,
+            base: 0,
+            dims: vec![1],
+            strides: Vec::new(),
+            box_dims: vec![1],
+            element_strides: vec![1],
+            swizzle: Swizzle::None,
+        }
+    }
+
     /// Reads the encoding back; nothing for bytes that are no tensor map.
     pub(crate) fn decode(bytes: &[u8]) -> Option<TensorMapDesc> {
         let u64_at = |i: usize| bytes.get(i..i + 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
@@ -301,25 +314,40 @@ impl TensorMapDesc {
         self.box_dims.iter().map(|b| u64::from(*b)).product::<u64>() * u64::from(self.dtype.bytes())
     }
 
-    /// Calls `f` for each element of the box at `coords`: offset in the unswizzled box, and global address where the
-    /// element is in range.
-    pub(crate) fn each(&self, coords: &[i64], mut f: impl FnMut(u64, Option<u64>)) {
+    /// Calls `f` for each run of the box at `coords`: offset in the unswizzled box, bytes, and global address where the
+    /// run is in range. A run lies in one piece of sixteen bytes of the box, which a swizzle moves as a whole.
+    pub(crate) fn each(&self, coords: &[i64], mut f: impl FnMut(u64, u64, Option<u64>)) {
         let bytes = u64::from(self.dtype.bytes());
+        let width = u64::from(self.box_dims[0]);
+        let step = |i: usize| i64::from(self.element_strides.get(i).copied().unwrap_or(1));
+        let rows: u64 = self.box_dims[1..].iter().map(|b| u64::from(*b)).product();
         let mut at = [0u32; 5];
-        let total: u64 = self.box_dims.iter().map(|b| u64::from(*b)).product();
-        for n in 0..total {
-            let mut addr = Some(self.base);
-            for (i, dim) in self.dims.iter().enumerate() {
-                let step = self.element_strides.get(i).copied().unwrap_or(1);
-                let c = coords[i] + i64::from(at[i]) * i64::from(step);
-                let stride = if i == 0 { bytes } else { self.strides[i - 1] };
-                addr = match (addr, u64::try_from(c)) {
-                    (Some(a), Ok(c)) if c < *dim => Some(a.wrapping_add(c.wrapping_mul(stride))),
+        for row in 0..rows {
+            let mut start = Some(self.base);
+            for i in 1..self.dims.len() {
+                let c = coords[i] + i64::from(at[i]) * step(i);
+                start = match (start, u64::try_from(c)) {
+                    (Some(a), Ok(c)) if c < self.dims[i] => Some(a.wrapping_add(c.wrapping_mul(self.strides[i - 1]))),
                     _ => None,
                 };
             }
-            f(n * bytes, addr);
-            for (a, b) in at.iter_mut().zip(&self.box_dims) {
+            let address = |x: u64| {
+                let c = u64::try_from(coords[0] + x as i64 * step(0)).ok().filter(|c| *c < self.dims[0])?;
+                Some(start?.wrapping_add(c * bytes))
+            };
+            let mut x = 0;
+            while x < width {
+                let offset = (row * width + x) * bytes;
+                let first = address(x);
+                let room = ((16 - offset % 16) / bytes).max(1).min(width - x);
+                let mut n = 1;
+                while n < room && address(x + n) == first.map(|a| a + n * bytes) {
+                    n += 1;
+                }
+                f(offset, n * bytes, first);
+                x += n;
+            }
+            for (a, b) in at[1..].iter_mut().zip(&self.box_dims[1..]) {
                 *a += 1;
                 if *a < *b {
                     break;
@@ -358,9 +386,15 @@ mod tests {
     #[test]
     fn elements_past_the_edge_have_no_address() {
         let mut inside = 0;
-        map().each(&[64, 5], |_, a| inside += u32::from(a.is_some()));
-        assert_eq!(inside, 36 * 2);
-        map().each(&[-1, 0], |at, a| assert!(at != 0 || a.is_none()));
+        map().each(&[64, 5], |_, n, a| inside += if a.is_some() { n } else { 0 });
+        assert_eq!(inside, 36 * 2 * 2);
+        let mut all = 0;
+        map().each(&[-1, 0], |at, n, a| {
+            assert_eq!(a.is_none(), at % 128 == 0);
+            assert!(at / 16 == (at + n - 1) / 16);
+            all += n;
+        });
+        assert_eq!(all, map().box_bytes());
     }
 
     #[test]

@@ -1,11 +1,22 @@
 //! Small kernels for the rules that are easy to get wrong: phases, fences, clusters, asynchronous stores, divergence.
 
 use moec_sim::{
-    Arg, Error, FindingKind, Launch, MapType, Memory, Module, Options, Report, Swizzle, TensorMapDesc, launch,
+    Arg, Error, FindingKind, Lanes, Launch, MapType, Memory, Module, Options, Report, Swizzle, TensorMapDesc, launch,
 };
 
 /// Runs a kernel of one parameter, a buffer of `words` zeros, and gives the buffer back.
 fn run(body: &str, grid: u32, block: u32, cluster: u32, words: usize, seed: u64) -> Result<(Report, Vec<u32>), Error> {
+    run_with(body, grid, block, cluster, words, Options { seed, max_instructions: 2_000_000, ..Options::default() })
+}
+
+fn run_with(
+    body: &str,
+    grid: u32,
+    block: u32,
+    cluster: u32,
+    words: usize,
+    options: Options,
+) -> Result<(Report, Vec<u32>), Error> {
     let ptx = format!(
         ".version 8.7\n.target sm_90a\n.address_size 64\n.visible .entry k(.param .u64 out)\n{{\n.reg .pred %p<8>;\n.reg .b32 %r<32>;\n.reg .b64 %rd<16>;\n.reg .f32 %f<16>;\n\
          .shared .align 1024 .b8 tile[4096];\n.shared .align 8 .b64 bar;\n.shared .align 8 .b64 bar2;\nld.param.u64 %rd0, [out];\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
@@ -22,8 +33,7 @@ fn run(body: &str, grid: u32, block: u32, cluster: u32, words: usize, seed: u64)
         dynamic_shared: 0,
         args: vec![Arg::U64(out)],
     };
-    let report =
-        launch(&module, &mut memory, &l, &Options { seed, max_instructions: 2_000_000, ..Options::default() })?;
+    let report = launch(&module, &mut memory, &l, &options)?;
     let bytes = memory.read(out, words as u64 * 4)?;
     Ok((report, bytes.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()))
 }
@@ -60,6 +70,49 @@ fn an_mbarrier_goes_through_its_phases() -> Result<(), Error> {
         // Parity 1 is that of the phase before the first, or of the second: both may be seen, 1 is not seen before it ends.
         assert!(out.iter().all(|v| *v == 1 || *v == 8), "{out:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn lanes_that_go_apart_show_what_a_warp_barrier_is_for() -> Result<(), Error> {
+    // Each lane stores, then reads its neighbour's word, after a shuffle of which the result is not used.
+    let exchange = |barrier: &str| {
+        format!(
+            "mov.u32 %r1, tile; mad.lo.u32 %r2, %r0, 4, %r1; mov.u32 %r3, 0; st.shared.u32 [%r2], %r3; bar.warp.sync -1;\n\
+             add.u32 %r4, %r0, 100; st.shared.u32 [%r2], %r4; {barrier} xor.b32 %r5, %r0, 1; mad.lo.u32 %r5, %r5, 4, %r1; ld.shared.u32 %r9, [%r5];\n\
+             shfl.sync.bfly.b32 %r6, %r9, 1, 31, -1; sub.u32 %r9, %r9, 100; {STORE}"
+        )
+    };
+    let apart = |body: &str, lanes| {
+        run_with(body, 1, 32, 1, 32, Options { check: false, max_instructions: 2_000_000, lanes, ..Options::default() })
+    };
+    for lanes in [Lanes::Together, Lanes::Ascending, Lanes::Descending] {
+        let (_, out) = apart(&exchange("bar.warp.sync -1;"), lanes)?;
+        assert!(out.iter().enumerate().all(|(l, v)| *v as usize == l ^ 1), "{lanes:?} {out:?}");
+    }
+    let without = exchange("");
+    let wrong = |lanes| {
+        Ok::<_, Error>(apart(&without, lanes)?.1.iter().enumerate().filter(|(l, v)| **v as usize != l ^ 1).count())
+    };
+    assert_eq!((wrong(Lanes::Ascending)?, wrong(Lanes::Descending)?), (16, 16));
+    Ok(())
+}
+
+#[test]
+fn counts_do_not_depend_on_how_often_a_wait_is_tried() -> Result<(), Error> {
+    // Warp 1 waits for warp 0, which works for long: schedules differ in how often the wait fails.
+    let body = format!(
+        "{}\nmov.u32 %r9, 0; setp.lt.u32 %p1, %r0, 32; @!%p1 bra WAIT;\nLOOP: add.u32 %r9, %r9, 1; setp.lt.u32 %p2, %r9, 5000; @%p2 bra LOOP;\n\
+         mbarrier.arrive.shared::cta.b64 %rd1, [bar];\nWAIT: mbarrier.try_wait.parity.shared::cta.b64 %p3, [bar], 0; @!%p3 bra WAIT;\n{STORE}",
+        init(32)
+    );
+    let mut counts = Vec::new();
+    for seed in 0..8 {
+        let (report, _) = run(&body, 1, 64, 1, 64, seed)?;
+        assert_eq!(kinds(&report), []);
+        counts.push((report.counts.warp_instructions, report.counts.lane_instructions));
+    }
+    assert!(counts.iter().all(|c| *c == counts[0]), "{counts:?}");
     Ok(())
 }
 

@@ -257,10 +257,15 @@ impl Decoder<'_> {
     }
 
     fn tensormap(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
+        self.need(o, 2)?;
+        if p.get(1) == Some(&"cp_fenceproxy") {
+            let (to, from) = (self.address(&o[0])?, self.address(&o[1])?);
+            self.emit(Op::TensormapCopy { to, from });
+            return Ok(());
+        }
         if p.get(1) != Some(&"replace") {
             return self.unsupported("operation");
         }
-        self.need(o, 2)?;
         let fields = [
             "global_address",
             "rank",

@@ -2,11 +2,11 @@
 
 use super::run::Flow;
 use super::state::{At, Warp};
-use super::{Cluster, PAGE_WORDS, lanes};
+use super::{Cluster, PAGE_BYTES, lanes};
 use crate::clock::Touch;
 use crate::op::{Access, Addr, Order, Where};
 use crate::report::FindingKind;
-use crate::shadow::{self, Conflict, Shadow};
+use crate::shadow::{self, Conflict, LINE, Shadow};
 use crate::space;
 use crate::syntax::Ty;
 use std::sync::{Mutex, PoisonError};
@@ -154,16 +154,22 @@ impl Cluster<'_> {
         };
         let (conflict, addr) = match spot {
             Spot::Global(i, offset) => {
-                let conflict = each_word(offset, bytes, |word, mask| {
-                    let (page, cell) = (word / PAGE_WORDS, word % PAGE_WORDS);
-                    let page = self.env.shadow.pages[i][page].get_or_init(|| Mutex::new(Shadow::new(PAGE_WORDS * 4)));
-                    page.lock().unwrap_or_else(PoisonError::into_inner).touch(cell, mask, write, same, &access)
-                });
+                let (mut at, end, mut conflict) = (offset, offset + u64::from(bytes), None);
+                while at < end {
+                    let page = at / PAGE_BYTES;
+                    let next = end.min((page + 1) * PAGE_BYTES);
+                    let lock = self.env.shadow.pages[i][page as usize]
+                        .get_or_init(|| Mutex::new(Shadow::new(PAGE_BYTES as usize)));
+                    let mut shadow = lock.lock().unwrap_or_else(PoisonError::into_inner);
+                    let found = touch_range(&mut shadow, at % PAGE_BYTES, next - at, write, &|| same, &access);
+                    conflict = conflict.or(found);
+                    at = next;
+                }
                 (conflict, self.env.memory.allocs[i].base + offset)
             }
             Spot::Shared(b, offset) => {
                 let shadow = &mut self.blocks[b].shadow;
-                let conflict = each_word(offset, bytes, |word, mask| shadow.touch(word, mask, write, same, &access));
+                let conflict = touch_range(shadow, offset, u64::from(bytes), write, &|| same, &access);
                 (conflict, space::SHARED + ((b as u64 + 1) << space::RANK_SHIFT) + offset)
             }
             Spot::Local(_) | Spot::Const(_) | Spot::Kernel(_) | Spot::Frame(_) => return true,
@@ -403,16 +409,26 @@ impl Cluster<'_> {
     }
 }
 
-/// Calls `f` with each word of a range and the mask of its bytes; keeps the first answer.
-pub(super) fn each_word(offset: u64, bytes: u32, mut f: impl FnMut(usize, u8) -> Option<Conflict>) -> Option<Conflict> {
+/// Registers an access to a range, line by line where it covers lines; keeps the first answer.
+fn touch_range(
+    shadow: &mut Shadow,
+    offset: u64,
+    bytes: u64,
+    write: bool,
+    same: shadow::Same<'_>,
+    access: &shadow::Access<'_>,
+) -> Option<Conflict> {
     let mut found = None;
-    let (mut at, end) = (offset, offset + u64::from(bytes));
+    let (mut at, end) = (offset, offset + bytes);
     while at < end {
-        let word = (at / 4) as usize;
-        let next = (at / 4 * 4 + 4).min(end);
-        let mask = ((1u32 << (next - at)) - 1) << (at % 4);
-        let c = f(word, mask as u8);
-        found = found.or(c);
+        let (conflict, next) = if at % LINE == 0 && end - at >= LINE {
+            (shadow.touch_line((at / LINE) as usize, write, same, access), at + LINE)
+        } else {
+            let next = (at / 4 * 4 + 4).min(end);
+            let mask = ((1u32 << (next - at)) - 1) << (at % 4);
+            (shadow.touch((at / 4) as usize, mask as u8, write, same, access), next)
+        };
+        found = found.or(conflict);
         at = next;
     }
     found
@@ -475,6 +491,11 @@ impl Seen {
         self.distinct(bytes.max(1).trailing_zeros()) * u64::from(bytes)
     }
 
+    /// Whether the lanes of a whole warp go to neighbouring places.
+    fn contiguous(&self, bytes: u32) -> bool {
+        self.mask == u32::MAX && self.addr.windows(2).all(|w| w[1] == w[0].wrapping_add(u64::from(bytes)))
+    }
+
     /// Wavefronts of a shared access and the fewest it could take. Accesses of 8 and 16 bytes are served by half and
     /// quarter warps.
     fn wavefronts(&self, bytes: u32) -> (u64, u64) {
@@ -483,37 +504,37 @@ impl Seen {
             8..16 => 2,
             _ => 1,
         };
+        if self.contiguous(bytes) {
+            return (parts, parts);
+        }
         let (per, words) = (32 / parts, u64::from(bytes.div_ceil(4)).min(4));
         let (mut waves, mut ideal) = (0, 0);
         for part in 0..parts {
             let lanes_here = self.mask & (((1u64 << per) - 1) << (part * per)) as u32;
-            let mut v = [0u64; 32];
-            let mut n = 0;
-            let mut sorted = true;
+            // The different words of each bank, as chains through `next`; 32 words at most.
+            const END: u8 = u8::MAX;
+            let (mut head, mut next, mut word) = ([END; 32], [END; 32], [0u64; 32]);
+            let (mut depth, mut most, mut distinct) = ([0u8; 32], 0, 0);
             for l in lanes(lanes_here) {
                 for w in 0..words {
                     let x = self.addr[l] / 4 + w;
-                    if n > 0 && v[n - 1] == x {
-                        continue;
+                    let bank = (x % 32) as usize;
+                    let mut i = head[bank];
+                    while i != END && word[usize::from(i)] != x {
+                        i = next[usize::from(i)];
                     }
-                    sorted &= n == 0 || v[n - 1] < x;
-                    v[n] = x;
-                    n += 1;
+                    if i == END {
+                        word[distinct] = x;
+                        next[distinct] = head[bank];
+                        head[bank] = distinct as u8;
+                        distinct += 1;
+                        depth[bank] += 1;
+                        most = most.max(depth[bank]);
+                    }
                 }
             }
-            if !sorted {
-                v[..n].sort_unstable();
-            }
-            let mut banks = [0u8; 32];
-            let mut distinct = 0u64;
-            for (i, x) in v[..n].iter().enumerate() {
-                if i == 0 || v[i - 1] != *x {
-                    banks[(*x % 32) as usize] += 1;
-                    distinct += 1;
-                }
-            }
-            waves += u64::from(banks.iter().copied().max().unwrap_or(0));
-            ideal += distinct.div_ceil(32);
+            waves += u64::from(most);
+            ideal += (distinct as u64).div_ceil(32);
         }
         (waves, ideal)
     }

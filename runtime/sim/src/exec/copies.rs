@@ -5,7 +5,7 @@ use super::run::Flow;
 use super::state::{At, CpAsync, Flight, FlightKind, Source, Warp};
 use super::{Agent, Cluster, lanes};
 use crate::clock::{Scope, Touch};
-use crate::op::{Bulk, BulkKind, Inst, NONE, Op, Where};
+use crate::op::{Addr, Bulk, BulkKind, Inst, NONE, Op, Where};
 use crate::report::FindingKind;
 use crate::syntax::Ty;
 use crate::tensormap::TensorMapDesc;
@@ -203,6 +203,8 @@ impl Cluster<'_> {
     ) -> Option<(TensorMapDesc, Vec<i64>)> {
         let addr = addresses(warp, frame, b.global)[l];
         let spot = self.resolve(Where::Generic, addr, 128, warp, frame, at, l, pc)?;
+        let t = Toucher { at, lane: l, pc, touch: Touch::Plain, agent: (0, 0) };
+        self.touch(warp, t, spot, 128, false, false);
         let bytes: Vec<u8> =
             (0..16).flat_map(|i| self.peek(warp, frame, l, shifted(spot, i * 8), 8).to_le_bytes()).collect();
         let Some(map) = TensorMapDesc::decode(&bytes) else {
@@ -255,12 +257,11 @@ impl Cluster<'_> {
         match source {
             Source::Linear(a) => runs.push((*a, u64::from(bytes))),
             Source::Tensor(map, coords) => {
-                let size = u64::from(map.dtype.bytes());
-                map.each(coords, |_, a| {
+                map.each(coords, |_, n, a| {
                     if let Some(a) = a {
                         match runs.last_mut() {
-                            Some((start, len)) if *start + *len == a => *len += size,
-                            _ => runs.push((a, size)),
+                            Some((start, len)) if *start + *len == a => *len += n,
+                            _ => runs.push((a, n)),
                         }
                     }
                 });
@@ -400,13 +401,12 @@ impl Cluster<'_> {
         match dest {
             Source::Linear(_) => runs.push((u64::from(from.1), u64::from(bytes))),
             Source::Tensor(map, coords) => {
-                let size = u64::from(map.dtype.bytes());
-                map.each(coords, |o, a| {
+                map.each(coords, |o, n, a| {
                     if a.is_some() {
                         let s = map.swizzle.apply(u64::from(from.1) + o);
                         match runs.last_mut() {
-                            Some((start, len)) if *start + *len == s => *len += size,
-                            _ => runs.push((s, size)),
+                            Some((start, len)) if *start + *len == s => *len += n,
+                            _ => runs.push((s, n)),
                         }
                     }
                 });
@@ -478,8 +478,12 @@ impl Cluster<'_> {
                 (0..16).flat_map(|i| self.peek(warp, frame, l, shifted(spot, i * 8), 8).to_le_bytes()).collect();
             // Addresses and strides have 64 bits, everything else 32.
             let v = get(warp, frame, *value, l) & if matches!(field, 0 | 4) { u64::MAX } else { 0xffff_ffff };
-            let Some(mut map) = TensorMapDesc::decode(&bytes).filter(|map| map.replace(*field, *index, v).is_some())
-            else {
+            let old = if bytes.iter().all(|b| *b == 0) {
+                Some(TensorMapDesc::blank())
+            } else {
+                TensorMapDesc::decode(&bytes)
+            };
+            let Some(map) = old.and_then(|map| map.replace(*field, *index, v)) else {
                 self.report(
                     FindingKind::TensorMap,
                     pc,
@@ -491,13 +495,38 @@ impl Cluster<'_> {
                 );
                 continue;
             };
-            if let Some(new) = map.replace(*field, *index, v) {
-                map = new;
-            }
             for (i, c) in map.raw().chunks_exact(8).enumerate() {
                 let v = c.iter().rev().fold(0, |x, b| x << 8 | u64::from(*b));
                 self.poke(warp, frame, l, shifted(spot, i as u64 * 8), 8, v);
             }
+        }
+        Flow::Next
+    }
+
+    /// Copies a tensor map that a kernel has made to where copies read it. The first lane stands for the warp.
+    pub(super) fn copy_map(
+        &mut self,
+        at: At,
+        warp: &mut Warp,
+        frame: u32,
+        (to, from): (Addr, Addr),
+        m: u32,
+        pc: u32,
+    ) -> Flow {
+        let l = Self::first_lane(m);
+        let (to, from) = (addresses(warp, frame, to)[l], addresses(warp, frame, from)[l]);
+        let Some(src) = self.resolve(Where::Shared, from, 128, warp, frame, at, l, pc) else { return Flow::Next };
+        let Some(dst) = self.resolve(Where::Generic, to, 128, warp, frame, at, l, pc) else { return Flow::Next };
+        let t = Toucher { at, lane: l, pc, touch: Touch::Plain, agent: (0, 0) };
+        self.touch(warp, t, src, 128, false, false);
+        self.touch(warp, t, dst, 128, true, false);
+        for i in 0..16 {
+            let v = self.peek(warp, frame, l, shifted(src, i * 8), 8);
+            self.poke(warp, frame, l, shifted(dst, i * 8), 8, v);
+        }
+        self.effects += 1;
+        if self.env.check {
+            self.fence(at, warp, Scope::Gpu, m);
         }
         Flow::Next
     }

@@ -5,11 +5,11 @@
 //! access that is out of bounds, misaligned or strong is left to [`super::access`], lane by lane.
 
 use super::access::{Seen, Spot, Toucher, addresses, ones};
-use super::state::{At, Warp};
-use super::{Cluster, PAGE_WORDS, lanes};
+use super::state::{At, Block, Warp};
+use super::{Cluster, PAGE_BYTES, lanes};
 use crate::clock::{Epoch, Touch};
 use crate::op::{Access, NONE, Where};
-use crate::shadow::{self, Conflict, Shadow};
+use crate::shadow::{self, Conflict, LINE, Shadow};
 use crate::space;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -56,7 +56,7 @@ impl Cluster<'_> {
         Some((target, offsets))
     }
 
-    /// Asks the detector about one access of each lane.
+    /// Asks the detector about one access of each lane. For a write, `stored` has the registers whose values go there.
     #[expect(clippy::too_many_arguments, reason = "one access of a warp")]
     fn touch_warp(
         &mut self,
@@ -67,15 +67,18 @@ impl Cluster<'_> {
         target: Target,
         offsets: &[u64; 32],
         total: u64,
-        write: Option<u32>,
+        stored: Option<(&[u32], u32, u32)>,
     ) -> Vec<Fault> {
         let mut faults = Vec::new();
         let base = self.component(at, 0);
         let (cluster, block_size) = (self.id, self.env.block_size());
         let env = self.env;
-        let block = &mut self.blocks[at.block];
-        let mut page: Option<(usize, MutexGuard<'_, Shadow>)> = None;
+        let Block { smem, shadow: own, .. } = &mut self.blocks[at.block];
+        let smem = &*smem;
+        let mut page: Option<(u64, MutexGuard<'_, Shadow>)> = None;
         let mut epoch = (0, Epoch::default());
+        // A line at a time where accesses cover lines, else a word.
+        let unit = if total.is_multiple_of(LINE) { LINE } else { 4 };
         for l in lanes(m) {
             let view = &warp.views[l];
             if epoch.0 != view.own {
@@ -93,30 +96,59 @@ impl Cluster<'_> {
                 agent_time: 0,
                 pc,
             };
-            let same = write.is_some_and(|unchanged| unchanged >> l & 1 == 1);
             let o = offsets[l];
+            // Whether the write changes nothing: asked only where it would be a race.
+            let same = || {
+                stored.is_some_and(|(regs, frame, size)| {
+                    regs.iter().enumerate().all(|(i, r)| {
+                        let at = o + i as u64 * u64::from(size);
+                        let old = match target {
+                            Target::Shared => smem.load(at, size),
+                            Target::Global(g) => env.memory.allocs[g].load(at, size),
+                        };
+                        old == warp.frames[frame as usize].regs[*r as usize][l] & ones(size)
+                    })
+                })
+            };
+            let write = stored.is_some();
             let mask = if total >= 4 { 0xf } else { ((1u8 << total) - 1) << (o % 4) };
-            for k in 0..total.div_ceil(4) {
-                let word = (o / 4 + k) as usize;
-                let (conflict, written) = match target {
-                    Target::Shared => {
-                        let known = write.is_none() && block.shadow.has_read(word, epoch.1, 1 << l);
-                        let c =
-                            if known { None } else { block.shadow.touch(word, mask, write.is_some(), same, &access) };
-                        (c, write.is_some() || block.smem.word_written(word, mask))
-                    }
+            for k in (0..total).step_by(unit as usize) {
+                let at = o + k;
+                let (shadow, offset) = match target {
+                    Target::Shared => (&mut *own, at),
                     Target::Global(i) => {
-                        let (p, cell) = (word / PAGE_WORDS, word % PAGE_WORDS);
+                        let p = at / PAGE_BYTES;
                         if page.as_ref().is_none_or(|(n, _)| *n != p) {
                             drop(page.take());
-                            let lock = env.shadow.pages[i][p].get_or_init(|| Mutex::new(Shadow::new(PAGE_WORDS * 4)));
+                            let lock = env.shadow.pages[i][p as usize]
+                                .get_or_init(|| Mutex::new(Shadow::new(PAGE_BYTES as usize)));
                             page = Some((p, lock.lock().unwrap_or_else(PoisonError::into_inner)));
                         }
                         let Some((_, s)) = &mut page else { continue };
-                        let known = write.is_none() && s.has_read(cell, epoch.1, 1 << l);
-                        let c = if known { None } else { s.touch(cell, mask, write.is_some(), same, &access) };
-                        (c, write.is_some() || env.memory.allocs[i].word_written(word, mask))
+                        (&mut **s, at % PAGE_BYTES)
                     }
+                };
+                let (conflict, written) = if unit == LINE {
+                    let line = (offset / LINE) as usize;
+                    let known = !write && shadow.has_read_line(line, epoch.1, 1 << l);
+                    let conflict = if known { None } else { shadow.touch_line(line, write, &same, &access) };
+                    let first = (at / 4) as usize;
+                    let written = write
+                        || match target {
+                            Target::Shared => (first..first + 4).all(|w| smem.word_written(w, 0xf)),
+                            Target::Global(i) => (first..first + 4).all(|w| env.memory.allocs[i].word_written(w, 0xf)),
+                        };
+                    (conflict, written)
+                } else {
+                    let word = (offset / 4) as usize;
+                    let known = !write && shadow.has_read(word, epoch.1, 1 << l);
+                    let conflict = if known { None } else { shadow.touch(word, mask, write, &same, &access) };
+                    let written = write
+                        || match target {
+                            Target::Shared => smem.word_written((at / 4) as usize, mask),
+                            Target::Global(i) => env.memory.allocs[i].word_written((at / 4) as usize, mask),
+                        };
+                    (conflict, written)
                 };
                 if conflict.is_some() || !written {
                     faults.push((l, o, conflict));
@@ -186,21 +218,8 @@ impl Cluster<'_> {
         let total = u64::from(size) * a.regs.len() as u64;
         let Some((target, offsets)) = self.target(warp, frame, a, m, total) else { return false };
         if self.env.check {
-            let mut unchanged = m;
-            for (i, r) in a.regs.iter().enumerate() {
-                let v = &warp.frames[frame as usize].regs[*r as usize];
-                let by = i as u64 * u64::from(size);
-                for l in lanes(unchanged) {
-                    let old = match target {
-                        Target::Shared => self.blocks[at.block].smem.load(offsets[l] + by, size),
-                        Target::Global(g) => self.env.memory.allocs[g].load(offsets[l] + by, size),
-                    };
-                    if old != v[l] & ones(size) {
-                        unchanged &= !(1 << l);
-                    }
-                }
-            }
-            let mut faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, Some(unchanged));
+            let stored = Some((&*a.regs, frame, size));
+            let mut faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, stored);
             // Lanes that write the same value to the same place change nothing for each other.
             let regs = &warp.frames[frame as usize].regs;
             let equal = |x: usize, y: usize| {

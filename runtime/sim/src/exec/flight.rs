@@ -134,34 +134,35 @@ impl Cluster<'_> {
                 }
             }
             Source::Tensor(map, coords) => {
-                let size = map.dtype.bytes();
                 let memory = self.env.memory;
                 let mut last = self.last_alloc;
                 let blocks = &mut self.blocks;
-                map.each(coords, |o, addr| {
-                    let (mut v, mut written) = (0, true);
-                    if let Some(addr) = addr {
+                map.each(coords, |o, n, addr| {
+                    let from = addr.map(|addr| {
                         let inside = |i: usize| {
-                            memory
-                                .allocs
-                                .get(i)
-                                .is_some_and(|a| addr >= a.base && addr - a.base + u64::from(size) <= a.bytes)
+                            memory.allocs.get(i).is_some_and(|a| addr >= a.base && addr - a.base + n <= a.bytes)
                         };
                         if !inside(last) {
-                            match memory.find(addr) {
-                                Some(i) => last = i,
-                                None => return,
-                            }
+                            last = memory.find(addr).unwrap_or(last);
                         }
-                        let a = &memory.allocs[last];
-                        v = a.load(addr - a.base, size);
-                        written = a.written(addr - a.base, size, true);
-                    }
+                        inside(last).then(|| (&memory.allocs[last], addr - memory.allocs[last].base))
+                    });
+                    let aligned = (o | n | from.flatten().map_or(0, |f| f.1)) % 4 == 0;
+                    let size = if aligned { 4 } else { map.dtype.bytes() };
                     for (b, to) in targets {
-                        let at = map.swizzle.apply(u64::from(*to) + o);
-                        blocks[*b].smem.store(at, size, v);
-                        if !written {
-                            (0..u64::from(size)).for_each(|j| blocks[*b].smem.taint(at + j));
+                        let smem = &mut blocks[*b].smem;
+                        let start = map.swizzle.apply(u64::from(*to) + o);
+                        for k in (0..n).step_by(size as usize) {
+                            let (v, written) = match from {
+                                None => (0, true),
+                                // Outside of every allocation, which was reported when the copy was issued.
+                                Some(None) => continue,
+                                Some(Some((a, at))) => (a.load(at + k, size), a.written(at + k, size, true)),
+                            };
+                            smem.store(start + k, size, v);
+                            if !written {
+                                (0..u64::from(size)).for_each(|j| smem.taint(start + k + j));
+                            }
                         }
                     }
                 });
@@ -192,15 +193,17 @@ impl Cluster<'_> {
                 }
             }
             Source::Tensor(map, coords) => {
-                let n = map.dtype.bytes();
+                let size = map.dtype.bytes();
                 let mut todo = Vec::new();
-                map.each(coords, |o, addr| {
+                map.each(coords, |o, n, addr| {
                     if let Some(addr) = addr {
-                        todo.push((addr, map.swizzle.apply(u64::from(from) + o) - u64::from(from)));
+                        todo.push((addr, map.swizzle.apply(u64::from(from) + o) - u64::from(from), n));
                     }
                 });
-                for (addr, o) in todo {
-                    put(self, addr, n, value(o, n), written(o, n));
+                for (addr, o, n) in todo {
+                    for k in (0..n).step_by(size as usize) {
+                        put(self, addr + k, size, value(o + k, size), written(o + k, size));
+                    }
                 }
             }
         }

@@ -158,68 +158,88 @@ pub(super) fn value(e: Elem, bits: u64) -> f64 {
     }
 }
 
-/// Row and column of element `i` of the registers of a lane, for an operand of `rows` x `k`: A (rows m) or B (rows n).
-/// `per` elements share a register of 32 bits.
-fn place(lane: usize, i: usize, per: usize, groups: usize) -> (usize, usize) {
-    let (g, t) = (lane / 4, lane % 4);
-    let (reg, e) = (i / per, i % per);
+/// Row and column of the first element of register `reg` of a lane, for an operand of `groups` times eight rows (A: rows
+/// m, B: rows n); the other elements of the register follow along k. `per` elements share a register of 32 bits.
+fn place(lane: usize, reg: usize, per: usize, groups: usize) -> (usize, usize) {
     // Registers go through the groups of eight rows first, then along k.
-    (g + 8 * (reg % groups), t * per + e + 4 * per * (reg / groups))
+    (lane / 4 + 8 * (reg % groups), lane % 4 * per + 4 * per * (reg / groups))
+}
+
+/// Largest rows, columns and depth of an operation.
+const M: usize = 16;
+const N: usize = 8;
+const K: usize = 32;
+
+/// An operand as rows of values.
+fn fetch(list: &[u32], e: Elem, rows: usize, k: usize, regs: &[crate::op::V]) -> [f64; M * K] {
+    let mut out = [0f64; M * K];
+    let (bits, per) = (8 * e.bytes(), (4 / e.bytes() as usize).max(1));
+    for (i, r) in list.iter().enumerate() {
+        for (lane, v) in regs[*r as usize].iter().enumerate() {
+            let (row, col) = place(lane, i, per, rows / 8);
+            let to = &mut out[row * k + col..][..per];
+            match e {
+                Elem::Bf16 => {
+                    to[0] = f64::from(f32::from_bits((*v as u32) << 16));
+                    to[1] = f64::from(f32::from_bits(*v as u32 & 0xffff_0000));
+                }
+                _ => (0..per).for_each(|x| to[x] = value(e, v >> (bits * x as u32))),
+            }
+        }
+    }
+    out
+}
+
+/// `dots[i][j] = start[i][j] + sum over k of a[i][k] * b[j][k]`, in the order of k.
+fn products(a: &[f64; M * K], b: &[f64; M * K], (m, n, k): (usize, usize, usize), dots: &mut [[f64; N]; M]) {
+    // B by columns, so that a row of results is one vector.
+    let mut columns = [[0f64; N]; K];
+    for (j, row) in b.chunks_exact(k).take(n).enumerate() {
+        row.iter().enumerate().for_each(|(x, v)| columns[x][j] = *v);
+    }
+    for (i, out) in dots.iter_mut().take(m).enumerate() {
+        for (x, column) in columns.iter().take(k).enumerate() {
+            let v = a[i * k + x];
+            out.iter_mut().zip(column).for_each(|(o, c)| *o += v * c);
+        }
+    }
 }
 
 fn mma(warp: &mut Warp, frame: u32, op: &Mma) {
     let regs = &mut warp.frames[frame as usize].regs;
     let (m, n, k) = (op.m, op.n, op.k);
-    let fetch = |list: &[u32], e: Elem, rows: usize, regs: &[crate::op::V]| {
-        let mut out = vec![0f64; rows * k];
-        let per = (4 / e.bytes() as usize).max(1);
-        for i in 0..list.len() * per {
-            for (lane, v) in regs[list[i / per] as usize].iter().enumerate() {
-                let bits = v >> (8 * e.bytes() as usize * (i % per));
-                let (r, c) = place(lane, i, per, rows / 8);
-                out[r * k + c] = value(e, bits);
-            }
+    let a = fetch(&op.a, op.a_ty, m, k, regs);
+    let b = fetch(&op.b, op.b_ty, n, k, regs);
+    let mut dots = [[0f64; N]; M];
+    if op.c_ty != Elem::F64 {
+        products(&a, &b, (m, n, k), &mut dots);
+    }
+    // All of them before the first is written: a result may take the place of another's addend.
+    let mut results: Vec<crate::op::V> = vec![[0; 32]; op.d.len()];
+    for (i, out) in results.iter_mut().enumerate() {
+        for (lane, o) in out.iter_mut().enumerate() {
+            let c = regs[op.c[i] as usize][lane];
+            let (g, t) = (lane / 4, lane % 4 * 2);
+            let (row, col) = (g + 8 * (i / 2), t + i % 2);
+            *o = match op.c_ty {
+                Elem::F16 => {
+                    // Two columns share a register.
+                    let one = |h: usize| {
+                        let c = f64::from(num::f16_to_f32((c >> (16 * h)) as u16));
+                        let sum = c + dots[g + 8 * i][t + h];
+                        u64::from(num::encode(sum, num::F16, Round::NearestEven, false)) << (16 * h)
+                    };
+                    one(0) | one(1)
+                }
+                Elem::F64 => (0..k).fold(f64::from_bits(c), |s, x| a[row * k + x].mul_add(b[col * k + x], s)).to_bits(),
+                Elem::S32 => accumulate_int(c, dots[row][col] as i64, op.satfinite),
+                _ => {
+                    let s = f64::from(f32::from_bits(c as u32)) + dots[row][col];
+                    u64::from(num::canon(s as f32).to_bits())
+                }
+            };
         }
-        out
-    };
-    let a = fetch(&op.a, op.a_ty, m, regs);
-    let b = fetch(&op.b, op.b_ty, n, regs);
-    let integer = op.c_ty == Elem::S32;
-    let results: Vec<[u64; 32]> = (0..op.d.len())
-        .map(|i| {
-            let mut out = [0u64; 32];
-            for (lane, o) in out.iter_mut().enumerate() {
-                let c = regs[op.c[i] as usize][lane];
-                let (g, t) = (lane / 4, lane % 4 * 2);
-                let dot = |row: usize, col: usize| (0..k).map(|x| a[row * k + x] * b[col * k + x]).sum::<f64>();
-                *o = match op.c_ty {
-                    Elem::F16 => {
-                        // Two columns share a register.
-                        let one = |h: usize| {
-                            let c = f64::from(num::f16_to_f32((c >> (16 * h)) as u16));
-                            u64::from(num::encode(c + dot(g + 8 * i, t + h), num::F16, Round::NearestEven, false))
-                                << (16 * h)
-                        };
-                        one(0) | one(1)
-                    }
-                    Elem::F64 => {
-                        let (row, col) = (g + 8 * (i / 2), t + i % 2);
-                        (0..k).fold(f64::from_bits(c), |s, x| a[row * k + x].mul_add(b[col * k + x], s)).to_bits()
-                    }
-                    _ => {
-                        let (row, col) = (g + 8 * (i / 2), t + i % 2);
-                        if integer {
-                            accumulate_int(c, dot(row, col) as i64, op.satfinite)
-                        } else {
-                            let s = f64::from(f32::from_bits(c as u32)) + dot(row, col);
-                            u64::from(num::canon(s as f32).to_bits())
-                        }
-                    }
-                };
-            }
-            out
-        })
-        .collect();
+    }
     for (d, out) in op.d.iter().zip(results) {
         if *d != crate::op::NONE {
             regs[*d as usize] = out;
@@ -240,12 +260,12 @@ mod tests {
     fn fragments_follow_the_manual() {
         // A of m16n8k16, 16 bits: register 1 is row g + 8, register 2 is column + 8.
         assert_eq!(place(5, 0, 2, 2), (1, 2));
-        assert_eq!(place(5, 3, 2, 2), (9, 3));
-        assert_eq!(place(5, 4, 2, 2), (1, 10));
+        assert_eq!(place(5, 1, 2, 2), (9, 2));
+        assert_eq!(place(5, 2, 2, 2), (1, 10));
         // B: registers go along k.
-        assert_eq!(place(5, 2, 2, 1), (1, 10));
+        assert_eq!(place(5, 1, 2, 1), (1, 10));
         // 8-bit elements: four to a register; tf32: one.
-        assert_eq!(place(6, 5, 4, 2), (9, 9));
+        assert_eq!(place(6, 1, 4, 2), (9, 8));
         assert_eq!(place(6, 2, 1, 2), (1, 6));
     }
 }

@@ -26,6 +26,7 @@ mod sync;
 mod wgmma;
 
 use crate::clock::{Clock, Memo, Snapshot};
+use crate::launch::Lanes;
 use crate::memory::Memory;
 use crate::op::Code;
 use crate::report::{Counts, Finding, FindingKind, Findings};
@@ -37,8 +38,8 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, OnceLock};
 
-/// Words of a page of the global shadow.
-pub(crate) const PAGE_WORDS: usize = 1024;
+/// Bytes of a page of the global shadow.
+pub(crate) const PAGE_BYTES: u64 = 4096;
 
 /// Shadow cells of global memory for one launch, made as pages are touched.
 #[derive(Debug, Default)]
@@ -64,6 +65,7 @@ pub(crate) struct Env<'a> {
     pub(crate) dynamic_shared: u32,
     pub(crate) check: bool,
     pub(crate) seed: u64,
+    pub(crate) lanes: Lanes,
     pub(crate) max_instructions: u64,
     pub(crate) executed: AtomicU64,
 }

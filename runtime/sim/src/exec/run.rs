@@ -3,6 +3,7 @@
 use super::state::{At, Group, State, Warp};
 use super::{Cluster, Turn, lanes};
 use crate::Error;
+use crate::launch::Lanes;
 use crate::op::{BarKind, Call, CallValue, Collective, FUNC_BASE, Inst, NONE, Op, Timer, V, Where};
 use crate::report::FindingKind;
 use crate::space;
@@ -142,8 +143,9 @@ impl Cluster<'_> {
 
     /// The group to run next, with those that wait looked at again.
     fn pick(&mut self, at: At, warp: &mut Warp) -> Option<usize> {
+        let order = self.env.lanes;
         if warp.groups.len() > 1 {
-            merge(warp);
+            merge(warp, order);
         }
         let mut best: Option<usize> = None;
         for i in 0..warp.groups.len() {
@@ -158,7 +160,14 @@ impl Cluster<'_> {
             let better = match best {
                 None => true,
                 Some(b) => {
-                    (warp.groups[b].depth, std::cmp::Reverse(warp.groups[b].pc)) < (g.depth, std::cmp::Reverse(g.pc))
+                    let best = &warp.groups[b];
+                    match order {
+                        Lanes::Together => {
+                            (best.depth, std::cmp::Reverse(best.pc)) < (g.depth, std::cmp::Reverse(g.pc))
+                        }
+                        Lanes::Ascending => g.mask.trailing_zeros() < best.mask.trailing_zeros(),
+                        Lanes::Descending => g.mask.leading_zeros() < best.mask.leading_zeros(),
+                    }
                 }
             };
             if better {
@@ -219,7 +228,12 @@ impl Cluster<'_> {
         let alone = warp.groups.len() == 1;
         let (frame_id, depth, mask) = (warp.groups[gi].frame, warp.groups[gi].depth, warp.groups[gi].mask);
         let mut pc = warp.groups[gi].pc;
-        let stop = if alone {
+        let apart = env.lanes != Lanes::Together && mask.count_ones() > 1;
+        if apart && !meets(&insts[pc as usize].op) {
+            part(warp, gi);
+            return false;
+        }
+        let stop = if alone || env.lanes != Lanes::Together {
             u32::MAX
         } else {
             let others = warp.groups.iter().enumerate().filter(|(j, g)| *j != gi && g.depth == depth && g.pc > pc);
@@ -227,7 +241,7 @@ impl Cluster<'_> {
         };
         let watch = env.check && !warp.wgmma.acc.is_empty();
         loop {
-            if *left == 0 || pc >= stop {
+            if *left == 0 || pc >= stop || (apart && !meets(&insts[pc as usize].op)) {
                 warp.groups[gi].pc = pc;
                 return false;
             }
@@ -316,6 +330,12 @@ impl Cluster<'_> {
                 }
                 Flow::Stay(state) => {
                     let waits = matches!(state, State::Mbar { .. } | State::Spin);
+                    // It is tried again, and counts when it succeeds: how often depends on the schedule.
+                    if waits || matches!(state, State::Gather | State::Wgmma) {
+                        let e = &mut self.executed[pc as usize];
+                        e.0 -= 1;
+                        e.1 -= u64::from(m.count_ones());
+                    }
                     warp.groups[gi].state = state;
                     return waits;
                 }
@@ -468,6 +488,7 @@ impl Cluster<'_> {
             Op::BulkWait { pending, read } => self.bulk_wait(at, warp, *pending, *read, m),
             Op::Mbar { place, addr, op } => self.mbarrier(at, warp, gi, (*place, *addr), op, m),
             Op::TensormapReplace { .. } => self.replace_map(at, warp, fid, inst, m, pc),
+            Op::TensormapCopy { to, from } => self.copy_map(at, warp, fid, (*to, *from), m, pc),
         }
     }
 
@@ -724,9 +745,19 @@ pub(super) fn blend(into: &mut V, from: &V, mask: u32) {
     }
 }
 
-/// Joins groups that stand at the same place.
-fn merge(warp: &mut Warp) {
-    let free = |g: &Group| matches!(g.state, State::Ready | State::Gather);
+/// Makes each lane of a group a group of its own.
+fn part(warp: &mut Warp, gi: usize) {
+    let group = warp.groups[gi].clone();
+    let mut all = lanes(group.mask).map(|l| Group { mask: 1 << l, ..group.clone() });
+    if let Some(first) = all.next() {
+        warp.groups[gi] = first;
+    }
+    warp.groups.extend(all);
+}
+
+/// Joins groups that stand at the same place; lanes that go apart are joined only where they must meet.
+fn merge(warp: &mut Warp, order: Lanes) {
+    let free = |g: &Group| g.state == State::Gather || (g.state == State::Ready && order == Lanes::Together);
     let mut i = 0;
     while i < warp.groups.len() {
         let mut j = i + 1;
@@ -741,6 +772,54 @@ fn merge(warp: &mut Warp) {
             }
         }
         i += 1;
+    }
+}
+
+/// Whether lanes that go apart stay together for this operation: it is one of the warp, or of all its threads.
+fn meets(op: &Op) -> bool {
+    match op {
+        Op::Collective { .. }
+        | Op::Bar { .. }
+        | Op::ClusterArrive { .. }
+        | Op::ClusterWait { .. }
+        | Op::Ldmatrix { .. }
+        | Op::Stmatrix { .. }
+        | Op::Movmatrix { .. }
+        | Op::Mma(_)
+        | Op::Wgmma(_)
+        | Op::WgmmaFence
+        | Op::WgmmaCommit
+        | Op::WgmmaWait { .. }
+        | Op::TensormapCopy { .. } => true,
+        Op::Alu { .. }
+        | Op::Pack { .. }
+        | Op::Unpack { .. }
+        | Op::Timer { .. }
+        | Op::Bra { .. }
+        | Op::Brx { .. }
+        | Op::Call(_)
+        | Op::Ret
+        | Op::Exit
+        | Op::Trap
+        | Op::Nop
+        | Op::Ld(_)
+        | Op::St(_)
+        | Op::Atom(_)
+        | Op::IsSpace { .. }
+        | Op::Mapa { .. }
+        | Op::GetCtaRank { .. }
+        | Op::ActiveMask { .. }
+        | Op::Fence { .. }
+        | Op::ProxyFence
+        | Op::SetMaxReg
+        | Op::CpAsync { .. }
+        | Op::CpAsyncCommit
+        | Op::CpAsyncWait { .. }
+        | Op::Bulk(_)
+        | Op::BulkCommit
+        | Op::BulkWait { .. }
+        | Op::Mbar { .. }
+        | Op::TensormapReplace { .. } => false,
     }
 }
 
@@ -787,7 +866,8 @@ fn splits(op: &Op) -> bool {
         | Op::CpAsyncWait { .. }
         | Op::Bulk(_)
         | Op::BulkCommit
-        | Op::TensormapReplace { .. } => false,
+        | Op::TensormapReplace { .. }
+        | Op::TensormapCopy { .. } => false,
     }
 }
 

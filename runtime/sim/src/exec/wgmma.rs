@@ -13,6 +13,7 @@ use crate::num::{self, Round};
 use crate::op::{Elem, NONE, Op, Wgmma};
 use crate::report::FindingKind;
 use crate::tensormap::Swizzle;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
@@ -66,6 +67,10 @@ struct Operand {
     chunks: Vec<u64>,
     outside: Option<u64>,
 }
+
+/// Values of B by descriptor, columns, type and order: the four warps of a warpgroup, whose operations run together
+/// with nothing in between, multiply by the same ones.
+type Shared = BTreeMap<(u64, usize, u8, bool), Vec<f32>>;
 
 fn table(e: Elem) -> Option<&'static [f32; 256]> {
     static E4M3: OnceLock<[f32; 256]> = OnceLock::new();
@@ -188,7 +193,7 @@ impl Cluster<'_> {
         }
         warp.wgmma.queue.push_back(pending);
         if self.env.seed % 4 == 1 {
-            self.run_wgmma(at, warp, u32::MAX);
+            self.run_wgmma(at, warp, u32::MAX, &mut Shared::default());
         }
         Flow::Next
     }
@@ -256,10 +261,11 @@ impl Cluster<'_> {
         }) {
             return Flow::Stay(State::Wgmma);
         }
-        self.run_wgmma(at, warp, complete);
+        let mut shared = Shared::default();
+        self.run_wgmma(at, warp, complete, &mut shared);
         for w in peers {
             let mut peer = std::mem::take(&mut self.blocks[at.block].warps[w]);
-            self.run_wgmma(At { warp: w, ..at }, &mut peer, complete);
+            self.run_wgmma(At { warp: w, ..at }, &mut peer, complete, &mut shared);
             self.blocks[at.block].warps[w] = peer;
         }
         self.effects += 1;
@@ -289,19 +295,21 @@ impl Cluster<'_> {
     }
 
     /// Runs the operations of a warp whose group is below `complete`.
-    fn run_wgmma(&mut self, at: At, warp: &mut Warp, complete: u32) {
+    fn run_wgmma(&mut self, at: At, warp: &mut Warp, complete: u32, shared: &mut Shared) {
         while warp.wgmma.queue.front().is_some_and(|w| w.group < complete) {
             if let Some(w) = warp.wgmma.queue.pop_front() {
-                self.execute_wgmma(at, warp, &w);
+                self.execute_wgmma(at, warp, &w, shared);
             }
         }
     }
 
-    fn execute_wgmma(&mut self, at: At, warp: &mut Warp, w: &PendingWgmma) {
+    fn execute_wgmma(&mut self, at: At, warp: &mut Warp, w: &PendingWgmma, shared: &mut Shared) {
         let op = &*w.op;
         let rank = at.warp % 4;
         let (n, k) = (op.n, op.k);
-        let b = self.operand(at.block, w.b_desc, 0..n, k, op.b_ty, op.trans_b, true).values;
+        let b = shared
+            .entry((w.b_desc, n, op.b_ty as u8, op.trans_b))
+            .or_insert_with(|| self.operand(at.block, w.b_desc, 0..n, k, op.b_ty, op.trans_b, true).values);
         // A by rows: a[row * k + kk].
         let mut a = vec![0f32; 16 * k];
         if op.a_desc == NONE {
@@ -324,7 +332,7 @@ impl Cluster<'_> {
             a.iter_mut().for_each(|x| *x = -*x);
         }
         let mut dots = vec![0f32; 16 * n];
-        multiply(&a, &b, &mut dots, n, k);
+        multiply(&a, b, &mut dots, n, k);
         let regs = &mut warp.frames[w.frame as usize].regs;
         for (i, r) in op.d.iter().enumerate() {
             let out = &mut regs[*r as usize];
@@ -377,12 +385,46 @@ impl Cluster<'_> {
 /// `dots[i][j] = sum over k of a[i][k] * b[k][j]` for sixteen rows. Sums of integers of eight bits stay exact in f32
 /// only up to 2^24, which products over 32 steps do not reach.
 fn multiply(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has what the function was compiled for.
+            return unsafe { multiply_512(a, b, dots, n, k) };
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: as above.
+            return unsafe { multiply_256(a, b, dots, n, k) };
+        }
+    }
+    multiply_by_rows(a, b, dots, n, k);
+}
+
+/// With wider vectors. Products and sums stay apart, so that every width rounds alike.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn multiply_512(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
+    multiply_by_rows(a, b, dots, n, k);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn multiply_256(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
+    multiply_by_rows(a, b, dots, n, k);
+}
+
+#[inline(always)]
+fn multiply_by_rows(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
+    // Eight columns at a time, whose sums stay in registers.
+    const W: usize = 8;
     for (row, out) in dots.chunks_exact_mut(n).enumerate() {
-        for kk in 0..k {
-            let x = a[row * k + kk];
-            for (o, y) in out.iter_mut().zip(&b[kk * n..(kk + 1) * n]) {
-                *o += x * y;
+        for (c, sums) in out.chunks_exact_mut(W).enumerate() {
+            let mut s = [0f32; W];
+            for kk in 0..k {
+                let x = a[row * k + kk];
+                let column = &b[kk * n + c * W..][..W];
+                s.iter_mut().zip(column).for_each(|(s, y)| *s += x * y);
             }
+            sums.copy_from_slice(&s);
         }
     }
 }
