@@ -104,6 +104,12 @@ pub trait Device: Send + Sync {
     fn shares_memory(&self) -> bool {
         false
     }
+
+    /// The device as one that runs PTX of other producers, if it does.
+    #[cfg(feature = "sim")]
+    fn machine(&self) -> Option<Box<dyn moec_sim::case::Machine + '_>> {
+        None
+    }
 }
 
 /// Memory of a device, given back when dropped.

@@ -71,9 +71,48 @@ fn child() {
         return;
     }
     println!();
+    if std::env::var_os("FAKE_FOREIGN").is_some() {
+        match foreign() {
+            Ok(()) => println!("foreign done"),
+            Err(why) => println!("refused: {why}"),
+        }
+        return;
+    }
     if let Err(error) = scenario() {
         say("error", &error);
     }
+}
+
+/// PTX of somebody else: a module with one kernel, and arguments of each kind.
+fn foreign() -> Result<(), String> {
+    use moec_sim::{Arg, Launch, MapType, Swizzle, TensorMapDesc};
+    let cuda = Cuda::open(0).map_err(|e| e.message)?;
+    let mut machine = cuda.machine().ok_or("the device runs no PTX")?;
+    let (x, y) = (machine.alloc(96, 256)?, machine.alloc(96, 128)?);
+    assert!(machine.alloc(96, 512).is_err(), "no more than the driver promises");
+    let values: Vec<u8> = (0..24).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    machine.write(x, &values)?;
+    let map = TensorMapDesc {
+        dtype: MapType::Bf16,
+        base: x,
+        dims: vec![8, 3],
+        strides: vec![32],
+        box_dims: vec![8, 2],
+        element_strides: Vec::new(),
+        swizzle: Swizzle::B128,
+    };
+    let launch = Launch {
+        entry: "twice",
+        grid: [3, 1, 1],
+        block: [32, 1, 1],
+        cluster: [1; 3],
+        dynamic_shared: 60_000,
+        args: vec![Arg::U64(x), Arg::U64(y), Arg::U32(24), Arg::TensorMap(map)],
+    };
+    machine.launch("//\n.version 8.0\n.target sm_90\n", &launch)?;
+    let wanted: Vec<u8> = (0..24).flat_map(|i| (2.0 * i as f32).to_le_bytes()).collect();
+    assert_eq!(machine.read(y, 96)?, wanted);
+    Ok(())
 }
 
 fn scenario() -> moec_runtime::Result<()> {
@@ -250,6 +289,32 @@ fn a_lost_context_answers_at_once_and_says_how_to_go_on() {
         &[("FAKE_FAIL", "cuStreamSynchronize=719")],
         "a launch failed: CUDA_ERROR_LAUNCH_FAILED (719) | the context is lost",
     );
+}
+
+#[test]
+fn ptx_of_others_runs_and_its_failures_are_told() {
+    let case = |fail: &str| run(&[("FAKE_FOREIGN", "1"), ("FAKE_FAIL", fail)]);
+    let text = case("");
+    for wanted in [
+        "map 9 rank 2 dims 8 3 stride 32 box 8 2 steps 1 swizzle 3\n",
+        "attribute twice 8 60000\n",
+        "launch twice grid 3 1 1 block 32 1 1 shared 60000\n",
+        "foreign done\n",
+    ] {
+        assert!(text.contains(wanted), "wanted: {wanted}\n{text}");
+    }
+    for (fail, wanted) in [
+        ("ptx=218", "Fake GPU does not load the PTX: CUDA_ERROR_FAKE (218) line 3: fake complaint"),
+        ("cuModuleGetFunction=500", "there is no kernel twice"),
+        ("cuLaunchKernelEx=700", "twice: CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+        ("cuStreamSynchronize=719", "CUDA_ERROR_LAUNCH_FAILED (719)"),
+        ("cuTensorMapEncodeTiled=1", "a tensor map of [8, 3], strides [32], box [8, 2]"),
+        ("cuMemAlloc_v2=2", "no 1 MiB of device memory"),
+        ("cuMemcpyDtoHAsync_v2=1", "copy from the device"),
+    ] {
+        let text = case(fail);
+        assert!(text.contains("refused: ") && text.contains(wanted), "{fail}\n{text}");
+    }
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! The reference: the interpreter of the IR on the weights of a run.
 
-use crate::{Error, verify::compare::floats};
+use crate::Error;
 use indexmap::IndexMap;
 use moec_abi::DType;
+use moec_check::compare::floats;
 use moec_frontend::weights::{RawTensor, ReadError, materialize};
 use moec_ir::{
     Graph, Packing, View, Weight, WeightName,

@@ -3,7 +3,6 @@
 use crate::{
     Error,
     reference::{self, Stored},
-    verify::compare::difference,
 };
 use half::{bf16, f16};
 use moec_abi::{Buffer, BufferKind, DType, Expr, Program};
@@ -230,7 +229,7 @@ impl Prepared {
         let (Some(output), Some(wanted)) = (output, output.and_then(|o| numbers(&o.name))) else {
             return Err(Error::refused("E0821", "the layer has no output to compare", "compile it with an output"));
         };
-        let (max_rel, rms_rel) = difference(&output.numbers(), &wanted);
+        let (max_rel, rms_rel) = moec_check::compare::difference(&output.numbers(), &wanted);
         // Those of the reference cases: what sums in 32 bits and one rounding at the end leave.
         let limits = match output.dtype {
             DType::F64 | DType::F32 => (2e-5, 5e-6),
@@ -336,7 +335,7 @@ fn convert(bytes: &[u8], from: DType, to: DType) -> Option<Vec<u8>> {
         return None;
     }
     let mut out = Vec::new();
-    crate::verify::compare::floats(from, bytes).into_iter().try_for_each(|v| put(to, v, &mut out))?;
+    moec_check::compare::floats(from, bytes).into_iter().try_for_each(|v| put(to, v, &mut out))?;
     Some(out)
 }
 

@@ -53,11 +53,58 @@ impl Drop for Event<'_> {
 
 /// A kernel argument in memory of its own, which must not move before the launch.
 #[repr(C, align(64))]
-struct Aligned(CUtensorMap);
+pub(super) struct Aligned(CUtensorMap);
 
-fn tensor_map(context: &Context, map: &TensorMap, address: u64, tokens: u64) -> Result<Box<Aligned>> {
+impl Aligned {
+    pub(super) const fn pointer(&mut self) -> *mut c_void {
+        (&raw mut self.0).cast()
+    }
+}
+
+/// A tensor map in numbers of the driver.
+pub(super) struct Encoding {
+    pub(super) dtype: c_int,
+    pub(super) base: u64,
+    pub(super) dims: Vec<u64>,
+    pub(super) strides: Vec<u64>,
+    pub(super) box_dims: Vec<u32>,
+    pub(super) steps: Vec<u32>,
+    pub(super) swizzle: c_int,
+}
+
+/// The 128 bytes of a map.
+pub(super) fn encode(context: &Context, map: &Encoding) -> Result<Box<Aligned>> {
+    let Encoding { dtype, base, dims, strides, box_dims, steps, swizzle } = map;
+    let rank = dims.len();
+    if !(1..=5).contains(&rank) || strides.len() + 1 != rank || box_dims.len() != rank || steps.len() != rank {
+        let what = format!("{rank} axes, {} strides and a box of {} axes", strides.len(), box_dims.len());
+        return Err(RuntimeError::new(Code::Artefact, format!("a tensor map with {what}")));
+    }
+    let mut out = Box::new(Aligned(CUtensorMap { opaque: [0; 16] }));
+    // SAFETY: all arrays have as many entries as the rank needs, and the result is aligned to 64 bytes.
+    let status = unsafe {
+        (context.driver.cuTensorMapEncodeTiled)(
+            &raw mut out.0,
+            *dtype,
+            rank as u32,
+            ptr::without_provenance_mut(*base as usize),
+            dims.as_ptr(),
+            strides.as_ptr(),
+            box_dims.as_ptr(),
+            steps.as_ptr(),
+            0,
+            *swizzle,
+            // Promotion of reads to 256 bytes in the second-level cache.
+            3,
+            0,
+        )
+    };
+    context.check(&format!("a tensor map of {dims:?}, strides {strides:?}, box {box_dims:?}"), status)?;
+    Ok(out)
+}
+
+fn tensor_map(context: &Context, map: &TensorMap, base: u64, tokens: u64) -> Result<Box<Aligned>> {
     let eval = |e: &moec_abi::Expr| e.eval(tokens).ok_or_else(|| overflow("a tensor map"));
-    let bad = |what: String| RuntimeError::new(Code::Artefact, format!("a tensor map with {what}"));
     // Numbers of the driver's enumerations.
     let dtype = match map.dtype {
         DType::F8e4m3 | DType::F8e5m2 | DType::U8 | DType::I8 => 0,
@@ -73,47 +120,25 @@ fn tensor_map(context: &Context, map: &TensorMap, address: u64, tokens: u64) -> 
         32 => 1,
         64 => 2,
         128 => 3,
-        other => return Err(bad(format!("a swizzle of {other} bytes"))),
+        other => {
+            return Err(RuntimeError::new(Code::Artefact, format!("a tensor map with a swizzle of {other} bytes")));
+        }
     };
     let dims = map.dims.iter().map(eval).collect::<Result<Vec<_>>>()?;
     let strides = map.strides.iter().map(eval).collect::<Result<Vec<_>>>()?;
-    let rank = dims.len();
-    if !(1..=5).contains(&rank) || strides.len() + 1 != rank || map.box_dims.len() != rank {
-        return Err(bad(format!("{rank} axes, {} strides and a box of {} axes", strides.len(), map.box_dims.len())));
-    }
-    let steps = vec![1u32; rank];
-    let mut out = Box::new(Aligned(CUtensorMap { opaque: [0; 16] }));
-    // SAFETY: all arrays have as many entries as the rank needs, and the result is aligned to 64 bytes.
-    let status = unsafe {
-        (context.driver.cuTensorMapEncodeTiled)(
-            &raw mut out.0,
-            dtype,
-            rank as u32,
-            ptr::without_provenance_mut(address as usize),
-            dims.as_ptr(),
-            strides.as_ptr(),
-            map.box_dims.as_ptr(),
-            steps.as_ptr(),
-            0,
-            swizzle,
-            // Promotion of reads to 256 bytes in the second-level cache.
-            3,
-            0,
-        )
-    };
-    context.check(&format!("a tensor map of {dims:?}, strides {strides:?}, box {:?}", map.box_dims), status)?;
-    Ok(out)
+    let steps = vec![1; dims.len()];
+    encode(context, &Encoding { dtype, base, dims, strides, box_dims: map.box_dims.clone(), steps, swizzle })
 }
 
-fn attributes(shape: &GpuGrid) -> Vec<CUlaunchAttribute> {
+pub(super) fn attributes(cluster: [u32; 3], dependent: bool) -> Vec<CUlaunchAttribute> {
     let mut out = Vec::new();
     let mut add = |id, fill: &dyn Fn(&mut CUlaunchAttributeValue)| {
         let mut value = CUlaunchAttributeValue { pad: [0; 64] };
         fill(&mut value);
         out.push(CUlaunchAttribute { id, pad: [0; 4], value });
     };
-    let [x, y, z] = shape.cluster;
-    if shape.cluster != [1; 3] {
+    let [x, y, z] = cluster;
+    if cluster != [1; 3] {
         add(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, &|value| {
             let dims = [x, y, z].map(u32::to_ne_bytes).concat();
             // SAFETY: every bit pattern is valid for the bytes of the union.
@@ -121,7 +146,7 @@ fn attributes(shape: &GpuGrid) -> Vec<CUlaunchAttribute> {
             pad.iter_mut().zip(dims).for_each(|(p, b)| *p = b.cast_signed() as _);
         });
     }
-    if shape.dependent {
+    if dependent {
         add(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, &|value| {
             value.programmaticStreamSerializationAllowed = 1;
         });
@@ -177,10 +202,10 @@ pub(super) unsafe fn launch(
                 .iter()
                 .filter_map(|value| match value {
                     Value::Word(_) => next_word.next().map(|w| ptr::from_mut(w).cast()),
-                    Value::Map { .. } => next_map.next().map(|m| (&raw mut m.0).cast()),
+                    Value::Map { .. } => next_map.next().map(|m| m.pointer()),
                 })
                 .collect();
-            let mut attributes = attributes(shape);
+            let mut attributes = attributes(shape.cluster, shape.dependent);
             let config = CUlaunchConfig {
                 gridDimX: blocks[0],
                 gridDimY: blocks[1],

@@ -67,7 +67,7 @@ fn ptx_version(text: &[u8]) -> String {
 }
 
 /// Loads an image; the second value of an error is what the driver's compiler said.
-fn image(context: &Context, bytes: &[u8]) -> std::result::Result<Handle, (c_int, String)> {
+pub(super) fn image(context: &Context, bytes: &[u8]) -> std::result::Result<Handle, (c_int, String)> {
     let mut log = vec![0u8; 8192];
     let mut options = [OPTION_ERROR_LOG, OPTION_ERROR_LOG_BYTES];
     let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), ptr::without_provenance_mut(log.len() - 1)];
@@ -148,33 +148,49 @@ pub(super) fn load(context: &Arc<Context>, program: &Program, files: &dyn Files)
         let Grid::Gpu(grid) = &launch.grid else {
             return Err(RuntimeError::new(Code::Artefact, format!("launch {} is for a CPU", launch.name)));
         };
-        let symbol = CString::new(launch.symbol.as_str())
-            .map_err(|_| RuntimeError::new(Code::Artefact, format!("launch {}: a symbol with a zero", launch.name)))?;
-        let mut function = ptr::null_mut();
-        // SAFETY: `function` is a place for a handle, the symbol ends with a zero.
-        let status = unsafe { (context.driver.cuModuleGetFunction)(&raw mut function, module, symbol.as_ptr()) };
-        if status == 500 {
-            let message = format!("{file} does not define {}, the kernel of {}", launch.symbol, launch.name);
-            return Err(RuntimeError::new(Code::CodeObject, message));
-        }
-        context.check(&launch.name, status)?;
-        if grid.shared > FREE_SHARED {
-            let bytes = c_int::try_from(grid.shared).unwrap_or(c_int::MAX);
-            // SAFETY: the function is loaded.
-            let status = unsafe { (context.driver.cuFuncSetAttribute)(function, ATTRIBUTE_MAX_DYNAMIC_SHARED, bytes) };
-            if status == 1 {
-                let message =
-                    format!("launch {}: {} does not have {bytes} bytes of shared memory", launch.name, context.name);
-                return Err(RuntimeError::new(Code::Target, message));
-            }
-            context.check(&launch.name, status)?;
-        }
-        if grid.cluster.iter().product::<u32>() > PORTABLE_CLUSTER {
-            // SAFETY: the function is loaded.
-            let status = unsafe { (context.driver.cuFuncSetAttribute)(function, ATTRIBUTE_NON_PORTABLE_CLUSTER, 1) };
-            context.check(&launch.name, status)?;
-        }
+        let function = function(context, module, &launch.symbol).map_err(|e| match e.code {
+            Code::CodeObject => RuntimeError::new(
+                Code::CodeObject,
+                format!("{file} does not define {}, the kernel of {}", launch.symbol, launch.name),
+            ),
+            _ => e,
+        })?;
+        allow(context, function, grid.shared, grid.cluster, &launch.name)?;
         loaded.functions.insert(launch.symbol.clone(), function);
     }
     Ok(Arc::new(loaded))
+}
+
+/// A kernel of a module; `CodeObject` if there is none of this name.
+pub(super) fn function(context: &Context, module: Handle, name: &str) -> Result<Handle> {
+    let symbol = CString::new(name)
+        .map_err(|_| RuntimeError::new(Code::Artefact, format!("kernel {name:?}: a name with a zero")))?;
+    let mut function = ptr::null_mut();
+    // SAFETY: `function` is a place for a handle, the symbol ends with a zero.
+    let status = unsafe { (context.driver.cuModuleGetFunction)(&raw mut function, module, symbol.as_ptr()) };
+    if status == 500 {
+        return Err(RuntimeError::new(Code::CodeObject, format!("there is no kernel {name}")));
+    }
+    context.check(name, status)?;
+    Ok(function)
+}
+
+/// Asks for what a kernel may not have without asking: much shared memory, large clusters.
+pub(super) fn allow(context: &Context, function: Handle, shared: u32, cluster: [u32; 3], name: &str) -> Result<()> {
+    if shared > FREE_SHARED {
+        let bytes = c_int::try_from(shared).unwrap_or(c_int::MAX);
+        // SAFETY: the function is loaded.
+        let status = unsafe { (context.driver.cuFuncSetAttribute)(function, ATTRIBUTE_MAX_DYNAMIC_SHARED, bytes) };
+        if status == 1 {
+            let message = format!("launch {name}: {} does not have {bytes} bytes of shared memory", context.name);
+            return Err(RuntimeError::new(Code::Target, message));
+        }
+        context.check(name, status)?;
+    }
+    if cluster.iter().product::<u32>() > PORTABLE_CLUSTER {
+        // SAFETY: the function is loaded.
+        let status = unsafe { (context.driver.cuFuncSetAttribute)(function, ATTRIBUTE_NON_PORTABLE_CLUSTER, 1) };
+        context.check(name, status)?;
+    }
+    Ok(())
 }

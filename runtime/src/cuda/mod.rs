@@ -5,6 +5,8 @@
 //! [`Cuda`] after all old ones are gone starts afresh.
 
 mod driver;
+#[cfg(feature = "sim")]
+mod foreign;
 mod launch;
 mod load;
 
@@ -351,5 +353,10 @@ impl Device for Cuda {
         let driver = self.context.enter()?;
         // SAFETY: the stream is alive.
         self.context.check("a launch failed", unsafe { (driver.cuStreamSynchronize)(self.stream) })
+    }
+
+    #[cfg(feature = "sim")]
+    fn machine(&self) -> Option<Box<dyn moec_sim::case::Machine + '_>> {
+        Some(Box::new(foreign::Foreign::new(self)))
     }
 }

@@ -1,11 +1,11 @@
 //! Cases without a graph: what a host computes beside the kernels.
 
 use super::{
-    CaseResult, compare,
-    execute::refused,
+    CaseResult, refused,
     system::{Judgement, Tolerance},
 };
 use crate::Error;
+use moec_check::compare;
 use moec_place::{PlaceError, host, metrics};
 use moec_runtime::SafetensorsBytes;
 
@@ -14,11 +14,11 @@ struct Data<'a>(&'a SafetensorsBytes<'a>);
 
 impl Data<'_> {
     fn numbers(&self, name: &str) -> Result<Vec<f64>, Error> {
-        compare::tensor(self.0, name).map(|(values, _)| values)
+        Ok(compare::tensor(self.0, name)?.0)
     }
 
     fn shape(&self, name: &str) -> Result<Vec<u64>, Error> {
-        compare::tensor(self.0, name).map(|(_, shape)| shape)
+        Ok(compare::tensor(self.0, name)?.1)
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "ids were integers")]
@@ -93,7 +93,7 @@ pub(super) fn run(
                 Some(pass) => format!("there is no pass `{pass}` that rewrites weights and graph"),
                 None => format!("there is no computation `{other}`"),
             };
-            return Ok(CaseResult::failed(name.to_owned(), what));
+            return Ok(CaseResult::failed(name, what));
         }
     };
     judgement.close("output", &output, &data.numbers("expected.output_ref")?);

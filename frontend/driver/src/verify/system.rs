@@ -1,12 +1,12 @@
 //! Cases of the form `moec-system-golden-1`: a graph with weights, inputs and expected results.
 
-use super::{
-    Bench, CaseResult, Status, compare,
-    execute::{Found, execute, is_integer, refused},
-    host,
-};
+use super::{Bench, CaseResult, Status, host, refused};
 use crate::{Compiler, Error};
 use moec_abi::DType;
+use moec_check::{
+    compare,
+    execute::{Found, execute, is_integer},
+};
 use moec_ir::{
     Dim, Extent, Graph, Part, TensorType,
     json::{Signature, TensorShape, read_graph},

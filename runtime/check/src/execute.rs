@@ -1,32 +1,29 @@
 //! One run of a compiled layer on the tensors of a case.
 
-use super::compare;
-use crate::Error;
+use crate::compare;
 use moec_abi::{Buffer, BufferKind, DType};
-use moec_ir::{Code, Diagnostic};
-use moec_runtime::{Layer, Tensors};
+use moec_runtime::{Code, Layer, Result, RuntimeError, Tensors};
 use std::collections::BTreeMap;
 
 /// A result of the layer.
-pub(super) struct Found {
+#[derive(Clone, Debug, PartialEq)]
+pub struct Found {
     /// Values, integers too.
-    pub(super) values: Vec<f64>,
+    pub values: Vec<f64>,
     /// Sizes, outermost first.
-    pub(super) shape: Vec<u64>,
+    pub shape: Vec<u64>,
 }
 
 /// The case cannot be run, for this reason.
-pub(super) fn refused(message: impl Into<String>) -> Error {
-    Error::Input(vec![Diagnostic::error(Code("E0314"), message.into())])
+pub(crate) fn refused(message: impl Into<String>) -> RuntimeError {
+    RuntimeError::new(Code::FileForm, message)
 }
 
 /// Runs the layer; inputs are the tensors `prefix` + name. Results by name.
-pub(super) fn execute(
-    layer: &Layer,
-    tokens: u64,
-    tensors: &dyn Tensors,
-    prefix: &str,
-) -> Result<BTreeMap<String, Found>, Error> {
+///
+/// # Errors
+/// An input is missing or of another type, or the device fails.
+pub fn execute(layer: &Layer, tokens: u64, tensors: &dyn Tensors, prefix: &str) -> Result<BTreeMap<String, Found>> {
     let mut inputs = Vec::new();
     for buffer in layer.inputs()? {
         inputs.push(input(tensors, prefix, buffer)?);
@@ -49,7 +46,7 @@ pub(super) fn execute(
 }
 
 /// Bytes of an input of the program, from the tensor of that name.
-fn input(tensors: &dyn Tensors, prefix: &str, buffer: &Buffer) -> Result<Vec<u8>, Error> {
+fn input(tensors: &dyn Tensors, prefix: &str, buffer: &Buffer) -> Result<Vec<u8>> {
     let name = match &buffer.kind {
         BufferKind::Input { name } => name,
         BufferKind::Output { .. } | BufferKind::Weight { .. } | BufferKind::Workspace => &buffer.name,
@@ -61,7 +58,7 @@ fn input(tensors: &dyn Tensors, prefix: &str, buffer: &Buffer) -> Result<Vec<u8>
     Err(refused(format!("`{name}` of the case is {dtype:?}, the program reads {:?}", buffer.dtype)))
 }
 
-fn size(buffer: &Buffer, tokens: u64) -> Result<usize, Error> {
+fn size(buffer: &Buffer, tokens: u64) -> Result<usize> {
     let elements = buffer.shape.iter().try_fold(buffer.dtype.bytes(), |n, d| n.checked_mul(d.eval(tokens)?));
     elements
         .and_then(|n| usize::try_from(n).ok())
@@ -69,7 +66,8 @@ fn size(buffer: &Buffer, tokens: u64) -> Result<usize, Error> {
 }
 
 /// Whether elements of this type are integers.
-pub(super) const fn is_integer(dtype: DType) -> bool {
+#[must_use]
+pub const fn is_integer(dtype: DType) -> bool {
     match dtype {
         DType::U8 | DType::I8 | DType::I32 | DType::I64 => true,
         DType::F64 | DType::F32 | DType::Bf16 | DType::F16 | DType::F8e4m3 | DType::F8e5m2 => false,

@@ -1,12 +1,11 @@
 //! Numbers against numbers.
 
-use crate::Error;
 use half::{bf16, f16};
 use moec_abi::DType;
-use moec_runtime::Tensors;
+use moec_runtime::{Code, Result, RuntimeError, Tensors};
 
 /// Bytes of a tensor as f64.
-pub(crate) fn floats(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+pub fn floats(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     match dtype {
         DType::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
         DType::F32 => bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
@@ -21,16 +20,22 @@ pub(crate) fn floats(dtype: DType, bytes: &[u8]) -> Vec<f64> {
 }
 
 /// A tensor of the case as f64, with its shape.
-pub(super) fn tensor(tensors: &dyn Tensors, name: &str) -> Result<(Vec<f64>, Vec<u64>), Error> {
+///
+/// # Errors
+/// There is no such tensor, or it cannot be read.
+pub fn tensor(tensors: &dyn Tensors, name: &str) -> Result<(Vec<f64>, Vec<u64>)> {
     let (bytes, dtype, shape) = raw(tensors, name)?;
     Ok((floats(dtype, &bytes), shape))
 }
 
-/// A tensor of the case as stored.
-pub(super) fn raw(tensors: &dyn Tensors, name: &str) -> Result<(Vec<u8>, DType, Vec<u64>), Error> {
+/// A tensor of the case as stored: bytes, type, shape.
+///
+/// # Errors
+/// There is no such tensor, or it cannot be read.
+pub fn raw(tensors: &dyn Tensors, name: &str) -> Result<(Vec<u8>, DType, Vec<u64>)> {
     let view = tensors
         .find(name)
-        .ok_or_else(|| Error::File { path: name.to_owned(), message: "the case has no such tensor".to_owned() })?;
+        .ok_or_else(|| RuntimeError::new(Code::FileForm, format!("the case has no tensor `{name}`")))?;
     let bytes = view.read(0, view.bytes())?.into_owned();
     Ok((bytes, view.dtype, view.shape.clone()))
 }
@@ -38,7 +43,7 @@ pub(super) fn raw(tensors: &dyn Tensors, name: &str) -> Result<(Vec<u8>, DType, 
 /// Largest and root-mean-square difference, relative to the largest and the root mean square of `expected`.
 ///
 /// A NaN in place of a number is an infinite difference.
-pub(crate) fn difference(got: &[f64], expected: &[f64]) -> (f64, f64) {
+pub fn difference(got: &[f64], expected: &[f64]) -> (f64, f64) {
     if got.len() != expected.len() {
         return (f64::INFINITY, f64::INFINITY);
     }
