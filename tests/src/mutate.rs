@@ -86,6 +86,8 @@ pub struct Mutant {
     /// The line as it traps when the mutation makes a difference: when the line is reached, or the guard holds
     /// something back.
     pub probe: String,
+    /// For zeros that a copy fills in: the line as it leaves their place unwritten instead.
+    pub unwritten: Option<String>,
 }
 
 impl Mutant {
@@ -93,6 +95,12 @@ impl Mutant {
     #[must_use]
     pub fn apply(&self, ptx: &str) -> String {
         replaced(ptx, self.line, &self.now)
+    }
+
+    /// `ptx` with nothing in the place of zeros that a copy fills in; memory that nobody has written reads as NaN.
+    #[must_use]
+    pub fn unwritten(&self, ptx: &str) -> Option<String> {
+        Some(replaced(ptx, self.line, self.unwritten.as_ref()?))
     }
 
     /// `ptx` with a trap where the mutation would make a difference.
@@ -122,7 +130,8 @@ pub fn mutants(ptx: &str) -> Vec<Mutant> {
             rest.split('(').next().unwrap_or(rest).trim().clone_into(&mut entry);
         }
         let mut add = |kind, now: String, probe: String| {
-            found.push(Mutant { kind, entry: entry.clone(), line: i + 1, was: (*text).to_owned(), now, probe });
+            let was = (*text).to_owned();
+            found.push(Mutant { kind, entry: entry.clone(), line: i + 1, was, now, probe, unwritten: None });
         };
         if let Some((guard, rest)) = guarded(text) {
             guard_mutants(&lines, i, guard, rest, &mut add);
@@ -160,7 +169,12 @@ pub fn mutants(ptx: &str) -> Vec<Mutant> {
             && let Some((head, [whole, length])) = copy_length(text)
         {
             let probe = format!("{{ .reg .pred %moec; setp.ne.b32 %moec, {length}, {whole}; @%moec trap; }}");
-            add(Kind::ZeroFill, format!("{head}, {whole}, {whole};"), format!("{probe} {text}"));
+            let all = format!("{head}, {whole}, {whole};");
+            add(Kind::ZeroFill, all.clone(), format!("{probe} {text}"));
+            let test = format!("setp.eq.b32 %moec, {length}, {whole};");
+            if let Some(last) = found.last_mut() {
+                last.unwritten = Some(format!("{{ .reg .pred %moec; {test} @%moec {all} }}"));
+            }
         }
     }
     found

@@ -1,7 +1,14 @@
 //! What became of a mutant.
 
-use super::{Kind, Mutant, subject::Subject};
-use moec_sim::FindingKind;
+use super::{Kind, Mutant, subject::Subject, table::Judged};
+use moec_sim::{FindingKind, Lanes};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 /// The fate of a mutant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +23,31 @@ pub enum Fate {
     Equivalent(&'static str),
     /// Wrong, and nobody saw it.
     Missed,
+}
+
+/// The fates of all mutants of a subject, in the order of their lines; found on all cores.
+#[must_use]
+pub fn judge_all(subject: &Subject) -> Vec<Judged> {
+    let mutants = subject.mutants();
+    let (next, done) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some((i, mutant)) =
+                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, mutants.get(i)?)))
+                {
+                    let judged = Judged {
+                        subject: subject.name().to_owned(),
+                        mutant: mutant.clone(),
+                        fate: judge(subject, mutant),
+                    };
+                    done.lock().expect("no thread panics").insert(i, judged);
+                }
+            });
+        }
+    });
+    done.into_inner().expect("no thread panics").into_values().collect()
 }
 
 /// Runs a mutant over all shapes and seeds of its subject until it is caught.
@@ -37,23 +69,38 @@ pub fn judge(subject: &Subject, mutant: &Mutant) -> Fate {
     if !reached {
         return if mutant.probe.starts_with("trap") { Fate::Unreached } else { Fate::Idle };
     }
-    harmless(subject.ptx(), mutant).map_or(Fate::Missed, Fate::Equivalent)
+    harmless(subject, mutant).map_or(Fate::Missed, Fate::Equivalent)
 }
 
-/// Why a mutant is correct, when the text of the kernel shows it.
-fn harmless(ptx: &str, mutant: &Mutant) -> Option<&'static str> {
-    let lines: Vec<&str> = ptx.lines().map(|l| l.split("//").next().unwrap_or(l).trim()).collect();
+/// Why a mutant is correct, when the text of the kernel shows it, or its results under the worst schedules.
+fn harmless(subject: &Subject, mutant: &Mutant) -> Option<&'static str> {
+    let lines: Vec<&str> = subject.ptx().lines().map(|l| l.split("//").next().unwrap_or(l).trim()).collect();
     let at = mutant.line - 1;
     match mutant.kind {
         Kind::WarpBarrier => {
-            let before = lines[..at].iter().rposition(|l| meets(l) || l.starts_with('{'))?;
+            let before = lines[..at].iter().rposition(|l| meets(l) || *l == "{")?;
             let after = at + 1 + lines[at + 1..].iter().position(|l| meets(l) || l.starts_with("ret"))?;
             if quiet(&lines, before + 1, at) {
                 return Some("no shared memory is used since the barrier before, or the start of the kernel");
             }
-            quiet(&lines, at + 1, after)
-                .then_some("no shared memory is used until the barrier after, or the end of the kernel")
+            if quiet(&lines, at + 1, after) {
+                return Some("no shared memory is used until the barrier after, or the end of the kernel");
+            }
+            // What a lane stores and another one loads (or stores too) comes out wrong in one of the two orders.
+            let ptx = mutant.apply(subject.ptx());
+            [Lanes::Ascending, Lanes::Descending].iter().all(|lanes| subject.gives_the_same(&ptx, *lanes)).then_some(
+                "each lane uses only what it stored itself: the result is the same whichever lane goes first",
+            )
         }
+        Kind::Commit | Kind::CopyWait if mutant.was.starts_with("cp.async") => {
+            let without = mutant.apply(subject.ptx());
+            let after: Vec<&str> = without.lines().map(|l| l.split("//").next().unwrap_or(l).trim()).collect();
+            let (before, after) = (complete_copies(&lines, at)?, complete_copies(&after, at)?);
+            (before == after).then_some("the same copies are complete at every barrier and use of shared memory")
+        }
+        Kind::ZeroFill => subject
+            .gives_the_same(&mutant.unwritten(subject.ptx())?, Lanes::Together)
+            .then_some("the zeros are not used: with NaN in their place the result is the same"),
         Kind::Guard if mutant.now.is_empty() => {
             let target = mutant.was.rsplit(char::is_whitespace).next()?.trim_end_matches(';');
             let end = at + lines[at..].iter().position(|l| l.strip_suffix(':') == Some(target))?;
@@ -73,9 +120,37 @@ fn harmless(ptx: &str, mutant: &Mutant) -> Option<&'static str> {
         | Kind::WgmmaWait
         | Kind::LaunchWait
         | Kind::Commit
-        | Kind::Arrive
-        | Kind::ZeroFill => None,
+        | Kind::Arrive => None,
     }
+}
+
+/// How many copies of a thread are complete at each line after `at` that meets others or uses shared memory, in the
+/// kernel around `at`; nothing if a loop takes part, or a guard.
+fn complete_copies(lines: &[&str], at: usize) -> Option<Vec<usize>> {
+    let start = lines[..at].iter().rposition(|l| *l == "{")?;
+    let end = at + lines[at..].iter().position(|l| *l == "}")?;
+    let (mut seen, mut groups, mut open, mut done) = (Vec::new(), Vec::new(), 0, 0);
+    for (i, line) in lines.iter().enumerate().take(end).skip(start + 1) {
+        let (op, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        let last = rest.trim_end_matches(';').rsplit(char::is_whitespace).next().unwrap_or("");
+        if line.contains("bra") {
+            let target = lines[start..i].iter().position(|l| l.strip_suffix(':') == Some(last));
+            if target.is_some_and(|t| lines[start + t..i].iter().any(|l| l.contains("cp.async"))) {
+                return None;
+            }
+        } else if op.starts_with("cp.async.commit_group") {
+            groups.push(std::mem::take(&mut open));
+        } else if op.starts_with("cp.async.wait_group") {
+            done = done.max(groups.len().saturating_sub(last.parse().ok()?));
+        } else if op.starts_with("cp.async.c") {
+            open += 1;
+        } else if line.contains("cp.async") {
+            return None;
+        } else if i > at && (meets(line) || op.contains("shared") || op.starts_with("ret")) {
+            seen.push(groups[..done].iter().sum());
+        }
+    }
+    Some(seen)
 }
 
 /// Whether the lanes of a warp meet here.

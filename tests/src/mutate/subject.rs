@@ -3,8 +3,8 @@
 mod layer;
 mod product;
 
-use moec_codegen::Target;
-use moec_sim::FindingKind;
+use super::{Mutant, mutants};
+use moec_sim::{FindingKind, Lanes};
 
 /// One run of a subject.
 #[derive(Clone, Debug)]
@@ -62,11 +62,13 @@ pub struct Subject {
     ptx: String,
     program: Box<dyn Program>,
     runs: Vec<Run>,
+    /// Kernels that are mutated, by their names.
+    mutated: fn(&str) -> bool,
 }
 
 impl Subject {
     fn new(name: &str, ptx: String, program: Box<dyn Program>, shapes: &[(u64, Spread)], seeds: u64) -> Self {
-        let mut subject = Self { name: name.to_owned(), ptx, program, runs: Vec::new() };
+        let mut subject = Self { name: name.to_owned(), ptx, program, runs: Vec::new(), mutated: |_| true };
         for &(tokens, spread) in shapes {
             for seed in 0..seeds {
                 let limit = moec_sim::Options::default().max_instructions;
@@ -94,6 +96,14 @@ impl Subject {
         &self.ptx
     }
 
+    /// Every mutant of the kernels that this subject is about, in the order of their lines.
+    #[must_use]
+    pub fn mutants(&self) -> Vec<Mutant> {
+        let mut all = mutants(&self.ptx);
+        all.retain(|m| (self.mutated)(&m.entry));
+        all
+    }
+
     /// All runs, cheap ones first.
     #[must_use]
     pub fn runs(&self) -> &[Run] {
@@ -101,8 +111,21 @@ impl Subject {
     }
 
     fn outcome(&self, ptx: &str, run: &Run) -> Outcome {
-        let options = moec_sim::Options { seed: run.seed, check: true, max_instructions: run.limit };
+        let (seed, max_instructions) = (run.seed, run.limit);
+        let options = moec_sim::Options { seed, max_instructions, ..moec_sim::Options::default() };
         self.program.run(ptx, run.tokens, run.spread, options)
+    }
+
+    /// Whether other PTX gives the right result with every shape, the lanes of a warp going as told. Nothing is checked
+    /// but the result.
+    #[must_use]
+    pub fn gives_the_same(&self, ptx: &str, lanes: Lanes) -> bool {
+        self.runs.iter().filter(|run| run.seed == 0).all(|run| {
+            // Of lanes that go apart, each instruction of a warp is up to thirty-two.
+            let max_instructions = run.limit.saturating_mul(40);
+            let options = moec_sim::Options { seed: 0, check: false, max_instructions, lanes };
+            self.program.run(ptx, run.tokens, run.spread, options).is_ok_and(|(out, _)| out == run.expected)
+        })
     }
 
     /// Runs other PTX in place of the emitted one.
@@ -114,14 +137,11 @@ impl Subject {
     }
 }
 
-/// Every subject: whole layers for the kernels around the products, and products in each of their modes, which small
-/// layers would not reach. Only those whose name contains `filter`.
+/// Every subject: whole layers for the kernels around the products (gates of several forms, the plan, the weighted
+/// sum), and products in the form for each target. Only those whose name contains `filter`.
 #[must_use]
 pub fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
-    let mut all = Vec::new();
-    for target in [Target::Sm80, Target::Sm90a] {
-        all.extend(layer::subjects(target, seeds, filter));
-    }
+    let mut all = layer::subjects(seeds, filter);
     all.extend(product::subjects(seeds, filter));
     all
 }

@@ -1,6 +1,6 @@
 //! The table of all mutants.
 
-use super::{Kind, Mutant, judge::Fate};
+use super::{Kind, Mutant, judge::Fate, subject::Subject};
 use std::{
     collections::BTreeMap,
     fmt::{Display, Write as _},
@@ -15,6 +15,60 @@ pub struct Judged {
     pub mutant: Mutant,
     /// Its fate.
     pub fate: Fate,
+}
+
+/// A program of the table: its name, its PTX as a number, and the fates of its mutants in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Name of the subject.
+    pub subject: String,
+    /// Digest of the PTX: the row is about this text and no other.
+    pub digest: String,
+    /// Counts of fates.
+    pub tally: Tally,
+}
+
+impl Row {
+    /// The row of a program.
+    #[must_use]
+    pub fn of(subject: &Subject, fates: &[Judged]) -> Self {
+        Self { subject: subject.name().to_owned(), digest: digest(subject.ptx()), tally: total(fates) }
+    }
+
+    fn line(&self) -> String {
+        format!("| {} | `{}` | {} |", self.subject, self.digest, self.tally.cells())
+    }
+
+    /// Whether a page that was written before has this very row, has it for another text, or does not have it.
+    #[must_use]
+    pub fn beside(&self, page: &str) -> Beside {
+        let start = format!("| {} | `", self.subject);
+        match page.lines().find(|l| l.starts_with(&start)) {
+            None => Beside::Missing,
+            Some(l) if l == self.line() => Beside::Same,
+            Some(l) if l.starts_with(&format!("{start}{}`", self.digest)) => Beside::Differs(l.to_owned()),
+            Some(_) => Beside::OtherText,
+        }
+    }
+}
+
+/// A row against a page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Beside {
+    /// The page has it.
+    Same,
+    /// The page has other counts for the same text.
+    Differs(String),
+    /// The kernels have changed since the page was written.
+    OtherText,
+    /// The page does not have the program.
+    Missing,
+}
+
+/// FNV-1a (Fowler, Noll and Vo), in hexadecimal.
+fn digest(text: &str) -> String {
+    let fnv = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    format!("{fnv:016x}")
 }
 
 /// How many mutants had which fate.
@@ -68,16 +122,14 @@ pub fn total(all: &[Judged]) -> Tally {
 
 /// The page `mutants.md`.
 #[must_use]
-pub fn page(all: &[Judged]) -> String {
+pub fn page(rows: &[Row], all: &[Judged]) -> String {
     let mut out = String::from(HEAD);
     let columns = "caught of wrong | caught | missed | equivalent | idle | not run";
     let rule = "| --- | --- | --- | --- | --- | --- | --- |";
     let mut kinds: BTreeMap<Kind, Tally> = BTreeMap::new();
-    let mut subjects: BTreeMap<&str, Tally> = BTreeMap::new();
     let mut by: BTreeMap<&str, u64> = BTreeMap::new();
     for j in all {
         kinds.entry(j.mutant.kind).or_default().add(&j.fate);
-        subjects.entry(&j.subject).or_default().add(&j.fate);
         if let Fate::Caught(what) = &j.fate {
             let what = if what.contains(' ') && what != "wrong numbers" { "error" } else { what };
             *by.entry(what).or_default() += 1;
@@ -88,9 +140,9 @@ pub fn page(all: &[Judged]) -> String {
         let _ = writeln!(out, "| {} | {} |", kind.name(), tally.cells());
     }
     let _ = writeln!(out, "| all | {} |", total(all).cells());
-    let _ = writeln!(out, "\n## By program\n\n| program | {columns} |\n{rule}");
-    for (subject, tally) in &subjects {
-        let _ = writeln!(out, "| {subject} | {} |", tally.cells());
+    let _ = writeln!(out, "\n## By program\n\n| program | PTX | {columns} |\n| --- {rule}");
+    for row in rows {
+        let _ = writeln!(out, "{}", row.line());
     }
     let _ = writeln!(out, "\n## Caught by\n\n| first finding | mutants |\n| --- | --- |");
     for (what, n) in &by {

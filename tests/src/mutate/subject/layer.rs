@@ -43,11 +43,20 @@ struct Layer {
     weights: Random,
 }
 
-pub(super) fn subjects(target: Target, seeds: u64, filter: &str) -> Vec<Subject> {
-    let named = CONFIGS.iter().map(|(name, config)| (format!("{name} {}", target.name()), config));
+/// Which of them, for which target.
+const SUBJECTS: [(usize, Target); 4] = [(0, Target::Sm80), (1, Target::Sm90a), (2, Target::Sm90a), (3, Target::Sm80)];
+
+pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
+    let named =
+        SUBJECTS.iter().map(|&(i, target)| (format!("{} {}", CONFIGS[i].0, target.name()), CONFIGS[i].1, target));
     named
-        .filter(|(name, _)| name.contains(filter))
-        .map(|(name, config)| subject(&name, config, target, seeds))
+        .filter(|(name, ..)| name.contains(filter))
+        .map(|(name, config, target)| {
+            let mut subject = subject(&name, config, target, seeds);
+            // Products are subjects of their own.
+            subject.mutated = |entry| !entry.ends_with("_up") && !entry.ends_with("_down");
+            subject
+        })
         .collect()
 }
 

@@ -52,25 +52,25 @@ fn down(dtype: DType, k: u64) -> Grouped {
 
 pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
     let mut all = Vec::new();
-    for target in [Target::Sm80, Target::Sm90a] {
-        for spec in [up(DType::F32, 136), down(DType::F32, 136)] {
-            all.extend(modes(&spec, &gpu::schedule(&spec, target), "simt", target, seeds, filter));
+    for spec in [up(DType::F32, 136), down(DType::F32, 136)] {
+        all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80), "simt", Target::Sm80, seeds, filter));
+    }
+    for spec in [up(DType::Bf16, 584), down(DType::Bf16, 584)] {
+        all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80), "mma", Target::Sm80, seeds, filter));
+        let hopper = Target::Sm90a;
+        if let Some((schedule, _)) = gpu::decode(&spec, hopper) {
+            all.extend(modes(&spec, &schedule, "decode", hopper, seeds, filter));
         }
-        for spec in [up(DType::Bf16, 584), down(DType::Bf16, 584)] {
-            all.extend(modes(&spec, &gpu::schedule(&spec, target), "mma", target, seeds, filter));
-            if let Some((schedule, _)) = gpu::decode(&spec, target) {
-                all.extend(modes(&spec, &schedule, "decode", target, seeds, filter));
-            }
-            if let Some(schedule) = gpu::specialised(&spec, target) {
-                // So few blocks walk from tile to tile.
-                let schedule = gpu::Schedule { walk: Some(5), ..schedule };
-                all.extend(modes(&spec, &schedule, "wgmma", target, seeds, filter));
-            }
+        if let Some(schedule) = gpu::specialised(&spec, hopper) {
+            // So few blocks walk from tile to tile.
+            let schedule = gpu::Schedule { walk: Some(5), ..schedule };
+            all.extend(modes(&spec, &schedule, "wgmma", hopper, seeds, filter));
         }
     }
     all
 }
 
+/// A product in its first and in its last mode.
 fn modes(
     spec: &Grouped,
     schedule: &gpu::Schedule,
@@ -96,7 +96,8 @@ fn modes(
         let ptx = String::from_utf8(compiled.code).expect("PTX is text");
         Some(Subject::new(&name, ptx, Box::new(Product { spec: spec.clone(), schedule }), &shapes, seeds))
     };
-    schedule.modes.iter().filter_map(alone).collect()
+    let last = schedule.modes.len().saturating_sub(1);
+    schedule.modes.iter().enumerate().filter(|(i, _)| *i == 0 || *i == last).filter_map(|(_, m)| alone(m)).collect()
 }
 
 /// Numbers in `(-1, 1)` with a fixed sequence.
