@@ -402,7 +402,7 @@ fn json_errors_name_the_node() {
     let linear = json!([{"id": "y", "op": "linear", "in": ["x"], "w": "w"}]);
     assert!(json_error(linear.clone(), json!({})).contains("%y = linear %x"));
     let bad = |node: Value| json_error(json!([node]), json!({}));
-    assert!(bad(json!({"id": "y", "op": "conv", "in": ["x"]})).contains("I0005 node `y` (conv)"));
+    assert!(bad(json!({"id": "y", "op": "linnear", "in": ["x"]})).contains("I0005 node `y` (linnear)"));
     assert!(bad(json!({"id": "y", "op": "linear", "in": ["z"], "w": "w"})).contains("I0004 node `y` (linear): `z`"));
     assert!(bad(json!({"id": "y", "op": "linear", "in": ["x"], "w": "v"})).contains("I0041 node `y`"));
     assert!(bad(json!({"id": "y", "op": "linear", "in": ["x"], "w": "w", "q": 1})).contains("I0006 node `y` (linear)"));

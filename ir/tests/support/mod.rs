@@ -77,8 +77,9 @@ impl Builder {
 
     pub(crate) fn add(&mut self, name: &str, op: &str, attributes: Value, operands: &[NodeId]) -> NodeId {
         let op = Op::from_attributes(op, attributes).unwrap().unwrap();
+        let numbers = op.name() != "select";
         let id = self.graph.add(name, op, operands);
-        if self.random.below(4) == 0 {
+        if self.random.below(4) == 0 && numbers {
             self.graph.set_round(id, Some(DType::Bf16));
         }
         id
