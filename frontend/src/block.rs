@@ -305,7 +305,7 @@ pub(crate) fn ungated(up: &str) -> Ffn {
 
 /// One part for all experts.
 pub(crate) fn bank(experts: u64, ffn: Ffn) -> Vec<BankPart> {
-    vec![BankPart { ids: [0, experts], base_id: 0, kind: PartKind::Ffn(Box::new(ffn)) }]
+    vec![BankPart { ids: [0, experts], base_id: 0, numbers: Vec::new(), kind: PartKind::Ffn(Box::new(ffn)) }]
 }
 
 /// Scores as they are; families change single fields.

@@ -68,6 +68,7 @@ pub fn cost(graph: &Graph, id: NodeId, tokens: u64) -> Option<Cost> {
         | Op::Dispatch(_)
         | Op::Combine(_)
         | Op::Ffn(_)
+        | Op::Collective(_)
         | Op::Plan(_) => (flops(graph, node, &operands, tokens)?, named_bytes(graph, node)),
     };
     Some(Cost { flops: flops as u64, weight_bytes: weight_bytes as u64, activation_bytes: bytes as u64 })
@@ -133,7 +134,7 @@ fn flops(graph: &Graph, node: &Node, operands: &[&Type], tokens: u64) -> Option<
         |name: &str| graph.weights.get(name).map_or(0.0, |w| w.shape.iter().map(Extent::max).product::<u64>() as f64);
     Some(match &node.op {
         Op::Input(_) | Op::Param(_) | Op::Shape(_) | Op::Gather(_) | Op::Dispatch(_) | Op::Plan(_) => 0.0,
-        Op::Kernel(_) | Op::Experts(_) | Op::Described(_) => 0.0,
+        Op::Kernel(_) | Op::Experts(_) | Op::Described(_) | Op::Collective(_) => 0.0,
         Op::Linear(op) => {
             let columns = graph.weights.get(&op.w).and_then(|w| w.shape.last()).map_or(1, Extent::max);
             2.0 * first / (columns as f64).max(1.0) * matrix(&op.w)
@@ -219,15 +220,15 @@ fn bank(graph: &Graph, parts: &[BankPart], rows: &RaggedType, tokens: u64) -> Op
     let (mut flops, mut bytes) = (0.0, 0.0);
     for part in parts {
         let names: BTreeSet<_> = part.weights().into_iter().collect();
-        let range = part.ids[0].saturating_sub(part.base_id)..part.ids[1].saturating_sub(part.base_id);
+        let count = part.ids[1].saturating_sub(part.ids[0]);
         if let PartKind::Neuron(_) | PartKind::Const { .. } = &part.kind {
             let tables: f64 = names.iter().filter_map(|n| graph.weights.get(*n)).map(|w| stored_bytes(w, 0)).sum();
-            let share = (range.end - range.start) as f64 / experts;
+            let share = count as f64 / experts;
             flops += if matches!(part.kind, PartKind::Neuron(_)) { 4.0 * width * share } else { 0.0 };
             bytes += hit * tables;
             continue;
         }
-        for e in range {
+        for e in part.all_numbers() {
             let e = usize::try_from(e).ok()?;
             flops += part.specs().iter().map(|(_, s)| spec_flops(graph, s, e)).sum::<f64>() / experts;
             for name in &names {

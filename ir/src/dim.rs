@@ -20,6 +20,8 @@ pub enum Dim {
     Mul(Box<Dim>, Box<Dim>),
     /// Quotient rounded up.
     CeilDiv(Box<Dim>, u64),
+    /// Rows that came from other ranks, by how many collectives they passed; known when they have arrived.
+    Received(u64),
 }
 
 /// A sum of products: factors (each `T` or a quotient, sorted) to the constant before them.
@@ -33,7 +35,7 @@ impl Dim {
             Self::Tokens => Some(tokens),
             Self::Add(a, b) => a.eval(tokens)?.checked_add(b.eval(tokens)?),
             Self::Mul(a, b) => a.eval(tokens)?.checked_mul(b.eval(tokens)?),
-            Self::CeilDiv(_, 0) => None,
+            Self::CeilDiv(_, 0) | Self::Received(_) => None,
             Self::CeilDiv(a, d) => Some(a.eval(tokens)?.div_ceil(*d)),
         }
     }
@@ -42,7 +44,7 @@ impl Dim {
     pub const fn known(&self) -> Option<u64> {
         match self {
             Self::Const(c) => Some(*c),
-            Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..) => None,
+            Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..) | Self::Received(_) => None,
         }
     }
 
@@ -107,7 +109,7 @@ impl Dim {
         match inner {
             Self::Const(c) => Self::Const(c.div_ceil(divisor)),
             Self::CeilDiv(d, inside) if inside.checked_mul(divisor).is_some() => Self::CeilDiv(d, inside * divisor),
-            d @ (Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..)) => {
+            d @ (Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..) | Self::Received(_)) => {
                 Self::CeilDiv(Box::new(d), divisor)
             }
         }
@@ -118,7 +120,7 @@ impl Dim {
             Self::Const(0) => Terms::new(),
             Self::Const(c) => Terms::from([(Vec::new(), *c)]),
             Self::Tokens => Terms::from([(vec![Self::Tokens], 1)]),
-            Self::CeilDiv(..) => Terms::from([(vec![self.clone()], 1)]),
+            Self::CeilDiv(..) | Self::Received(_) => Terms::from([(vec![self.clone()], 1)]),
             Self::Add(a, b) => {
                 let mut sum = a.terms()?;
                 for (factors, c) in b.terms()? {
@@ -194,6 +196,7 @@ impl fmt::Display for Dim {
             }
             Self::Mul(a, b) => write!(f, "{a}*{b}"),
             Self::CeilDiv(a, d) => write!(f, "ceil({a} / {d})"),
+            Self::Received(n) => write!(f, "R{n}"),
         }
     }
 }
@@ -205,7 +208,7 @@ fn write_sum(dim: &Dim, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             write_sum(a, f)?;
             write!(f, " + {b}")
         }
-        Dim::Const(_) | Dim::Tokens | Dim::Mul(..) | Dim::CeilDiv(..) => write!(f, "{dim}"),
+        Dim::Const(_) | Dim::Tokens | Dim::Mul(..) | Dim::CeilDiv(..) | Dim::Received(_) => write!(f, "{dim}"),
     }
 }
 
@@ -285,7 +288,13 @@ impl DimReader<'_> {
             let value = self.sum(depth + 1)?;
             return if self.eat(")") { Ok(value) } else { Err(self.unexpected()) };
         }
-        if self.eat("T") { Ok(Dim::Tokens) } else { self.number().map(Dim::Const) }
+        if self.eat("T") {
+            Ok(Dim::Tokens)
+        } else if self.eat("R") {
+            self.number().map(Dim::Received)
+        } else {
+            self.number().map(Dim::Const)
+        }
     }
 
     fn number(&mut self) -> Result<u64, String> {
@@ -307,7 +316,9 @@ impl Serialize for Dim {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Const(c) => serializer.serialize_u64(*c),
-            Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..) => serializer.collect_str(self),
+            Self::Tokens | Self::Add(..) | Self::Mul(..) | Self::CeilDiv(..) | Self::Received(_) => {
+                serializer.collect_str(self)
+            }
         }
     }
 }

@@ -4,9 +4,9 @@ use crate::{
     Type, WeightName, codes,
     infer::{Cx, OpError, OpResult},
     ops::{
-        Adjust, Attention, Binary, Combine, Count, Described, Dispatch, Einsum, Experts, Ffn, Gather, Input, Kernel,
-        Limit, Linear, Norm, Override, Param, Plan, ProductKey, Reduce, Select, Shape, Softmax, Transport, Unary,
-        Weigh,
+        Adjust, Attention, Binary, Collective, Combine, Count, Described, Dispatch, Einsum, Experts, Ffn, Gather,
+        Input, Kernel, Limit, Linear, Norm, Override, Param, Plan, ProductKey, Reduce, Select, Shape, Softmax,
+        Transport, Unary, Weigh,
     },
 };
 
@@ -147,6 +147,8 @@ ops! {
     Plan(Plan) = "plan",
     /// A layer that is described, not compiled.
     Described(Described) = "described",
+    /// Rows of other ranks.
+    Collective(Collective) = "collective",
 }
 
 impl Op {
@@ -178,7 +180,8 @@ impl Op {
             | Self::Combine(_)
             | Self::Ffn(_)
             | Self::Plan(_)
-            | Self::Described(_) => false,
+            | Self::Described(_)
+            | Self::Collective(_) => false,
         }
     }
 
@@ -213,7 +216,8 @@ impl Op {
             | Self::Dispatch(_)
             | Self::Combine(_)
             | Self::Plan(_)
-            | Self::Described(_) => Vec::new(),
+            | Self::Described(_)
+            | Self::Collective(_) => Vec::new(),
         }
     }
 }

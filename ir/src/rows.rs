@@ -53,6 +53,7 @@ impl Graph {
             | Op::Ffn(_)
             | Op::Plan(_)
             | Op::Described(_)
+            | Op::Collective(_)
             | Op::Kernel(_) => false,
         }
     }

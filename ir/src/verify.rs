@@ -203,7 +203,7 @@ fn weighted_once(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
                 found.push(Diagnostic::error(codes::WEIGHTED_TWICE, text).about(&graph.node(id).name).help(help));
                 return;
             }
-            Op::Experts(_) | Op::Attention(_) => rows = graph.operands(node).first().copied(),
+            Op::Experts(_) | Op::Attention(_) | Op::Collective(_) => rows = graph.operands(node).first().copied(),
             Op::Dispatch(_)
             | Op::Input(_)
             | Op::Param(_)
@@ -279,6 +279,7 @@ fn padding(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
                 | Op::Count(_)
                 | Op::Gather(_)
                 | Op::Described(_)
+                | Op::Collective(_)
                 | Op::Kernel(_)
                 | Op::Input(_)
                 | Op::Param(_) => false,

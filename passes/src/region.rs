@@ -113,6 +113,7 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
         | Op::Count(_)
         | Op::Plan(_)
         | Op::Described(_)
+        | Op::Collective(_)
         | Op::Kernel(_) => false,
     };
     fits && rows_agree(graph, id, ty)

@@ -80,7 +80,7 @@ fn split(graph: &Graph, part: &BankPart) -> Vec<BankPart> {
     }
     let mut parts: Vec<(Vec<Option<u64>>, BankPart)> = Vec::new();
     for id in part.ids[0]..part.ids[1] {
-        let e = usize::try_from(id - part.base_id).unwrap_or(usize::MAX);
+        let e = usize::try_from(part.number(id)).unwrap_or(usize::MAX);
         let own = sizes(graph, part, e);
         match parts.last_mut() {
             Some((sizes, run)) if *sizes == own => run.ids[1] = id + 1,

@@ -10,8 +10,17 @@ fn matrix(tensor: &str, rows: u64, columns: u64, view: Vec<View>) -> Matrix {
 }
 
 fn slot(matrices: Vec<Matrix>, layout: Layout, dtype: DType) -> Slot {
-    let mut slot =
-        Slot { name: "s".into(), experts: 128, first_expert: 0, matrices, layout, dtype, bytes: 0, offsets: vec![] };
+    let mut slot = Slot {
+        name: "s".into(),
+        experts: 128,
+        first_expert: 0,
+        numbers: vec![],
+        matrices,
+        layout,
+        dtype,
+        bytes: 0,
+        offsets: vec![],
+    };
     slot.place(64);
     slot
 }

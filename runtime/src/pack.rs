@@ -43,7 +43,7 @@ fn pack_expert(slot: &Slot, e: u64, prefix: &str, tensors: &dyn Tensors, out: &m
     if needed == 0 {
         return Ok(());
     }
-    let number = slot.first_expert + e;
+    let number = slot.number(e);
     let bound: Vec<Bound<'_>> = slot
         .matrices
         .iter()

@@ -39,7 +39,7 @@ impl Random {
                     let size = matrix.size_of(e).ok_or_else(|| {
                         RuntimeError::new(Code::Artefact, format!("weight slot {}: no size for expert {e}", slot.name))
                     })?;
-                    add(&mut shapes, &matrix.source, size, slot.first_expert + e, prefix)?;
+                    add(&mut shapes, &matrix.source, size, slot.number(e), prefix)?;
                 }
             }
         }

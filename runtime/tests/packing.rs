@@ -10,8 +10,17 @@ fn source(tensor: &str, view: Vec<View>, dtype: DType) -> Source {
 }
 
 fn slot(matrices: Vec<Matrix>, experts: u64, layout: Layout, dtype: DType) -> Slot {
-    let mut slot =
-        Slot { name: "s".into(), experts, first_expert: 2, matrices, layout, dtype, bytes: 0, offsets: Vec::new() };
+    let mut slot = Slot {
+        name: "s".into(),
+        experts,
+        first_expert: 2,
+        numbers: Vec::new(),
+        matrices,
+        layout,
+        dtype,
+        bytes: 0,
+        offsets: Vec::new(),
+    };
     slot.place(64).unwrap();
     slot
 }

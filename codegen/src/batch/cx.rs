@@ -99,14 +99,16 @@ impl<'a, 'c> Cx<'a, 'c> {
         let b = self.b;
         match dim {
             Dim::Const(n) => b.i64(c(*n)),
-            Dim::Tokens | Dim::Add(..) | Dim::Mul(..) | Dim::CeilDiv(..) => match (self.sizes.get(dim), dim) {
-                (Some(value), _) => *value,
-                (None, Dim::Add(x, y)) => b.addi(self.size(x), self.size(y)),
-                (None, Dim::Mul(x, y)) => b.muli(self.size(x), self.size(y)),
-                (None, Dim::CeilDiv(x, n)) => b.divui(b.addc(self.size(x), c(*n) - 1), b.i64(c((*n).max(1)))),
-                // Every `T` stands in a shape, so it is an argument or part of one.
-                (None, Dim::Tokens | Dim::Const(_)) => b.i64(0),
-            },
+            Dim::Tokens | Dim::Add(..) | Dim::Mul(..) | Dim::CeilDiv(..) | Dim::Received(_) => {
+                match (self.sizes.get(dim), dim) {
+                    (Some(value), _) => *value,
+                    (None, Dim::Add(x, y)) => b.addi(self.size(x), self.size(y)),
+                    (None, Dim::Mul(x, y)) => b.muli(self.size(x), self.size(y)),
+                    (None, Dim::CeilDiv(x, n)) => b.divui(b.addc(self.size(x), c(*n) - 1), b.i64(c((*n).max(1)))),
+                    // Every `T` stands in a shape, so it is an argument or part of one.
+                    (None, Dim::Tokens | Dim::Const(_) | Dim::Received(_)) => b.i64(0),
+                }
+            }
         }
     }
 

@@ -317,6 +317,7 @@ fn work(body: &Graph, id: NodeId) -> Result<(Option<Dim>, Vec<Dim>), CodegenErro
         | Op::Ffn(_)
         | Op::Plan(_)
         | Op::Described(_)
+        | Op::Collective(_)
         | Op::Kernel(_)) => return unsupported(body, id, &format!("`{}` is no batch op", op.name())),
     };
     Ok((Some(units), Vec::new()))
@@ -349,6 +350,7 @@ fn emit_unit<'c>(cx: &Cx<'_, 'c>, unit: V<'c>) -> Result<(), CodegenError> {
         | Op::Ffn(_)
         | Op::Plan(_)
         | Op::Described(_)
+        | Op::Collective(_)
         | Op::Kernel(_)
         | Op::Transport(_)) => unsupported(cx.body, cx.node, &format!("`{}` is no batch op", op.name())),
     }

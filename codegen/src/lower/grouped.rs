@@ -25,7 +25,7 @@ struct Product<'g> {
     /// Experts in the route.
     ids: [u64; 2],
     /// Experts as they count in names.
-    names: [u64; 2],
+    names: Vec<u64>,
     /// Matrices, each with further views; gate before up.
     matrices: Vec<Values<'g>>,
     /// Biases of the matrices.
@@ -158,7 +158,7 @@ impl<'g> Lowering<'g> {
                 Op::Dispatch(op) => dispatch = Some(op),
                 Op::Experts(op) => {
                     for part in &op.bank {
-                        let names = [part.ids[0] - part.base_id, part.ids[1] - part.base_id];
+                        let names: Vec<u64> = part.all_numbers().collect();
                         match &part.kind {
                             PartKind::Zero {} => {}
                             PartKind::Ffn(ffn) => products.push(self.ffn(id, body, ffn, part.ids, names)?),
@@ -175,7 +175,7 @@ impl<'g> Lowering<'g> {
                         }
                     }
                 }
-                Op::Ffn(ffn) => products.push(self.ffn(id, body, ffn, [0, 1], [0, 1])?),
+                Op::Ffn(ffn) => products.push(self.ffn(id, body, ffn, [0, 1], vec![0])?),
                 Op::Linear(linear) => products.push(self.dense(id, body, linear)?),
                 op => return self.fail(id, format!("operation `{}` is no grouped product", op.name())),
             }
@@ -291,12 +291,12 @@ impl<'g> Lowering<'g> {
         let graph = self.graph;
         let variants = self.variants(spec, tokens);
         let Some(layout) = variants.first().map(|v| v.layout.clone()) else { return self.fail(id, "no kernel") };
-        let slot = weights::bank(body, id, graph, &product.matrices, product.names, layout, spec.w)?;
+        let slot = weights::bank(body, id, graph, &product.matrices, &product.names, layout, spec.w)?;
         let packed = self.memory.weight(&mut self.slots, slot);
         let mut args = Vec::new();
         if spec.bias {
             let rows = Layout::Rows { columns: 1 };
-            let slot = weights::bank(body, id, graph, &product.biases, product.names, rows, DType::F32)?;
+            let slot = weights::bank(body, id, graph, &product.biases, &product.names, rows, DType::F32)?;
             args.push(Arg::Buffer(self.memory.weight(&mut self.slots, slot)));
         }
         if let Some(Place::Plan { offsets, map, scale, first, .. }) = plan {
@@ -475,7 +475,7 @@ impl<'g> Lowering<'g> {
     }
 
     /// Rows and columns of a weight for the experts of a part.
-    fn sizes(&self, id: NodeId, body: &Graph, spec: &WeightSpec, names: [u64; 2]) -> Result<(u64, u64), CodegenError> {
+    fn sizes(&self, id: NodeId, body: &Graph, spec: &WeightSpec, names: &[u64]) -> Result<(u64, u64), CodegenError> {
         let matrix = weights::of_spec(body, id, self.graph, spec)?;
         match weights::uniform(&matrix, names) {
             Some(sizes) => Ok(sizes),
@@ -489,12 +489,12 @@ impl<'g> Lowering<'g> {
         body: &Graph,
         ffn: &'g Ffn,
         ids: [u64; 2],
-        names: [u64; 2],
+        names: Vec<u64>,
     ) -> Result<Product<'g>, CodegenError> {
         if ffn.down.is_some() {
             return self.fail(id, "a feed-forward network must be split into two products first");
         }
-        let (n, k) = self.sizes(id, body, &ffn.up, names)?;
+        let (n, k) = self.sizes(id, body, &ffn.up, &names)?;
         let half = |start: u64, len: u64| vec![View::Slice { axis: 0, start, len, step: 1 }];
         let whole = |spec: &'g WeightSpec| Values::Of(Cow::Borrowed(spec), Vec::new());
         let part = |spec: &'g WeightSpec, view: Vec<View>| Values::Of(Cow::Borrowed(spec), view);
@@ -518,11 +518,11 @@ impl<'g> Lowering<'g> {
     /// A product of all rows with one matrix.
     fn dense(&self, id: NodeId, body: &Graph, linear: &Linear) -> Result<Product<'g>, CodegenError> {
         let w = WeightSpec::Plain(linear.w.clone());
-        let (n, k) = self.sizes(id, body, &w, [0, 1])?;
+        let (n, k) = self.sizes(id, body, &w, &[0])?;
         let bias = linear.b.clone().map(|b| Values::Of(Cow::Owned(WeightSpec::Plain(b)), Vec::new()));
         Ok(Product {
             ids: [0, 1],
-            names: [0, 1],
+            names: vec![0],
             matrices: vec![Values::Of(Cow::Owned(w), Vec::new())],
             biases: bias.into_iter().collect(),
             epilogue: Epilogue::Sum(0),
@@ -538,9 +538,9 @@ impl<'g> Lowering<'g> {
         body: &Graph,
         (w, bias): (&'g WeightSpec, Option<&'g WeightSpec>),
         ids: [u64; 2],
-        names: [u64; 2],
+        names: Vec<u64>,
     ) -> Result<Product<'g>, CodegenError> {
-        let (n, k) = self.sizes(id, body, w, names)?;
+        let (n, k) = self.sizes(id, body, w, &names)?;
         Ok(Product {
             ids,
             names,

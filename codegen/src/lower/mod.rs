@@ -33,6 +33,8 @@ pub struct Options {
     pub target: Target,
     /// Intermediate texts to keep.
     pub keep: Keep,
+    /// Code of kernels that are known to be equal, made before; nothing is generated then.
+    pub code: Option<Vec<u8>>,
     /// Layers of the model that the form serves.
     pub layers: Vec<u64>,
     /// Checkpoint prefix of each of these layers.
@@ -82,16 +84,19 @@ pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<Co
     let domains = domains::of_inputs(graph, &lowering.memory);
     let Lowering { memory, slots, launches, kernels, schedules, .. } = lowering;
     let mut failure = None;
-    let compiled = session.compile(&options.target, options.keep, |b| {
-        if options.target.is_gpu() {
-            b.shared(crate::SHARED, 0, 1024);
-        }
-        for kernel in &kernels {
-            if let Err(error) = kernel.emit(b, options.target) {
-                failure = Some(error);
+    let compiled = match &options.code {
+        Some(code) => Compiled { code: code.clone(), ..Compiled::default() },
+        None => session.compile(&options.target, options.keep, |b| {
+            if options.target.is_gpu() {
+                b.shared(crate::SHARED, 0, 1024);
             }
-        }
-    })?;
+            for kernel in &kernels {
+                if let Err(error) = kernel.emit(b, options.target) {
+                    failure = Some(error);
+                }
+            }
+        })?,
+    };
     if let Some(error) = failure {
         return Err(error);
     }
@@ -196,7 +201,8 @@ impl<'g> Lowering<'g> {
             | Op::Combine(_)
             | Op::Ffn(_)
             | Op::Plan(_)
-            | Op::Described(_)) => {
+            | Op::Described(_)
+            | Op::Collective(_)) => {
                 self.fail(id, format!("operation `{}` is not part of a kernel and cannot be compiled", op.name()))
             }
         }

@@ -130,9 +130,9 @@ pub(super) fn of_spec(graph: &Graph, node: NodeId, outer: &Graph, spec: &WeightS
     })
 }
 
-/// Rows and columns, if they are the same for all experts of the range.
-pub(super) fn uniform(matrix: &Matrix, ids: [u64; 2]) -> Option<(u64, u64)> {
-    let mut sizes = (ids[0]..ids[1]).map(|e| matrix.size_of(e));
+/// Rows and columns, if they are the same for all these experts.
+pub(super) fn uniform(matrix: &Matrix, numbers: &[u64]) -> Option<(u64, u64)> {
+    let mut sizes = numbers.iter().map(|e| matrix.size_of(*e));
     let first = sizes.next()??;
     sizes.all(|size| size == Some(first)).then_some(first)
 }
@@ -171,19 +171,19 @@ pub(super) fn whole(
     dtype: DType,
 ) -> Result<Slot, CodegenError> {
     let matrix = matrix(graph, node, outer, name)?;
-    match slot(name.to_owned(), [0, 1], vec![matrix], layout, dtype) {
+    match slot(name.to_owned(), &[0], vec![matrix], layout, dtype) {
         Some(slot) => Ok(slot),
         None => unsupported(outer, node, format!("weight `{name}` is too large")),
     }
 }
 
-/// A slot with the matrices of experts `ids`, as they count inside their bank part.
+/// A slot with the matrices of these experts, by their numbers in weight names.
 pub(super) fn bank(
     graph: &Graph,
     node: NodeId,
     outer: &Graph,
     specs: &[Values<'_>],
-    ids: [u64; 2],
+    numbers: &[u64],
     layout: Layout,
     dtype: DType,
 ) -> Result<Slot, CodegenError> {
@@ -199,7 +199,7 @@ pub(super) fn bank(
             }
         };
         let mut one = of_spec(graph, node, outer, spec)?;
-        let (rows, columns) = uniform(&one, ids)
+        let (rows, columns) = uniform(&one, numbers)
             .map_or_else(|| unsupported(outer, node, "experts of one part differ in size; split the part"), Ok)?;
         (one.rows, one.columns) = (vec![rows], vec![columns]);
         for view in views {
@@ -211,17 +211,20 @@ pub(super) fn bank(
         names.push(spec.names().first().map_or("", |n| n.as_str()));
         matrices.push(one);
     }
-    match slot(names.join("+"), ids, matrices, layout, dtype) {
+    match slot(names.join("+"), numbers, matrices, layout, dtype) {
         Some(slot) => Ok(slot),
         None => unsupported(outer, node, format!("the matrices {} differ in size", names.join(", "))),
     }
 }
 
-fn slot(name: String, ids: [u64; 2], matrices: Vec<Matrix>, layout: Layout, dtype: DType) -> Option<Slot> {
+fn slot(name: String, numbers: &[u64], matrices: Vec<Matrix>, layout: Layout, dtype: DType) -> Option<Slot> {
+    let first_expert = numbers.first().copied().unwrap_or(0);
+    let consecutive = numbers.iter().zip(first_expert..).all(|(number, e)| *number == e);
     let mut slot = Slot {
         name,
-        experts: ids[1] - ids[0],
-        first_expert: ids[0],
+        experts: numbers.len() as u64,
+        first_expert,
+        numbers: if consecutive { Vec::new() } else { numbers.to_vec() },
         matrices,
         layout,
         dtype,

@@ -69,6 +69,7 @@ pub(super) fn matrices(body: &Graph) -> Vec<&str> {
             | Op::Combine(_)
             | Op::Plan(_)
             | Op::Described(_)
+            | Op::Collective(_)
             | Op::Kernel(_) => {}
         }
     }
@@ -414,6 +415,9 @@ impl<'c> Walker<'_, 'c> {
                             return self.fail(id, "a part with matrices needs a grouped product");
                         }
                     };
+                    if !part.numbers.is_empty() {
+                        return self.fail(id, "`numbers` of a part that is computed in place");
+                    }
                     parts.push(SimplePart { first: part.ids[0], end: part.ids[1], base: part.base_id, kind });
                 }
                 Value::Simple { parts, scale: if weighted { choice.w } else { None } }
@@ -438,7 +442,9 @@ impl<'c> Walker<'_, 'c> {
             Op::Attention(_) | Op::Transport(_) | Op::Limit(_) | Op::Count(_) => {
                 return self.fail(id, "needs the whole batch");
             }
-            Op::Plan(_) | Op::Described(_) | Op::Kernel(_) => return self.fail(id, "not a row op"),
+            Op::Plan(_) | Op::Described(_) | Op::Collective(_) | Op::Kernel(_) => {
+                return self.fail(id, "not a row op");
+            }
         })
     }
 

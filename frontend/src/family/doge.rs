@@ -63,8 +63,11 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
             b.weight(name, dtype, &[experts, hidden], Source::plain(format!("{{p}}{name}.weight")));
         }
         let neurons = Neuron { u: "down_embed".to_owned(), v: "up_embed".to_owned(), act };
-        let routed =
-            b.routed(b.x, route, vec![BankPart { ids: [0, experts], base_id: 0, kind: PartKind::Neuron(neurons) }]);
+        let routed = b.routed(
+            b.x,
+            route,
+            vec![BankPart { ids: [0, experts], base_id: 0, numbers: Vec::new(), kind: PartKind::Neuron(neurons) }],
+        );
         let shape = Shape2 { input: hidden, inner, act };
         let dense = layout::plain("{p}gate_proj.weight", "{p}up_proj.weight", "{p}down_proj.weight");
         let dense = b.glu("dense", dense, shape);

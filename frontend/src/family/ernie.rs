@@ -124,7 +124,12 @@ fn vision_block(mut b: Block, form: &Form) -> MoeLayer {
     let text = b.glu("experts.{e}", layout::split(), shape(form.inner[0]));
     let vision = b.glu("vision_experts.{e}", layout::split(), shape(form.inner[1]));
     let mut parts = bank(form.experts, text);
-    parts.push(BankPart { ids: [form.experts, all], base_id: 0, kind: PartKind::Ffn(Box::new(vision)) });
+    parts.push(BankPart {
+        ids: [form.experts, all],
+        base_id: 0,
+        numbers: Vec::new(),
+        kind: PartKind::Ffn(Box::new(vision)),
+    });
     let routed = b.routed(b.x, route, parts);
     let out = with_shared(&mut b, form, routed);
     b.finish(out, route, Some(logits))

@@ -58,7 +58,12 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
                 inner,
             );
             let ffn = b.glu("shared_experts.{e}", glu, shape);
-            bank.push(BankPart { ids: [experts, all], base_id: experts, kind: PartKind::Ffn(Box::new(ffn)) });
+            bank.push(BankPart {
+                ids: [experts, all],
+                base_id: experts,
+                numbers: Vec::new(),
+                kind: PartKind::Ffn(Box::new(ffn)),
+            });
         }
         let out = b.routed(b.x, route, bank);
         let dtype = b.dtype;

@@ -44,7 +44,7 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
         let route = b.weigh(chosen, scores, Weigh { scale, ..RAW });
         let mut bank = b.glu_bank(real, layout::split(), Shape2 { input: hidden, inner, act });
         if all > real {
-            bank.push(BankPart { ids: [real, all], base_id: real, kind: PartKind::Identity {} });
+            bank.push(BankPart { ids: [real, all], base_id: real, numbers: Vec::new(), kind: PartKind::Identity {} });
         }
         let out = b.routed(b.x, route, bank);
         b.finish(out, route, Some(logits))

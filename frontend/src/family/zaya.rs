@@ -60,7 +60,12 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
         let route = b.weigh_rounded(chosen, scores, Weigh { real: Some(experts), ..RAW });
 
         let mut bank = b.glu_bank(experts, layout::fused(inner), Shape2 { input: hidden, inner, act });
-        bank.push(BankPart { ids: [experts, experts + 1], base_id: experts, kind: PartKind::Zero {} });
+        bank.push(BankPart {
+            ids: [experts, experts + 1],
+            base_id: experts,
+            numbers: Vec::new(),
+            kind: PartKind::Zero {},
+        });
         let out = b.routed(b.x, route, bank);
         let mut layer = b.finish(out, route, Some(logits));
         layer.graph.output("router_hidden_states", q, Part::Whole);

@@ -63,7 +63,7 @@ pub(crate) fn experts(graph: &Graph) -> BTreeMap<WeightName, u64> {
     for id in graph.ids() {
         if let Op::Experts(bank) = &graph.node(id).op {
             for part in &bank.bank {
-                let end = part.ids[1].saturating_sub(part.base_id);
+                let end = part.all_numbers().max().map_or(0, |last| last.saturating_add(1));
                 for name in part_names(&part.kind) {
                     let count = counts.entry(name.clone()).or_insert(0);
                     *count = end.max(*count);

@@ -27,7 +27,7 @@ pub(super) fn experts(op: &Experts, operands: &[&Value], w: &Fetch<'_>, ty: &Typ
         let part = op.bank.iter().zip(&tables).find(|(p, _)| p.ids[0] <= id && id < p.ids[1]);
         let (part, tables) = part.ok_or_else(|| Failure(format!("expert {id} is in no part")))?;
         let x: Vec<&[f64]> = (start..start + group.len()).map(|i| rows.at(i)).collect();
-        for (i, y) in through(part, id - part.base_id, &x, w, tables)?.into_iter().enumerate() {
+        for (i, y) in through(part, part.number(id), &x, w, tables)?.into_iter().enumerate() {
             let at = (start + i) * width;
             // An expert that is narrower than the widest leaves zeros behind its values.
             data[at..at + y.len()].copy_from_slice(&y);

@@ -10,6 +10,7 @@ mod attention;
 mod einsum;
 mod experts;
 mod product_key;
+mod ranks;
 mod round;
 mod route;
 mod rows;
@@ -21,11 +22,12 @@ mod tensor;
 mod value;
 mod weights;
 
+pub use ranks::{Rank, interpret_ranks};
 pub use value::{Array, ArrayData, PlanValue, RaggedValue, RouteValue, Value};
 pub use weights::{MapWeights, WeightIndex, Weights};
 
 use crate::{
-    Graph, Node, Op, Output, Part, Type,
+    Graph, Node, NodeId, Op, Output, Part, Type,
     infer::{Cx, OpError},
 };
 use indexmap::IndexMap;
@@ -173,38 +175,60 @@ fn walk(
     let mut values: Vec<Option<Value>> = Vec::new();
     let mut inputs = inputs.into_iter();
     for id in graph.order() {
-        let node = graph.node(id);
-        let path = format!("{prefix}{}", node.name);
-        let fail = |Failure(message)| InterpError::Node { node: path.clone(), op: node.op.name(), message };
-        let missing = || Failure("an operand has no value".to_owned());
-        let mut operands = Vec::new();
-        for operand in graph.operands(id) {
-            operands.push(values.get(operand.index()).and_then(Option::as_ref).ok_or_else(missing).map_err(fail)?);
-        }
-        let value = if matches!(node.op, Op::Input(_)) {
-            inputs.next().ok_or_else(missing).map_err(fail)?
-        } else if let Op::Kernel(kernel) = &node.op {
-            let body = &kernel.body;
-            let arguments = operands.into_iter().cloned().collect();
-            let inner = walk(body, arguments, run, &format!("{path}/"))?;
-            let returned = body.outputs.first().and_then(|o| inner.get(o.node.index()).cloned().flatten());
-            returned.ok_or_else(|| Failure("the body returns nothing".to_owned())).map_err(fail)?
-        } else {
-            step(&node.op, &operands, graph, run).map_err(fail)?
-        };
-        let value = match (run.rounding, node.round) {
-            (Rounding::Model, Some(dtype)) => round::round(value, dtype).map_err(fail)?,
-            (Rounding::Exact, _) | (_, None) => value,
-        };
-        if let Some(trace) = run.trace.as_mut() {
-            trace(&path, node, &value);
-        }
-        if values.len() <= id.index() {
-            values.resize(id.index() + 1, None);
-        }
-        values[id.index()] = Some(value);
+        let value = node_value(graph, id, &values, &mut inputs, run, prefix)?;
+        keep(&mut values, id, value);
     }
     Ok(values)
+}
+
+fn keep(values: &mut Vec<Option<Value>>, id: NodeId, value: Value) {
+    if values.len() <= id.index() {
+        values.resize(id.index() + 1, None);
+    }
+    values[id.index()] = Some(value);
+}
+
+/// The value as the node stores it.
+fn rounded(value: Value, node: &Node, run: &Run<'_, '_>) -> Step<Value> {
+    match (run.rounding, node.round) {
+        (Rounding::Model, Some(dtype)) => round::round(value, dtype),
+        (Rounding::Exact, _) | (_, None) => Ok(value),
+    }
+}
+
+/// The value of one node; `inputs` are those that no node took yet.
+fn node_value(
+    graph: &Graph,
+    id: NodeId,
+    values: &[Option<Value>],
+    inputs: &mut impl Iterator<Item = Value>,
+    run: &mut Run<'_, '_>,
+    prefix: &str,
+) -> Result<Value, InterpError> {
+    let node = graph.node(id);
+    let path = format!("{prefix}{}", node.name);
+    let fail = |Failure(message)| InterpError::Node { node: path.clone(), op: node.op.name(), message };
+    let missing = || Failure("an operand has no value".to_owned());
+    let mut operands = Vec::new();
+    for operand in graph.operands(id) {
+        operands.push(values.get(operand.index()).and_then(Option::as_ref).ok_or_else(missing).map_err(fail)?);
+    }
+    let value = if matches!(node.op, Op::Input(_)) {
+        inputs.next().ok_or_else(missing).map_err(fail)?
+    } else if let Op::Kernel(kernel) = &node.op {
+        let body = &kernel.body;
+        let arguments = operands.into_iter().cloned().collect();
+        let inner = walk(body, arguments, run, &format!("{path}/"))?;
+        let returned = body.outputs.first().and_then(|o| inner.get(o.node.index()).cloned().flatten());
+        returned.ok_or_else(|| Failure("the body returns nothing".to_owned())).map_err(fail)?
+    } else {
+        step(&node.op, &operands, graph, run).map_err(fail)?
+    };
+    let value = rounded(value, node, run).map_err(fail)?;
+    if let Some(trace) = run.trace.as_mut() {
+        trace(&path, node, &value);
+    }
+    Ok(value)
 }
 
 /// One operation. The type rule has accepted the operands when the code of the op runs.
@@ -239,6 +263,7 @@ fn step(op: &Op, operands: &[&Value], graph: &Graph, run: &Run<'_, '_>) -> Step<
         Op::Combine(op) => rows::combine(op, operands),
         Op::Ffn(op) => experts::dense(op, operands, &w, &ty),
         Op::Plan(op) => rows::plan(op, operands),
+        Op::Collective(_) => Err(Failure("needs the other ranks: interpret all ranks together".to_owned())),
         Op::Described(_) => Err(Failure("a described layer has costs, but no values".to_owned())),
     }
 }

@@ -252,7 +252,7 @@ impl Reader<'_> {
             }
             Op::Ffn(ffn) => {
                 for (_, spec) in ffn.specs() {
-                    self.use_spec(spec, 0..1, id)?;
+                    self.use_spec(spec, &[0], id)?;
                 }
             }
             Op::Input(_)
@@ -279,6 +279,7 @@ impl Reader<'_> {
             | Op::Combine(_)
             | Op::Plan(_)
             | Op::Described(_)
+            | Op::Collective(_)
             | Op::Kernel(_) => {
                 for name in op.weights() {
                     self.use_weight(name, [], id);
@@ -295,7 +296,7 @@ impl Reader<'_> {
 
     fn use_part(&mut self, part: &BankPart, id: &str) -> OpResult<()> {
         let [start, end] = part.ids;
-        if part.base_id > start || end.saturating_sub(start) > MAX_NODES as u64 {
+        if (part.numbers.is_empty() && part.base_id > start) || end.saturating_sub(start) > MAX_NODES as u64 {
             let text = format!("a part has the experts {start}..{end} and `base_id` {}", part.base_id);
             return Err(OpError::new(codes::BANK_COVER, text));
         }
@@ -307,25 +308,25 @@ impl Reader<'_> {
             }
             PartKind::Ffn(_) | PartKind::Linear(_) | PartKind::Film(_) | PartKind::Identity {} | PartKind::Zero {} => {
                 for (_, spec) in part.specs() {
-                    self.use_spec(spec, start - part.base_id..end.saturating_sub(part.base_id), id)?;
+                    self.use_spec(spec, &part.all_numbers().collect::<Vec<_>>(), id)?;
                 }
             }
         }
         Ok(())
     }
 
-    fn use_spec(&mut self, spec: &WeightSpec, experts: std::ops::Range<u64>, id: &str) -> OpResult<()> {
+    fn use_spec(&mut self, spec: &WeightSpec, experts: &[u64], id: &str) -> OpResult<()> {
         if let WeightSpec::Mul { mul: [a, b], group } = spec {
-            if (group.len() as u64) < experts.end {
+            if experts.iter().any(|e| *e >= group.len() as u64) {
                 let text = format!("`group` has {} entries, experts {experts:?} need one each", group.len());
                 return Err(OpError::new(codes::EXTENT, text));
             }
-            self.use_weight(a, experts, id);
+            self.use_weight(a, experts.iter().copied(), id);
             self.use_weight(b, group.iter().copied(), id);
             return Ok(());
         }
         for name in spec.names() {
-            self.use_weight(name, experts.clone(), id);
+            self.use_weight(name, experts.iter().copied(), id);
         }
         Ok(())
     }

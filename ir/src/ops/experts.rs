@@ -26,6 +26,9 @@ pub struct BankPart {
     /// `{e}` in weight names is the id minus this.
     #[serde(default, skip_serializing_if = "is_default")]
     pub base_id: u64,
+    /// Where the experts of the part are not consecutive in weight names: `{e}` of each, in place of `base_id`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numbers: Vec<u64>,
     /// What these experts compute.
     #[serde(flatten)]
     pub kind: PartKind,
@@ -114,7 +117,7 @@ impl Experts {
         let mut inner: Option<u64> = None;
         for part in &self.bank {
             for id in part.ids[0]..part.ids[1] {
-                match part.row(cx, id - part.base_id, &rows.row, narrow).map_err(|e| of_expert(e, id))? {
+                match part.row(cx, part.number(id), &rows.row, narrow).map_err(|e| of_expert(e, id))? {
                     PartRow::Any => {}
                     PartRow::Inner(width) => inner = Some(inner.unwrap_or(0).max(width)),
                     PartRow::Fixed(row) => match &fixed {
@@ -162,7 +165,7 @@ impl Experts {
                 | PartKind::Zero {} => return false,
             };
             (part.ids[0]..part.ids[1])
-                .any(|id| spec.shape(cx, id - part.base_id).is_ok_and(|shape| shape.get(1) == Some(width)))
+                .any(|id| spec.shape(cx, part.number(id)).is_ok_and(|shape| shape.get(1) == Some(width)))
         })
     }
 
@@ -178,8 +181,12 @@ impl Experts {
             if end <= start {
                 return wrong(format!("a part has the experts {start}..{end}, which are none"));
             }
-            if part.base_id > start {
+            if part.base_id > start && part.numbers.is_empty() {
                 return wrong(format!("`base_id` is {}, the part starts at expert {start}", part.base_id));
+            }
+            if !part.numbers.is_empty() && part.numbers.len() as u64 != end - start {
+                let count = part.numbers.len();
+                return wrong(format!("`numbers` has {count} entries, the part the experts {start}..{end}"));
             }
             next = end;
         }
@@ -196,6 +203,18 @@ fn of_expert(error: OpError, id: u64) -> OpError {
 }
 
 impl BankPart {
+    /// What `{e}` in weight names stands for, for expert `id` of the route.
+    pub fn number(&self, id: u64) -> u64 {
+        let place = id.saturating_sub(self.ids[0]);
+        let listed = usize::try_from(place).ok().and_then(|at| self.numbers.get(at));
+        listed.copied().unwrap_or(id.saturating_sub(self.base_id))
+    }
+
+    /// The number of each expert of the part, in order.
+    pub fn all_numbers(&self) -> impl Iterator<Item = u64> + '_ {
+        (self.ids[0]..self.ids[1]).map(|id| self.number(id))
+    }
+
     /// The weight specifications of the part, by attribute. Tables of `const` and `neuron` are not among them.
     pub fn specs(&self) -> Vec<(&'static str, &WeightSpec)> {
         let all = match &self.kind {

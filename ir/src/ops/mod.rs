@@ -8,6 +8,7 @@
 mod adjust;
 mod attention;
 mod binary;
+mod collective;
 mod combine;
 mod count;
 mod described;
@@ -36,6 +37,7 @@ mod weigh;
 pub use adjust::Adjust;
 pub use attention::Attention;
 pub use binary::{Binary, BinaryFn};
+pub use collective::{Collective, Group};
 pub use combine::Combine;
 pub use count::Count;
 pub use described::{Described, DescribedKind};

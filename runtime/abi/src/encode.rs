@@ -251,10 +251,7 @@ fn slots(program: &Program, words: &mut Words) -> Result<(u64, u64), EncodeError
     for (slot, place) in program.slots.iter().zip(places) {
         let mut matrices = Vec::new();
         for matrix in &slot.matrices {
-            let plain = match matrix.source.packing {
-                Packing::Plain => 1,
-                Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } | Packing::Composed(_) => 0,
-            };
+            let plain = u64::from(slot.is_native(matrix));
             let (count, views) = views(&matrix.source.view, words);
             let (rows, columns) = (words.put(&matrix.rows), words.put(&matrix.columns));
             let dtype = dtype_number(matrix.source.dtype);
@@ -309,6 +306,7 @@ pub fn fingerprint(slots: &[Slot]) -> u64 {
             .into_iter()
             .chain(numbers)
             .chain(slot.offsets.iter().copied())
+            .chain(slot.numbers.iter().copied())
             .for_each(&mut add);
         for matrix in &slot.matrices {
             matrix.rows.iter().chain(&matrix.columns).copied().for_each(&mut add);

@@ -1,6 +1,6 @@
 //! The C header of a generated library.
 
-use crate::{BufferKind, DType, Expr, Packing, Program, Slot, View, dtype_number};
+use crate::{BufferKind, DType, Expr, Program, Slot, View, dtype_number};
 use std::fmt::Write;
 
 /// C spelling of a size: what a reader of the header computes.
@@ -283,10 +283,7 @@ fn pack(p: &str, index: usize, slot: &Slot, program: &Program) -> String {
     let mut native = true;
     for (m, matrix) in slot.matrices.iter().enumerate() {
         let source = &matrix.source;
-        native &= match source.packing {
-            Packing::Plain => true,
-            Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } | Packing::Composed(_) => false,
-        };
+        native &= slot.is_native(matrix);
         let each = source.tensor.contains("{e}");
         let first = m as u64 * slot.experts;
         let range =
@@ -302,6 +299,10 @@ fn pack(p: &str, index: usize, slot: &Slot, program: &Program) -> String {
         let _ = writeln!(lines, "   tensors{range}: {}{rule}", comment(&source.tensor));
     }
     let count = slot.experts.saturating_mul(slot.matrices.len() as u64);
+    let numbers = match slot.numbers.as_slice() {
+        [] => format!("from {} on", slot.first_expert),
+        listed => format!("= {}", listed.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")),
+    };
     let how = if native {
         ""
     } else {
@@ -309,13 +310,13 @@ fn pack(p: &str, index: usize, slot: &Slot, program: &Program) -> String {
     };
     format!(
         "
-/* Packs slot {index}, {text}: {count} tensors, {{e}} from {e} on, {{p}} the prefix of the layer.
+/* Packs slot {index}, {text}: {count} tensors, {{e}} {e}, {{p}} the prefix of the layer.
 {lines}   {how}*/
 static inline int {p}_pack_{name}(const {p}_tensor *tensors, void *weights, uint64_t weights_bytes) {{
     return {p}_pack({index}u, tensors, {count}u, weights, weights_bytes);
 }}
 ",
         text = comment(&slot.name),
-        e = slot.first_expert,
+        e = numbers,
     )
 }

@@ -128,6 +128,9 @@ pub struct Slot {
     pub experts: u64,
     /// Number of the first expert in tensor names and views.
     pub first_expert: u64,
+    /// Number of each expert in tensor names and views, where they are not consecutive from the first on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numbers: Vec<u64>,
     /// Matrices that are packed together; equal rows and columns.
     pub matrices: Vec<Matrix>,
     /// Order of the elements.
@@ -176,6 +179,19 @@ impl Matrix {
 }
 
 impl Slot {
+    /// Number of expert `e` (counted from 0) in tensor names and views.
+    pub fn number(&self, e: u64) -> u64 {
+        let listed = usize::try_from(e).ok().and_then(|at| self.numbers.get(at));
+        listed.copied().unwrap_or(self.first_expert.saturating_add(e))
+    }
+
+    /// Whether launchers without a host library pack the matrix: stored as numbers, and not stacked with experts
+    /// that the slot leaves out.
+    pub fn is_native(&self, matrix: &Matrix) -> bool {
+        let stacked = matrix.source.view.iter().any(|v| matches!(v, View::Expert | View::ExpertRows { .. }));
+        matrix.source.packing == Packing::Plain && !(stacked && !self.numbers.is_empty())
+    }
+
     /// Rows and columns of each matrix for expert `e` (counted from 0); `None` when the matrices differ.
     pub fn size_of(&self, e: u64) -> Option<(u64, u64)> {
         let mut sizes = self.matrices.iter().map(|m| m.size_of(e));
