@@ -4,6 +4,7 @@
 //! verifies the graph after each and can dump it. No pass changes what a graph means.
 
 mod clean_up;
+mod fold_parallelism;
 mod fuse_batch;
 mod fuse_combine;
 mod fuse_dense;
@@ -16,8 +17,11 @@ mod region;
 mod split_banks;
 mod split_einsums;
 mod split_widths;
+mod stages;
 
+pub use fold_parallelism::{FOLD, Fold, FoldError, fold_parallelism};
 pub use manager::{Changed, Dump, Failure, Outcome, PassCx, Remark, Timing, run, run_named};
+pub use stages::{CutError, Move, Rows, Stage, stages};
 
 use moec_ir::Graph;
 
