@@ -8,12 +8,14 @@ use moec_abi::{Manifest, Program, SCHEMA};
 use std::{
     collections::BTreeMap,
     path::{Component, Path, PathBuf},
+    sync::Arc,
 };
 
 /// Where the files of an artefact are.
+#[derive(Clone)]
 enum Store {
     Folder(PathBuf),
-    Memory(BTreeMap<String, Vec<u8>>),
+    Memory(Arc<BTreeMap<String, Vec<u8>>>),
 }
 
 /// A manifest with its files.
@@ -57,7 +59,7 @@ impl Artefact {
     /// # Errors
     /// The manifest was made for a newer runtime.
     pub fn in_memory(manifest: Manifest, files: BTreeMap<String, Vec<u8>>) -> Result<Self> {
-        Self::new(manifest, Store::Memory(files))
+        Self::new(manifest, Store::Memory(Arc::new(files)))
     }
 
     fn new(manifest: Manifest, store: Store) -> Result<Self> {
@@ -70,6 +72,13 @@ impl Artefact {
     /// The manifest.
     pub const fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// The same files with only the programs of this name.
+    pub(crate) fn only(&self, name: &str) -> Self {
+        let mut manifest = self.manifest.clone();
+        manifest.programs.retain(|p| p.name == name);
+        Self { manifest, store: self.store.clone() }
     }
 
     /// Program `index`.

@@ -15,6 +15,8 @@
 //! ```
 
 mod artefact;
+mod chain;
+mod collective;
 #[cfg(unix)]
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -35,6 +37,8 @@ mod tensors;
 mod weights;
 
 pub use artefact::{Artefact, Choice};
+pub use chain::{ChainLayer, HostTensor};
+pub use collective::{Collectives, Threads};
 #[cfg(unix)]
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]

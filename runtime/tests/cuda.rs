@@ -125,6 +125,7 @@ fn scenario() -> moec_runtime::Result<()> {
         model: "twice".into(),
         inputs: vec![],
         programs: vec![program()],
+        chains: Vec::new(),
         notes: vec![],
     };
     let files = [("k.ptx", PTX), ("k.cubin", "binary")].map(|(n, t)| (n.to_owned(), t.as_bytes().to_vec()));

@@ -74,6 +74,7 @@ fn program(bound: u64) -> Program {
         name: "w".into(),
         experts: 1,
         first_expert: 0,
+        numbers: Vec::new(),
         matrices: vec![Matrix { source, rows: vec![4], columns: vec![1] }],
         layout: Layout::Rows { columns: 1 },
         dtype: DType::F32,
@@ -138,6 +139,7 @@ fn model(program: Program) -> (Model, Arc<Sim>) {
         model: "scale".into(),
         inputs: vec![],
         programs: vec![program],
+        chains: Vec::new(),
         notes: vec![],
     };
     let files = BTreeMap::from([("k.ptx".to_owned(), PTX.as_bytes().to_vec())]);

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+mod chain;
 pub mod embed;
 mod encode;
 mod expr;
@@ -14,6 +15,7 @@ pub mod header;
 mod recipe;
 mod weights;
 
+pub use chain::{Chain, Group, Move, MoveKind, Rows, Step};
 pub use encode::{EncodeError, cpu_level, dtype_number, encode, fingerprint, weight_offsets};
 pub use expr::Expr;
 pub use recipe::Recipe;
@@ -260,6 +262,9 @@ pub struct Manifest {
     pub inputs: Vec<(String, String)>,
     /// Compiled forms, one per layer form and target.
     pub programs: Vec<Program>,
+    /// What one rank runs of layers that are spread over several ranks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chains: Vec<Chain>,
     /// Remarks that change how the result should be read: fallbacks, untuned shapes, rewrites.
     pub notes: Vec<String>,
 }

@@ -28,6 +28,7 @@ pub fn program(target: &str) -> Program {
         name: "w".into(),
         experts: 1,
         first_expert: 0,
+        numbers: Vec::new(),
         matrices: vec![matrix],
         layout: Layout::Panels { panel: 4, depth: 2, columns: 4 },
         dtype: DType::F32,
@@ -86,7 +87,15 @@ pub fn program(target: &str) -> Program {
 
 /// A manifest around programs.
 pub fn manifest(programs: Vec<Program>) -> Manifest {
-    Manifest { schema: SCHEMA, producer: "test".into(), model: "tiny".into(), inputs: vec![], programs, notes: vec![] }
+    Manifest {
+        schema: SCHEMA,
+        producer: "test".into(),
+        model: "tiny".into(),
+        inputs: vec![],
+        programs,
+        chains: vec![],
+        notes: vec![],
+    }
 }
 
 /// The kernels in C, with the symbols of [`program`].
