@@ -188,7 +188,7 @@ impl Cluster {
             PlanError::cluster(
                 format!("the cluster file cannot be read: {e}"),
                 "needed: name, gpu {name, bf16_tflops, hbm_bytes, hbm_gbps, nvlink_gbps}, gpus_per_domain, nic_gbps; \
-                 print a preset to start from",
+                 `moec plan --cluster dgx-h100 --print-cluster` prints one to start from",
             )
         })?;
         cluster.check()?;

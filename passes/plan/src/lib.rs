@@ -25,6 +25,7 @@ pub mod memory;
 pub mod model;
 pub mod pipeline;
 pub mod plan;
+pub mod ranks;
 pub mod search;
 pub mod serve;
 mod serve_search;
