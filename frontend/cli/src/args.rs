@@ -153,9 +153,26 @@ pub(crate) struct Compile {
     /// Leave PTX as it is, even when ptxas is there
     #[arg(long)]
     pub no_cubin: bool,
+    /// How layers are spread.
+    #[command(flatten)]
+    pub spread: SpreadFiles,
+    /// The rank of --plan to compile for
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "plan")]
+    pub rank: u64,
     /// What developers look at.
     #[command(flatten)]
     pub developer: Developer,
+}
+
+/// How a layer is spread over ranks.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct SpreadFiles {
+    /// Spread over ranks as a plan says (`moec plan --format json`)
+    #[arg(long, value_name = "FILE")]
+    pub plan: Option<PathBuf>,
+    /// Where experts lie on the ranks (`moec place --format json`)
+    #[arg(long, value_name = "FILE")]
+    pub placement: Option<PathBuf>,
 }
 
 /// `check`.
@@ -220,6 +237,9 @@ pub(crate) struct Run {
     /// Compare with the reference interpreter
     #[arg(long)]
     pub compare: bool,
+    /// How the layer is spread: all ranks run here, as threads.
+    #[command(flatten)]
+    pub spread: SpreadFiles,
 }
 
 /// `bench`.
@@ -249,11 +269,11 @@ pub(crate) struct Bench {
 #[derive(Debug, Args)]
 pub(crate) struct Plan {
     /// config.json, its folder, or - for stdin
-    #[arg(required_unless_present = "groups")]
+    #[arg(required_unless_present_any = ["groups", "print_cluster"])]
     pub model: Option<PathBuf>,
     /// GPUs of the job
-    #[arg(long, value_name = "N")]
-    pub gpus: u64,
+    #[arg(long, value_name = "N", required_unless_present = "print_cluster")]
+    pub gpus: Option<u64>,
     /// Preset or JSON file: dgx-a100, dgx-h100, dgx-h200, dgx-b200, gb200-nvl72, h800
     #[arg(long, default_value = "dgx-h100", value_name = "PRESET|FILE")]
     pub cluster: String,
@@ -293,9 +313,24 @@ pub(crate) struct Plan {
     /// Tokens per expert over the mean; without it nothing is dropped
     #[arg(long, value_name = "F")]
     pub capacity: Option<f64>,
-    /// Spread of tokens over experts: balanced or zipf:S
+    /// Spread of tokens over experts: balanced, zipf:S, or file:LOADS
     #[arg(long, default_value = "balanced", value_name = "R")]
     pub routing: String,
+    /// Keep to one kind of recomputation: none, selective, full
+    #[arg(long, value_name = "R", value_parser = ["none", "selective", "full"], hide_possible_values = true)]
+    pub recompute: Option<String>,
+    /// Keep training state so: none, optimizer (ZeRO-1), full (FSDP, ZeRO-3)
+    #[arg(long, value_name = "S", value_parser = ["none", "optimizer", "full"], hide_possible_values = true)]
+    pub sharding: Option<String>,
+    /// Pipeline schedule: 1f1b (interleaved with virtual stages), zero-bubble, dualpipe
+    #[arg(long, value_name = "S", default_value = "1f1b", value_parser = ["1f1b", "zero-bubble", "dualpipe"], hide_possible_values = true)]
+    pub schedule: String,
+    /// Share of the all-to-all that is hidden, 0 to 1 [default: that of the software]
+    #[arg(long, value_name = "F")]
+    pub overlap: Option<f64>,
+    /// Print the cluster as a file to edit
+    #[arg(long)]
+    pub print_cluster: bool,
     /// Print the rank groups of --fix, as JSON
     #[arg(long)]
     pub groups: bool,
@@ -343,6 +378,12 @@ pub(crate) struct Place {
     /// Limit of the integer solver
     #[arg(long, value_name = "S")]
     pub time_limit: Option<f64>,
+    /// A placement in use: print the fewest copies that lead from it to the new one
+    #[arg(long, value_name = "FILE")]
+    pub from: Option<PathBuf>,
+    /// Print measures of a trace instead of placing: locality, cache hits, affinity
+    #[arg(long)]
+    pub metrics: bool,
 }
 
 /// `inspect`.

@@ -209,6 +209,62 @@ fn plans_and_places_answer_in_the_published_forms() {
 }
 
 #[test]
+fn a_plan_compiles_and_all_ranks_agree_with_one_device() {
+    let folder = folder();
+    fs::write(folder.path().join("loads.json"), "[[90, 10, 10, 20, 10, 10]]").expect("is written");
+    let plan = moec(folder.path(), "plan config.json --gpus 4 --fix tp=2,cp=1,pp=1,ep=2,etp=2 --format json --top 1");
+    assert_eq!(plan.code, 0, "{}", plan.err);
+    fs::write(folder.path().join("plan.json"), &plan.out).expect("is written");
+    let placed = moec(folder.path(), "place loads.json --gpus 2 --replicas 8 --format json");
+    assert_eq!(placed.code, 0, "{}", placed.err);
+    fs::write(folder.path().join("placed.json"), &placed.out).expect("is written");
+
+    let done =
+        moec(folder.path(), "run config.json --plan plan.json --placement placed.json --input random:5 --compare");
+    assert_eq!(done.code, 0, "{}{}", done.out, done.err);
+    assert!(done.out.contains("agrees with the reference"), "{}", done.out);
+
+    let done = moec(
+        folder.path(),
+        "compile config.json --plan plan.json --placement placed.json --rank 3 -o rank3 --target x86-64-v3",
+    );
+    assert_eq!(done.code, 0, "{}", done.err);
+    let manifest = fs::read_to_string(folder.path().join("rank3/manifest.json")).expect("is there");
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).expect("JSON");
+    let chain = &manifest["chains"][0];
+    assert_eq!(chain["rank"], 3);
+    let groups: Vec<&str> =
+        chain["steps"].as_array().expect("steps").iter().filter_map(|s| s["move"]["group"]["name"].as_str()).collect();
+    assert_eq!(groups, ["ep", "etp", "etp", "ep"]);
+    let done = moec(folder.path(), "run rank3");
+    assert_eq!(done.code, 1);
+    assert!(done.err.contains("cannot run alone"), "{}", done.err);
+
+    let done = moec(folder.path(), "compile config.json --plan plan.json --rank 4 -o rank4 --target x86-64-v3");
+    assert_eq!(done.code, 1);
+    assert!(done.err.contains("ranks are 0..4"), "{}", done.err);
+}
+
+#[test]
+fn places_are_pages_moves_and_measures_too() {
+    let folder = folder();
+    fs::write(folder.path().join("loads.json"), "[[90, 10, 10, 20, 10, 10]]").expect("is written");
+    let page = moec(folder.path(), "place loads.json --gpus 2 --replicas 8 --format html");
+    assert!(page.code == 0 && page.out.contains("<svg") && !page.out.contains("http"), "{}", page.err);
+    let old = moec(folder.path(), "place loads.json --gpus 2 --replicas 6 --format json");
+    fs::write(folder.path().join("old.json"), &old.out).expect("is written");
+    let moves = moec(folder.path(), "place loads.json --gpus 2 --replicas 8 --from old.json");
+    assert!(moves.code == 0 && moves.out.contains("experts are copied"), "{}{}", moves.out, moves.err);
+    let cluster = moec(folder.path(), "plan --cluster dgx-h100 --print-cluster");
+    fs::write(folder.path().join("cluster.json"), &cluster.out).expect("is written");
+    let plan = moec(
+        folder.path(),
+        "plan config.json --gpus 8 --cluster cluster.json --recompute full --sharding full --schedule zero-bubble --overlap 0.5",
+    );
+    assert_eq!(plan.code, 0, "{}", plan.err);
+}
+
+#[test]
 fn bench_gives_rows() {
     let folder = folder();
     let done = moec(folder.path(), "bench config.json --tokens 1,8 --reps 3 --routing all-to-one --format json");

@@ -8,13 +8,13 @@ use moec_codegen::{
     mlir::{Keep, Session},
 };
 use moec_frontend::{Form, Model};
-use moec_ir::Graph;
+use moec_ir::{Extent, Graph, Op};
 use moec_passes::{Outcome, Remark};
 use std::{
     collections::BTreeMap,
     num::NonZero,
     sync::{
-        OnceLock,
+        Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -136,6 +136,12 @@ impl Compiler {
     /// # Errors
     /// See [`Error`].
     pub fn compile_forms(&self, model: &str, forms: &[Form]) -> Result<Artefact, Error> {
+        self.check_outputs(forms)?;
+        self.compile_sharing(model, forms, &Shared::default())
+    }
+
+    /// Every output that is wanted is one of some form.
+    pub(crate) fn check_outputs(&self, forms: &[Form]) -> Result<(), Error> {
         let offered = |name: &str| forms.iter().any(|f| f.graph.outputs.iter().any(|o| o.name == name));
         if let Some(unknown) = self.outputs.iter().find(|name| !offered(name)) {
             let mut known: Vec<&str> =
@@ -145,6 +151,11 @@ impl Compiler {
             let help = format!("the model has {}", known.join(", "));
             return Err(Error::refused("E0408", format!("there is no output `{unknown}`"), help));
         }
+        Ok(())
+    }
+
+    /// As [`compile_forms`](Self::compile_forms); code of equal kernels comes from `shared`, and new code goes there.
+    pub(crate) fn compile_sharing(&self, model: &str, forms: &[Form], shared: &Shared) -> Result<Artefact, Error> {
         let mut artefact = Artefact {
             manifest: Manifest {
                 schema: moec_abi::SCHEMA,
@@ -152,6 +163,7 @@ impl Compiler {
                 model: model.to_owned(),
                 inputs: Vec::new(),
                 programs: Vec::new(),
+                chains: Vec::new(),
                 notes: Vec::new(),
             },
             files: BTreeMap::new(),
@@ -164,13 +176,20 @@ impl Compiler {
         let jobs: Vec<(usize, Target)> =
             (0..forms.len()).flat_map(|form| self.targets.iter().map(move |t| (form, *t))).collect();
         let results = generate(&jobs, |session, (form, target)| {
+            let kernels = &artefact.forms[form].kernels;
+            let key = (target, moec_ir::print(&neutral(kernels)));
+            let known = shared.0.lock().ok().and_then(|known| known.get(&key).cloned());
             let options = lower::Options {
                 target,
                 keep: self.keep,
+                code: known,
                 layers: forms[form].layers.clone(),
                 prefixes: forms[form].prefixes.clone(),
             };
-            let compiled = lower::compile(session, &artefact.forms[form].kernels, &options)?;
+            let compiled = lower::compile(session, kernels, &options)?;
+            if let Ok(mut known) = shared.0.lock() {
+                known.entry(key).or_insert_with(|| compiled.compiled.code.clone());
+            }
             // The slowest step, of programs that are not ours: next to the work on other targets.
             let assembler = (self.cubins && target.is_gpu()).then(ptxas::found).flatten();
             let cubin = assembler.map(|a| a.assemble(&compiled.compiled.code, target.name())).transpose()?;
@@ -208,6 +227,33 @@ impl Compiler {
         let passes = moec_passes::run(&mut kernels, self.dump_passes)?;
         Ok(FormReport { name, graph, kernels, passes, targets: Vec::new() })
     }
+}
+
+/// Code by target and kernels, for forms that differ in nothing but their weights.
+#[derive(Debug, Default)]
+pub(crate) struct Shared(Mutex<BTreeMap<(Target, String), Vec<u8>>>);
+
+/// The graph without what only decides where weights come from: kernels of equal neutral graphs are equal.
+fn neutral(graph: &Graph) -> Graph {
+    let mut graph = graph.clone();
+    let fixed = graph.weights.values().all(|w| w.shape.iter().all(|x| matches!(x, Extent::Fixed(_))));
+    if fixed {
+        for weight in graph.weights.values_mut() {
+            weight.source.tensor.clear();
+            weight.source.view.clear();
+        }
+    }
+    for id in graph.ids() {
+        match &mut graph.node_mut(id).op {
+            Op::Kernel(kernel) => *kernel.body = neutral(&kernel.body),
+            Op::Experts(op) if fixed => op.bank.iter_mut().for_each(|part| {
+                part.numbers.clear();
+                part.base_id = 0;
+            }),
+            _ => {}
+        }
+    }
+    graph
 }
 
 /// Does the jobs on all cores, those for GPUs first as they take longest; results come in the order of the jobs.

@@ -15,6 +15,7 @@ mod library;
 pub mod limits;
 pub mod peers;
 pub mod ptxas;
+pub mod ranks;
 pub mod read;
 mod reference;
 pub mod routing;

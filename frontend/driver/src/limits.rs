@@ -88,6 +88,7 @@ fn layer(
         model: name.to_owned(),
         inputs: Vec::new(),
         programs: vec![program],
+        chains: Vec::new(),
         notes: Vec::new(),
     };
     let files = BTreeMap::from([(format!("{name}.o"), code)]);

@@ -102,7 +102,15 @@ pub(crate) fn interpret(
     inputs: &[Tensor],
     weights: &Stored<'_>,
 ) -> Result<IndexMap<String, Array>, Error> {
-    let inputs = inputs
+    // A rounding that the model asks for is part of its meaning: logits of 20 in bf16 move a weight by percents.
+    let options = interp::Options { rounding: interp::Rounding::Model, trace: None };
+    interp::interpret(graph, &arrays(inputs), weights, options)
+        .map_err(|e| Error::refused("E0821", format!("the reference cannot be computed: {e}"), "check the weights"))
+}
+
+/// Inputs for the interpreter, by name.
+pub(crate) fn arrays(inputs: &[Tensor]) -> IndexMap<String, Array> {
+    inputs
         .iter()
         .map(|t| {
             let shape = t.shape.iter().map(|n| usize::try_from(*n).unwrap_or(usize::MAX)).collect();
@@ -117,9 +125,5 @@ pub(crate) fn interpret(
             };
             (t.name.clone(), array)
         })
-        .collect();
-    // A rounding that the model asks for is part of its meaning: logits of 20 in bf16 move a weight by percents.
-    let options = interp::Options { rounding: interp::Rounding::Model, trace: None };
-    interp::interpret(graph, &inputs, weights, options)
-        .map_err(|e| Error::refused("E0821", format!("the reference cannot be computed: {e}"), "check the weights"))
+        .collect()
 }

@@ -129,10 +129,18 @@ fn compile(
         names => names.to_vec(),
     };
     let compiler = Compiler { targets, outputs, keep, dump_passes, cubins: !args.no_cubin };
-    match compiler.compile(model) {
+    let spread = super::spread::read(&args.spread)?;
+    let build = |compiler: &Compiler| match &spread {
+        None => compiler.compile(model),
+        Some(spread) => {
+            let one = compiler.compile_ranks(model, spread, &[args.rank])?;
+            one.into_iter().next().ok_or_else(|| Error::Internal("a rank was not compiled".to_owned()))
+        }
+    };
+    match build(&compiler) {
         Err(Error::Unsupported { node, what }) if args.target.is_empty() => {
             let cpu: Vec<Target> = compiler.targets.iter().copied().filter(|t| !t.is_gpu()).collect();
-            let mut artefact = Compiler { targets: cpu, ..compiler }.compile(model)?;
+            let mut artefact = build(&Compiler { targets: cpu, ..compiler.clone() })?;
             let message = format!("not compiled for the GPU: {node}: {what}");
             artefact.manifest.notes.push(message.clone());
             if !cx.quiet {

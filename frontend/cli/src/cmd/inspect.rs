@@ -2,7 +2,7 @@
 
 use crate::{args::Inspect, context::Context, failure::Failure};
 use moec::{
-    abi::{BufferKind, Grid, Program},
+    abi::{BufferKind, Grid, MoveKind, Program, Step},
     frontend::Checkpoint,
     runtime::Artefact,
     sim::Module,
@@ -42,6 +42,24 @@ fn artefact(cx: &Context, path: &Path) -> Result<(), Failure> {
     }
     for program in &manifest.programs {
         out.push_str(&program_text(path, program));
+    }
+    for chain in &manifest.chains {
+        let layers = super::check::ranges(&chain.layers);
+        let _ = writeln!(out, "\nrank {} runs for layers {layers}:", chain.rank);
+        for step in &chain.steps {
+            let _ = match step {
+                Step::Run(program) => writeln!(out, "  program {program}"),
+                Step::Move(op) => {
+                    let kind = match &op.kind {
+                        MoveKind::AllToAll { .. } => "rows to the ranks of their experts",
+                        MoveKind::AllGather => "rows of all",
+                        MoveKind::ReduceScatter { .. } => "sums of all",
+                        MoveKind::AllToAllBack { .. } => "rows back",
+                    };
+                    writeln!(out, "  {kind}, over {} {:?}", op.group.name, op.group.ranks)
+                }
+            };
+        }
     }
     for note in &manifest.notes {
         let _ = writeln!(out, "note: {note}");

@@ -1,7 +1,7 @@
 //! IR around passes, for `--print-ir`.
 
 use crate::{context::Context, failure::Failure, wanted::nearest};
-use moec::passes::{Dump, Outcome, PIPELINE};
+use moec::passes::{Dump, FOLD, Outcome, PIPELINE};
 
 /// What is printed.
 enum When {
@@ -15,7 +15,8 @@ enum When {
 fn parse(texts: &[String]) -> Result<Vec<When>, Failure> {
     let known: Vec<&str> = PIPELINE.iter().map(|p| p.name).collect();
     let pass = |name: &str| {
-        if known.contains(&name) {
+        // Runs with --plan only, before the others.
+        if known.contains(&name) || name == FOLD {
             return Ok(name.to_owned());
         }
         Err(unknown_pass(name))

@@ -26,8 +26,9 @@ pub(crate) fn run(cx: &Context, args: &List) -> Result<(), Failure> {
     let (key, rows): (&str, Vec<(String, String)>) = match args.what {
         Listed::Targets => ("target", targets()),
         Listed::Passes => {
-            let passes = moec::passes::PIPELINE.iter();
-            ("pass", passes.map(|p| (p.name.to_owned(), p.about.to_owned())).collect())
+            let fold = (moec::passes::FOLD.to_owned(), "what one rank runs, with --plan; before all others".to_owned());
+            let passes = moec::passes::PIPELINE.iter().map(|p| (p.name.to_owned(), p.about.to_owned()));
+            ("pass", [fold].into_iter().chain(passes).collect())
         }
         Listed::Ops => ("op", Op::NAMES.iter().map(|n| ((*n).to_owned(), String::new())).collect()),
         Listed::Emit => ("emit", Kind::ALL.iter().map(|k| (k.name().to_owned(), k.about().to_owned())).collect()),

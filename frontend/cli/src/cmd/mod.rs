@@ -14,4 +14,5 @@ pub(crate) mod opt;
 pub(crate) mod place;
 pub(crate) mod plan;
 pub(crate) mod run;
+pub(crate) mod spread;
 pub(crate) mod verify;

@@ -1,11 +1,16 @@
 //! `moec place`: experts onto GPUs by load.
 
-use crate::{args::Place as Args, context::Context, failure::Failure};
+use crate::{
+    args::{Format, Place as Args},
+    context::Context,
+    failure::Failure,
+};
 use moec::{
     ir::{Code, Diagnostic},
-    place::{self, Input, Method, Options, PlaceError, Placement, Trace},
+    place::{self, Input, Layout, Method, MovePlan, Options, PlaceError, Placement, Routing, Trace},
     runtime::{SafetensorsBytes, Tensors as _},
 };
+use serde_json::json;
 use std::{fmt::Write as _, path::Path};
 
 fn refused(error: PlaceError) -> Failure {
@@ -29,11 +34,84 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
         ..Options::default()
     };
     let input = read(cx, &args.input, options.experts)?;
-    let placement = place::place(&input, &options).map_err(refused)?;
-    if cx.is_json() {
-        return cx.json(&serde_json::to_value(&placement).map_err(|e| Failure::Bug(e.to_string()))?);
+    if args.metrics {
+        return metrics(cx, &input);
     }
-    cx.result(text(&placement))
+    let placement = place::place(&input, &options).map_err(refused)?;
+    if let Some(old) = &args.from {
+        return moves(cx, old, &placement);
+    }
+    match (cx.format, placement.replicated()) {
+        (Format::Json, _) => cx.json(&serde_json::to_value(&placement).map_err(|e| Failure::Bug(e.to_string()))?),
+        (Format::Html, Some(slots)) => {
+            let loads = match input.routing {
+                Routing::Loads(loads) => loads,
+                Routing::Trace(trace) => trace.loads().map_err(refused)?,
+            };
+            cx.result(place::html(&loads, slots))
+        }
+        (Format::Html, None) => Err(Failure::Usage("this method moves tokens, not experts: use --format text".into())),
+        (Format::Text, _) => cx.result(text(&placement)),
+    }
+}
+
+/// How local the routing of a trace is, layer by layer.
+fn metrics(cx: &Context, input: &Input) -> Result<(), Failure> {
+    let Routing::Trace(trace) = &input.routing else {
+        return Err(Failure::Usage("--metrics measures a trace of routed ids, and loads have no order".to_owned()));
+    };
+    let layers = place::metrics::report(trace).map_err(refused)?;
+    if cx.is_json() {
+        return cx.json(&json!({ "schema": 1, "layers": layers }));
+    }
+    let share = |x: Option<f64>| x.map_or_else(|| "-".to_owned(), |x| format!("{:.1} %", 100.0 * x));
+    let mut out = String::from("layer  busiest/mean  segment use  cache, segments  cache, running  affinity\n");
+    for (i, l) in layers.iter().enumerate() {
+        let _ = writeln!(
+            out,
+            "{i:>5}  {:>12.3}  {:>11}  {:>15}  {:>14}  {:>8}",
+            l.expert_max_over_mean,
+            share(l.srp),
+            share(Some(l.sch)),
+            share(Some(l.sch_online)),
+            share(l.affinity_to_next)
+        );
+    }
+    cx.result(out)
+}
+
+/// What to copy and free to get from a placement in use to a new one.
+fn moves(cx: &Context, old: &Path, new: &Placement) -> Result<(), Failure> {
+    #[derive(serde::Deserialize)]
+    struct Old {
+        phy2log: Vec<Vec<usize>>,
+        gpu_load: Vec<Vec<f64>>,
+    }
+    let wrong = |what: String| {
+        let help = "name what `moec place --format json` printed";
+        Failure::refused("E0804", format!("{} is no placement: {what}", old.display()), help)
+    };
+    let bytes = std::fs::read(old).map_err(|e| wrong(e.to_string()))?;
+    let before: Old = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+    let Some(slots) = new.replicated() else {
+        return Err(Failure::Usage("this method moves tokens, not experts: --from needs another one".to_owned()));
+    };
+    let gpus = |load: &[Vec<f64>]| load.first().map_or(0, Vec::len);
+    let from = Layout::from_slots(&before.phy2log, gpus(&before.gpu_load)).map_err(refused)?;
+    let to = Layout::from_slots(&slots.phy2log, gpus(&slots.gpu_load)).map_err(refused)?;
+    let MovePlan { moves, drops, kept, device_of_gpu } = place::plan_moves_relabeled(&from, &to).map_err(refused)?;
+    if cx.is_json() {
+        let copies: Vec<_> = moves.iter().map(|m| json!([m.layer, m.expert, m.from, m.to])).collect();
+        return cx.json(&json!({
+            "schema": 1, "moves": copies, "drops": drops, "kept": kept, "device_of_gpu": device_of_gpu,
+            "placement": slots,
+        }));
+    }
+    let mut out = format!("{} experts are copied, {} freed, {kept} stay\n", moves.len(), drops.len());
+    for m in &moves {
+        let _ = writeln!(out, "  layer {} expert {}: GPU {} to {}", m.layer, m.expert, m.from, m.to);
+    }
+    cx.result(out)
 }
 
 /// Loads or a trace, by what the file is.

@@ -8,7 +8,9 @@ use crate::{
 use moec::{
     ir::{Code, Diagnostic},
     plan::{
-        self, Cluster, Mapping, ModelShape, Objective, PlanError, PlanReport, Precision, Request, Routing, Strategy,
+        self, Cluster, Mapping, ModelShape, Objective, PlanError, PlanReport, Precision, Request, Routing, Schedule,
+        Sharding, Strategy,
+        calibration::{Software, TrainCalibration},
         choice::Recompute,
     },
 };
@@ -21,9 +23,13 @@ fn refused(error: PlanError) -> Failure {
 
 /// Plans, and prints the best mappings.
 pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
+    if args.print_cluster {
+        return cx.result(format!("{}\n", cluster(&args.cluster)?.to_json()));
+    }
+    let Some(gpus) = args.gpus else { return Err(Failure::Usage("plan needs --gpus N".to_owned())) };
     let fixed = Mapping::parse_fixed(&args.fix).map_err(refused)?;
     if args.groups {
-        let groups = plan::groups(args.gpus, &fixed.mapping(), &args.order).map_err(refused)?;
+        let groups = plan::groups(gpus, &fixed.mapping(), &args.order).map_err(refused)?;
         let value = serde_json::to_value(&groups).map_err(|e| Failure::Bug(e.to_string()))?;
         return cx.json(&value);
     }
@@ -31,9 +37,9 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
     let model = shape(cx, path)?;
     let cluster = cluster(&args.cluster)?;
     let mut request = match args.objective.as_str() {
-        "prefill" => Request::serve(Objective::Prefill, args.gpus, args.seq, args.generate),
-        "decode" => Request::serve(Objective::Decode, args.gpus, args.seq, args.generate),
-        _ => Request::train(args.gpus, args.seq, args.global_batch.unwrap_or(args.gpus.max(256))),
+        "prefill" => Request::serve(Objective::Prefill, gpus, args.seq, args.generate),
+        "decode" => Request::serve(Objective::Decode, gpus, args.seq, args.generate),
+        _ => Request::train(gpus, args.seq, args.global_batch.unwrap_or(gpus.max(256))),
     };
     if let Some(batch) = args.global_batch {
         request.global_batch = batch;
@@ -56,8 +62,35 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
             let s = s.parse().map_err(|_| Failure::Usage(format!("`--routing {}`: a number is due", args.routing)))?;
             Routing::Zipf(s)
         }
-        _ => return Err(Failure::Usage(format!("`--routing {}` is not known: balanced, zipf:S", args.routing))),
+        Some(("file", path)) => Routing::Loads(loads(Path::new(path))?),
+        _ => {
+            let text = format!("`--routing {}` is not known: balanced, zipf:S, file:LOADS", args.routing);
+            return Err(Failure::Usage(text));
+        }
     };
+    request.recompute = args.recompute.as_deref().map(|name| match name {
+        "none" => Recompute::None,
+        "selective" => Recompute::Selective,
+        _ => Recompute::Full,
+    });
+    request.sharding = args.sharding.as_deref().map(|name| match name {
+        "none" => Sharding::None,
+        "optimizer" => Sharding::Optimizer,
+        _ => Sharding::Full,
+    });
+    request.schedule = match args.schedule.as_str() {
+        "zero-bubble" => Schedule::ZeroBubble,
+        "dualpipe" => Schedule::DualPipe,
+        _ => Schedule::OneForwardOneBackward,
+    };
+    if let Some(share) = args.overlap {
+        if !(0.0..=1.0).contains(&share) {
+            return Err(Failure::Usage(format!("`--overlap {share}`: a share from 0 to 1 is due")));
+        }
+        let calibration = TrainCalibration::built_in().map_err(refused)?;
+        let software = calibration.software_for(&cluster, &args.software).map_err(refused)?;
+        request.software_override = Some(Software { all_to_all_overlap: share, ..software });
+    }
     if let Some(name) = &args.strategy {
         let known = Strategy::ALL.map(Strategy::name).join(", ");
         let strategy = Strategy::from_name(name)
@@ -87,6 +120,21 @@ fn shape(cx: &Context, path: &Path) -> Result<ModelShape, Failure> {
     let value: Value = serde_json::from_slice(&bytes)
         .map_err(|e| Failure::refused("E0405", format!("not JSON: {e}"), "planning reads a config.json"))?;
     ModelShape::from_config_json(&value).map_err(refused)
+}
+
+/// Tokens per expert, summed over the layers of a LOADS file.
+fn loads(path: &Path) -> Result<Vec<f64>, Failure> {
+    let wrong = |what: String| {
+        let message = format!("cannot read the loads in {}: {what}", path.display());
+        Failure::refused("E0411", message, "give [[tokens per expert] per layer], as for `moec place`")
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+    let layers: Vec<Vec<f64>> = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
+    let experts = layers.first().map_or(0, Vec::len);
+    if experts == 0 || layers.iter().any(|l| l.len() != experts) {
+        return Err(wrong("layers are empty or of different lengths".to_owned()));
+    }
+    Ok((0..experts).map(|e| layers.iter().filter_map(|l| l.get(e)).sum()).collect())
 }
 
 fn cluster(name: &str) -> Result<Cluster, Failure> {

@@ -29,6 +29,11 @@ pub(crate) fn load(cx: &Context, what: &Path, on: &Where, outputs: &[&str]) -> R
     let (device, target) = wanted::device(&on.device, on.threads, on.target.as_deref())?;
     if what.join("manifest.json").is_file() {
         let artefact = Arc::new(Artefact::load(what)?);
+        if let Some(chain) = artefact.manifest().chains.first() {
+            let message = format!("{} holds rank {} of several, which cannot run alone", what.display(), chain.rank);
+            let help = "`moec run MODEL --plan FILE` runs all ranks in one process";
+            return Err(Failure::refused("E0402", message, help));
+        }
         cx.say("Reading", &format!("{}/ ({})", what.display(), artefact.manifest().model));
         return Ok(Loaded { artefact, forms: Vec::new(), device });
     }
@@ -71,6 +76,9 @@ impl Loaded {
 
 /// Runs, writes and compares.
 pub(crate) fn run(cx: &Context, args: &Run) -> Result<(), Failure> {
+    if let Some(spread) = super::spread::read(&args.spread)? {
+        return super::spread::run(cx, args, &spread);
+    }
     let input = wanted::input(&args.input)?;
     let wanted_outputs: &[&str] = if args.compare { &["output", "topk_indices", "topk_weights"] } else { &["output"] };
     let loaded = load(cx, &args.what, &args.on, wanted_outputs)?;
@@ -103,7 +111,7 @@ pub(crate) fn run(cx: &Context, args: &Run) -> Result<(), Failure> {
     }
 }
 
-fn report(
+pub(crate) fn report(
     cx: &Context,
     prepared: &Prepared,
     tokens: u64,
