@@ -96,7 +96,7 @@ fn case(number: u64) -> Case {
     let etp = draw.of(&[1, 1, 2]).min(gpus / pp);
     let one_each = number % 5 == 4;
     let ep = if one_each { gpus / pp / etp } else { ways(&mut draw, gpus / pp / etp) };
-    let experts = if one_each { (ep * draw.of(&[1, 1, 2])).max(4) } else { draw.of(&[4, 6, 8]) };
+    let experts = if one_each { (ep * draw.of(&[1, 1, 2])).max(4) } else { draw.of(&[4, 6, 8]).max(ep) };
     let layout = Layout::new(gpus, &Mapping { tp, cp, pp, ep, etp }).expect("the mapping fits");
     // Every third mapping has replicas, in slots that are drawn; each expert has at least one.
     let placement = (number % 3 == 1).then(|| {
