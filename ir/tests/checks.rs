@@ -272,6 +272,11 @@ fn examples() -> Vec<(&'static str, Value)> {
     vec![
         ("input", json!({"name": "x", "type": {"dtype": "f32", "shape": ["T"]}})),
         ("param", json!({"w": "w"})),
+        ("collective", json!({"kind": "all_gather", "group": {"name": "etp", "ranks": [0, 1], "at": 0}})),
+        (
+            "collective",
+            json!({"kind": "all_to_all", "group": {"name": "ep", "ranks": [0], "at": 0}, "experts": [[0, 1]]}),
+        ),
         ("linear", json!({"w": "w"})),
         ("unary", json!({"fn": "relu"})),
         ("binary", json!({"fn": "add"})),
