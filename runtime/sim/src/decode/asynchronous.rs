@@ -210,6 +210,7 @@ impl Decoder<'_> {
                 (self.address(&o[0])?, Mbar::Inval)
             }
             "arrive" | "arrive_drop" => {
+                self.need(o, 1)?;
                 let has_dest = !matches!(o.first(), Some(Operand::Mem(..)));
                 let d = if has_dest { self.dest(&o[0])? } else { NONE };
                 let rest = &o[usize::from(has_dest)..];
