@@ -63,7 +63,7 @@ fn kernels_assemble_without_spills() {
         for spec in [up(DType::Bf16), down(DType::Bf16), up(DType::F32), down(DType::F32)] {
             let few = gpu::decode(&spec, target).map(|(schedule, _)| schedule);
             for schedule in
-                [Some(gpu::schedule(&spec, target)), gpu::specialised(&spec, target), few].into_iter().flatten()
+                [Some(gpu::schedule(&spec, target, 0)), gpu::specialised(&spec, target), few].into_iter().flatten()
             {
                 assemble(&session, &spec, &schedule, target);
             }

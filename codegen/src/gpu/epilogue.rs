@@ -43,7 +43,7 @@ pub(super) struct Part<'c> {
 
 impl<'c> Part<'c> {
     /// Address in shared memory of a byte of a row of the part (i32 values).
-    fn address(&self, b: &Builder<'c>, row: V<'c>, byte: V<'c>, element: u32) -> V<'c> {
+    pub(super) fn address(&self, b: &Builder<'c>, row: V<'c>, byte: V<'c>, element: u32) -> V<'c> {
         let row_bytes = self.columns * element;
         let offset = if self.swizzled {
             let piece = Swizzle { row_bytes }.offset(b, row, b.shrui(byte, b.i32(4)));
@@ -59,13 +59,28 @@ impl<'c> Part<'c> {
 pub(super) const GAP: u32 = 8;
 
 impl<'c> Kernel<'_, 'c> {
-    /// Stores a part of a tile. The result passes through shared memory, so that rows leave in 16-byte pieces.
-    pub(super) fn store(&self, rows: Rows<'c>, part: &Part<'c>, origin: [V<'c>; 2], places: &[Place], sums: &[V<'c>]) {
-        let (b, spec) = (self.b, self.spec);
-        let element = size(spec.out);
+    /// Stores a part of a tile, of which `write` brings results to shared memory, so that rows leave in 16-byte pieces.
+    /// Places of this lane count from row and column `origin`.
+    pub(super) fn store(
+        &self,
+        rows: Rows<'c>,
+        part: &Part<'c>,
+        origin: [V<'c>; 2],
+        write: impl FnOnce(&mut Values<'_, '_, 'c>),
+    ) {
+        let b = self.b;
         let first = i64::from(part.first_row);
         let rows = Rows { first: b.addc(rows.first, first), count: b.addc(rows.count, -first), ..rows };
-        let mut values = Values::new(self, rows, origin, part.first_column);
+        write(&mut Values::new(self, rows, origin, part.first_column));
+        self.meet();
+        self.copy_out(rows, part);
+    }
+
+    /// Writes the results of this lane as it holds them.
+    pub(super) fn write(&self, part: &Part<'c>, places: &[Place], sums: &[V<'c>], values: &mut Values<'_, '_, 'c>) {
+        let (b, spec) = (self.b, self.spec);
+        let element = size(spec.out);
+        let origin = values.origin;
         for place in places {
             let results = (place.column..).zip(&place.columns).map(|(column, of)| {
                 let sums: Vec<_> = of.iter().map(|i| sums[*i]).collect();
@@ -84,8 +99,6 @@ impl<'c> Kernel<'_, 'c> {
             let to = part.address(b, row, byte, element);
             b.store(value, to, element * u32::try_from(count).expect("one or two columns"));
         }
-        self.meet();
-        self.copy_out(rows, part);
     }
 
     /// Copies the rows that exist from shared memory to the result.

@@ -35,7 +35,7 @@ use fragments::Mma;
 use moec_abi::DType;
 use schedule::matrices;
 use simt::Simt;
-use tile::{Rows, int};
+use tile::{Height, Rows, int};
 
 /// A kernel for some numbers of tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,12 +50,12 @@ pub struct Variant {
 
 /// The kernels of a product: together they take every number of tokens.
 pub fn variants(spec: &Grouped, target: Target) -> Vec<Variant> {
-    // The kernels of one architecture come first; the portable ones serve everything else.
-    let schedule = specialised(spec, target).unwrap_or_else(|| schedule(spec, target));
     let (few, from) = match decode(spec, target) {
         Some((schedule, most)) => (Some(Variant { name: "_few", schedule, tokens: [0, most] }), most + 1),
         None => (None, 0),
     };
+    // The kernels of one architecture come first; the portable ones serve everything else.
+    let schedule = specialised(spec, target).unwrap_or_else(|| schedule(spec, target, from.saturating_sub(1)));
     few.into_iter().chain([Variant { name: "", schedule, tokens: [from, u64::MAX] }]).collect()
 }
 
@@ -130,6 +130,7 @@ struct Kernel<'b, 'c> {
     spec: &'b Grouped,
     schedule: &'b Schedule,
     mode: &'b Mode,
+    height: Height<'c>,
     args: Args<'c>,
     /// Start of the ring in dynamic shared memory; before it lie barriers, if there are any.
     shared: V<'c>,
@@ -171,6 +172,7 @@ pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target
             spec,
             schedule,
             mode,
+            height: Height::new(b, mode),
             args,
             shared,
             table: None,
@@ -223,7 +225,7 @@ impl<'c> Kernel<'_, 'c> {
     fn modes(&self, modes: &[Mode], body: &dyn Fn(&Kernel<'_, 'c>)) {
         let b = self.b;
         let Some((mode, rest)) = modes.split_first() else { return };
-        let run = || body(&Kernel { mode, ..*self });
+        let run = || body(&Kernel { mode, height: Height::new(b, mode), ..*self });
         match mode.limit {
             Some(limit) if !rest.is_empty() => {
                 let limit = b.i32(int(i64::try_from(limit).expect("limits are small")));
@@ -277,7 +279,7 @@ impl<'c> Kernel<'_, 'c> {
         let columns = self.mode.out_columns(self.spec);
         let first_column = self.b.mulc(column_tile, i64::from(columns));
         let part = Part { base: self.shared, first_row: 0, rows: tile.rows, first_column, columns, swizzled: false };
-        self.store(rows, &part, origin, &places, &sums);
+        self.store(rows, &part, origin, |values| self.write(&part, &places, &sums, values));
     }
 
     /// As [`wait_for_predecessor`], if the launch may start early at all.

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{grouped::RowSource, mlir::V};
 use moec_abi::DType;
+use std::slice::SliceIndex;
 
 /// What one thread copies of one operand in every stage.
 pub(super) struct Loader<'c> {
@@ -20,10 +21,20 @@ pub(super) struct Loader<'c> {
     row_end: Option<u64>,
     /// Byte of the row at which this thread's pieces start (i32).
     start: V<'c>,
+    /// Rows to which the threads together have one piece each.
+    rows: u32,
     pieces: Vec<Piece<'c>>,
 }
 
-struct Piece<'c> {
+impl Loader<'_> {
+    /// Pieces of a thread in the first rows.
+    pub(super) fn pieces_of(&self, rows: u32) -> usize {
+        rows.div_ceil(self.rows) as usize
+    }
+}
+
+/// What one thread copies of one row.
+pub(super) struct Piece<'c> {
     /// Address of the piece in the first stage.
     from: V<'c>,
     /// Place in the stage.
@@ -59,8 +70,8 @@ impl<'c> Kernel<'_, 'c> {
         let ahead = int(i64::from(tile.stages)) - 1;
         let issue = |place: V<'c>, step: V<'c>| {
             let to = at(b, self.shared, place);
-            self.issue(&loaders[0], to, step);
-            self.issue(&loaders[1], at_const(b, to, a_bytes), step);
+            self.issue(&loaders[0], .., to, step);
+            self.issue(&loaders[1], .., at_const(b, to, a_bytes), step);
         };
         for s in 0..ahead {
             if s < steps {
@@ -167,11 +178,17 @@ impl<'c> Kernel<'_, 'c> {
             Piece { from, to, exists, mine }
         });
         let pieces = pieces.collect();
-        Loader { unit, row_bytes, row_end, start, pieces }
+        Loader { unit, row_bytes, row_end, start, rows: threads / per_row, pieces }
     }
 
-    /// Starts the copies of step `step` into the stage at `to`.
-    pub(super) fn issue(&self, loader: &Loader<'c>, to: V<'c>, step: V<'c>) {
+    /// Starts the copies of some pieces of step `step` into the stage at `to`.
+    pub(super) fn issue(
+        &self,
+        loader: &Loader<'c>,
+        pieces: impl SliceIndex<[Piece<'c>], Output = [Piece<'c>]>,
+        to: V<'c>,
+        step: V<'c>,
+    ) {
         let b = self.b;
         let along = b.mulc(step, i64::from(loader.row_bytes));
         // Bytes of this thread's piece that lie inside the row.
@@ -180,7 +197,7 @@ impl<'c> Kernel<'_, 'c> {
             let rest = b.subi(end, b.addi(along, loader.start));
             b.minsi(b.maxsi(rest, b.i32(0)), b.i32(int(i64::from(loader.unit))))
         });
-        for piece in &loader.pieces {
+        for piece in &loader.pieces[pieces] {
             let copy = || {
                 let from = at(b, piece.from, wide(b, along));
                 let to = at(b, to, piece.to);

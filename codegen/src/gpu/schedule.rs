@@ -136,8 +136,8 @@ impl Mode {
     }
 }
 
-/// Picks the schedule of a product from kernels that every GPU target runs.
-pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
+/// Picks the schedule of a product from kernels that every GPU target runs, for more than `served` tokens.
+pub fn schedule(spec: &Grouped, target: Target, served: u64) -> Schedule {
     if spec.a != DType::Bf16 || spec.w != DType::Bf16 {
         let modes = vec![Mode { limit: None, columns: 64, tiles: vec![tile(16, 32, 3, 1), tile(64, 32, 3, 2)] }];
         return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes, dependent: false, walk: None };
@@ -156,7 +156,14 @@ pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
     };
     let wide = Mode { limit: None, columns: 128, tiles: many };
     let narrow = Mode { limit: few_rows(spec, &wide, 2), columns: 64, tiles: few };
-    Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes: vec![narrow, wide], dependent: false, walk: None }
+    let modes = if has_few_columns(spec) {
+        vec![Mode { limit: None, columns: 64, tiles: narrow.tiles[1..].to_vec() }]
+    } else if narrow.limit <= Some(served * spec.rows_per_token) {
+        vec![wide]
+    } else {
+        vec![narrow, wide]
+    };
+    Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes, dependent: false, walk: None }
 }
 
 /// The schedule with the instructions of this target alone, if it has any for the product. Its kernel takes a tensor
@@ -171,9 +178,15 @@ pub fn specialised(spec: &Grouped, target: Target) -> Option<Schedule> {
         Mode { limit, columns: 128, tiles }
     };
     let few = ring(Some(spec.experts * 48), 8, &[16, 64]);
-    let many = ring(None, 4, &[64, 128, 192, 256]);
+    let many = ring(None, 4, &[16, 64, 128, 192, 256]);
+    let modes = if has_few_columns(spec) { vec![ring(None, 8, &[64])] } else { vec![few, many] };
     let walk = Some(HOPPER_MULTIPROCESSORS);
-    Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes: vec![few, many], dependent: true, walk })
+    Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes, dependent: true, walk })
+}
+
+/// Whether only low and narrow tiles make enough blocks of any number of rows: so it is with the logits of routers.
+fn has_few_columns(spec: &Grouped) -> bool {
+    spec.rows == RowSource::Dense && packed_rows(spec) <= 512
 }
 
 fn tile(rows: u32, depth: u32, stages: u32, down: u32) -> Tile {

@@ -5,12 +5,31 @@
 
 use super::{
     Kernel,
-    device::{ballot, lowest_bit, narrow, scan, shuffle},
+    device::{ballot, lowest_bit, narrow, number, scan, shuffle},
+    schedule::Mode,
 };
-use crate::{grouped::RowSource, mlir::V};
+use crate::{
+    grouped::RowSource,
+    mlir::{Builder, V},
+};
 
 /// Row tiles that share their weight tiles in the second-level cache before the next ones start.
 const GROUP: i64 = 8;
+
+/// Height of a row tile, a power of two (i32).
+#[derive(Clone, Copy)]
+pub(super) struct Height<'c> {
+    pub(super) rows: V<'c>,
+    pub(super) bits: V<'c>,
+}
+
+impl<'c> Height<'c> {
+    /// The height of the tiles of `mode`.
+    pub(super) fn new(b: &Builder<'c>, mode: &Mode) -> Self {
+        debug_assert!(mode.rows().is_power_of_two());
+        Self { rows: number(b, mode.rows()), bits: number(b, mode.rows().ilog2()) }
+    }
+}
 
 /// Rows of one block.
 #[derive(Clone, Copy, Debug)]
@@ -82,11 +101,10 @@ impl<'c> Kernel<'_, 'c> {
     /// Rows of row tile `tile`; none if there are fewer tiles.
     pub(super) fn rows(&self, tile: V<'c>) -> Rows<'c> {
         let b = self.b;
-        let height = i64::from(self.mode.rows());
         match self.spec.rows {
             RowSource::Dense => {
-                let first = b.mulc(tile, height);
-                let count = b.minsi(b.subi(narrow(b, self.args.tokens), first), b.i32(int(height)));
+                let first = b.shli(tile, self.height.bits);
+                let count = b.minsi(b.subi(narrow(b, self.args.tokens), first), self.height.rows);
                 Rows { expert: b.i32(0), first, count }
             }
             RowSource::Gathered | RowSource::Sorted => {
@@ -124,8 +142,8 @@ impl<'c> Kernel<'_, 'c> {
 
     fn tiles(&self, begin: V<'c>, end: V<'c>) -> V<'c> {
         let b = self.b;
-        let height = self.mode.rows();
-        b.divui(b.addc(b.subi(end, begin), i64::from(height) - 1), b.i32(int(i64::from(height))))
+        let whole = b.addi(b.subi(end, begin), b.addc(self.height.rows, -1));
+        b.shrui(whole, self.height.bits)
     }
 
     /// Finds the expert that holds tile `wanted` of those of `span` experts from `base` on, with the first row of the
@@ -163,10 +181,9 @@ impl<'c> Kernel<'_, 'c> {
             if each > 1 {
                 return self.search(expert, each, rest);
             }
-            let height = i64::from(self.mode.rows());
-            let first = b.addi(shuffle(b, first, lane), b.mulc(rest, height));
+            let first = b.addi(shuffle(b, first, lane), b.shli(rest, self.height.bits));
             let left = b.subi(shuffle(b, last, lane), first);
-            vec![expert, first, b.minsi(left, b.i32(int(height)))]
+            vec![expert, first, b.minsi(left, self.height.rows)]
         };
         let none = || vec![b.i32(0), b.i32(0), b.i32(0)];
         b.if_else(b.cmpi("ne", found, b.i32(0)), &["i32", "i32", "i32"], inside, none)

@@ -14,7 +14,7 @@ use moec_sim::{Arg, Counts, Finding, Launch, MapType, Memory, Module, Options, S
 type Cases<'a> = &'a [(u64, Routing)];
 
 fn check(spec: &Grouped, target: Target, cases: Cases<'_>) {
-    check_schedule(spec, &gpu::schedule(spec, target), target, cases);
+    check_schedule(spec, &gpu::schedule(spec, target, 0), target, cases);
 }
 
 fn check_hopper(spec: &Grouped, cases: Cases<'_>) {
@@ -251,7 +251,7 @@ fn weights_are_read_once_and_without_bank_conflicts() {
         let spec = Grouped { k, n, a_stride: k, out_stride: n, experts: 2, ..spec };
         let schedules = [
             (gpu::decode(&spec, Target::Sm90a).expect("rows are of 16-byte pieces").0, Target::Sm90a),
-            (gpu::schedule(&spec, Target::Sm80), Target::Sm80),
+            (gpu::schedule(&spec, Target::Sm80, 0), Target::Sm80),
             (gpu::specialised(&spec, Target::Sm90a).expect("bf16 has a Hopper kernel"), Target::Sm90a),
         ];
         for (schedule, target) in schedules {

@@ -53,10 +53,10 @@ fn down(dtype: DType, k: u64) -> Grouped {
 pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
     let mut all = Vec::new();
     for spec in [up(DType::F32, 136), down(DType::F32, 136)] {
-        all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80), "simt", Target::Sm80, seeds, filter));
+        all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80, 0), "simt", Target::Sm80, seeds, filter));
     }
     for spec in [up(DType::Bf16, 584), down(DType::Bf16, 584)] {
-        all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80), "mma", Target::Sm80, seeds, filter));
+        all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80, 0), "mma", Target::Sm80, seeds, filter));
         let hopper = Target::Sm90a;
         if let Some((schedule, _)) = gpu::decode(&spec, hopper) {
             all.extend(modes(&spec, &schedule, "decode", hopper, seeds, filter));
