@@ -185,8 +185,9 @@ impl Cluster {
     /// `E0404` for text that is not a cluster, and for figures that cannot be.
     pub fn from_json(text: &str) -> Result<Self, PlanError> {
         let cluster: Self = serde_json::from_str(text).map_err(|e| {
+            let member = not_a_number(text).map_or_else(|| e.to_string(), |m| format!("{m}; {e}"));
             PlanError::cluster(
-                format!("the cluster file cannot be read: {e}"),
+                format!("the cluster file cannot be read: {member}"),
                 "needed: name, gpu {name, bf16_tflops, hbm_bytes, hbm_gbps, nvlink_gbps}, gpus_per_domain, nic_gbps; \
                  `moec plan --cluster dgx-h100 --print-cluster` prints one to start from",
             )
@@ -225,6 +226,9 @@ impl Cluster {
                     "rates are GB/s one way per GPU, peaks dense TFLOP/s, memory bytes",
                 ));
             }
+        }
+        if self.max_gpus == Some(0) {
+            return Err(PlanError::cluster("max_gpus = 0", "give the GPUs of the cluster, or leave max_gpus out"));
         }
         if self.gpus_per_domain == 0 || self.gpus_per_domain > 4096 {
             return Err(PlanError::cluster(
@@ -268,6 +272,30 @@ pub enum Precision {
     Fp8,
     /// Any 4-bit float scaling recipe.
     Fp4,
+}
+
+/// Names the first figure of a cluster file that is there and is not the number it must be.
+fn not_a_number(text: &str) -> Option<String> {
+    let file: serde_json::Value = serde_json::from_str(text).ok()?;
+    let figures = [
+        "gpu.bf16_tflops",
+        "gpu.fp8_tflops",
+        "gpu.fp4_tflops",
+        "gpu.hbm_bytes",
+        "gpu.hbm_gbps",
+        "gpu.nvlink_gbps",
+        "gpus_per_domain",
+        "nic_gbps",
+        "latency_us.nvlink",
+        "latency_us.network",
+        "max_gpus",
+    ];
+    figures.into_iter().find_map(|name| {
+        let value = file.pointer(&format!("/{}", name.replace('.', "/"))).filter(|v| !v.is_null())?;
+        let counts = name.contains("gpus");
+        let (fits, due) = if counts { (value.is_u64(), "whole number") } else { (value.is_number(), "number") };
+        (!fits).then(|| format!("{name} is {value}, not a {due}"))
+    })
 }
 
 #[cfg(test)]

@@ -168,6 +168,37 @@ impl Fixed {
         Ok(())
     }
 
+    /// Refuses pinned sizes that no job of so many GPUs can have together.
+    ///
+    /// # Errors
+    /// `E0402` names the product, and what each size can be when the others are kept.
+    pub(crate) fn check_products(&self, gpus: u64) -> Result<(), PlanError> {
+        let attention = [("tp", self.tp), ("cp", self.cp), ("dp", self.dp), ("pp", self.pp)];
+        let experts = [("etp", self.etp), ("ep", self.ep), ("edp", self.edp), ("pp", self.pp)];
+        for axes in [attention, experts] {
+            let pinned: Vec<(&str, u64)> = axes.iter().filter_map(|(name, size)| Some((*name, (*size)?))).collect();
+            let product = pinned.iter().try_fold(1_u64, |p, (_, size)| p.checked_mul(*size));
+            let all = pinned.len() == axes.len();
+            if product.is_some_and(|p| p > 0 && if all { p == gpus } else { gpus.is_multiple_of(p) }) {
+                continue;
+            }
+            let text: Vec<String> = pinned.iter().map(|(name, size)| format!("{name} {size}")).collect();
+            let is = product.map_or_else(String::new, |p| format!(" = {p}"));
+            let ways: Vec<String> = pinned
+                .iter()
+                .map(|(name, size)| {
+                    let others = product.map_or(0, |p| p / (*size).max(1));
+                    format!("{name} can be {}", cofactors(gpus, others))
+                })
+                .collect();
+            return Err(PlanError::mapping(
+                format!("{}{is} does not make {gpus} GPUs", text.join(" x ")),
+                format!("with the others kept: {}; or leave one out", ways.join("; ")),
+            ));
+        }
+        Ok(())
+    }
+
     /// The mapping that the pinned sizes describe, with 1 for what is free.
     ///
     /// `etp` follows `tp` when it is not given, as in Megatron-Core.

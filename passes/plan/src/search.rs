@@ -189,7 +189,7 @@ fn check(cx: &TrainCx<'_>) -> Result<(), PlanError> {
             crate::groups::generators(request.gpus, &fixed.mapping(), &request.order)?;
         }
     }
-    Ok(())
+    fixed.check_products(request.gpus)
 }
 
 /// Finds the best `keep` choices.

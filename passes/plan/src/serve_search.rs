@@ -117,6 +117,7 @@ fn check(model: &ModelShape, request: &Request) -> Result<(), PlanError> {
             ));
         }
     }
+    f.check_products(request.gpus)?;
     if let Some(ep) = f.ep.filter(|&ep| !divides(model, ep, 1)) {
         let workable: Vec<u64> = divisors(request.gpus).into_iter().filter(|&n| divides(model, n, 1)).collect();
         return Err(PlanError::mapping(

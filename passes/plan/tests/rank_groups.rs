@@ -110,3 +110,102 @@ fn orders_and_sizes_that_cannot_be_are_refused_with_a_way_out() {
     assert!(groups(0, &ok, "tp-cp-ep-dp-pp").is_err());
     assert!(groups(1 << 60, &ok, "tp-cp-ep-dp-pp").unwrap_err().message.contains("outside"));
 }
+
+/// Groups by definition: each rank's coordinates, ranks that agree on all axes outside the token, groups in the
+/// order of their outer coordinates and members in the order of their inner ones, first axes fastest.
+fn by_definition(world: u64, sizes: &[(&str, u64)], token: &[&str]) -> Vec<Vec<u32>> {
+    let coordinates = |rank: u64| {
+        let mut rest = rank;
+        sizes
+            .iter()
+            .map(|(_, size)| {
+                let c = rest % size;
+                rest /= size;
+                c
+            })
+            .collect::<Vec<_>>()
+    };
+    let key = |rank: u64, inner: bool| {
+        let kept = coordinates(rank).into_iter().zip(sizes).filter(|(_, (name, _))| token.contains(name) == inner);
+        let mut key: Vec<u64> = kept.map(|(c, _)| c).collect();
+        key.reverse();
+        key
+    };
+    let mut all: Vec<u64> = (0..world).collect();
+    all.sort_by_key(|&r| (key(r, false), key(r, true)));
+    let mut groups: Vec<Vec<u32>> = Vec::new();
+    for (index, &rank) in all.iter().enumerate() {
+        if index == 0 || key(all[index - 1], false) != key(rank, false) {
+            groups.push(Vec::new());
+        }
+        groups.last_mut().unwrap().push(rank as u32);
+    }
+    groups
+}
+
+#[test]
+fn groups_in_any_order_follow_the_definition() {
+    let axes = ["tp", "cp", "ep", "dp", "pp"];
+    let mut random = Sequence(11);
+    let mut accepted = 0;
+    for _ in 0..4000 {
+        let mut order = axes;
+        for i in (1..5).rev() {
+            order.swap(i, random.pick(&(0..=i as u64).collect::<Vec<_>>()) as usize);
+        }
+        let pick = |random: &mut Sequence| random.pick(&[1, 1, 1, 2, 2, 3, 4]);
+        let m = Mapping {
+            tp: pick(&mut random),
+            cp: pick(&mut random),
+            pp: pick(&mut random),
+            ep: pick(&mut random),
+            etp: pick(&mut random),
+        };
+        let world = m.tp * m.cp * m.pp * random.pick(&[1, 2, 3, 4, 6, 8]);
+        let Ok(found) = groups(world, &m, &order.join("-")) else { continue };
+        accepted += 1;
+        let sized = |attention: bool| -> Vec<(&str, u64)> {
+            order
+                .iter()
+                .map(|&axis| {
+                    (
+                        axis,
+                        match (axis, attention) {
+                            ("tp", true) => m.tp,
+                            ("tp", false) => m.etp,
+                            ("cp", true) => m.cp,
+                            ("ep", false) => m.ep,
+                            ("dp", true) => world / (m.tp * m.cp * m.pp),
+                            ("dp", false) => world / (m.etp * m.ep * m.pp),
+                            ("pp", _) => m.pp,
+                            _ => 1,
+                        },
+                    )
+                })
+                .collect()
+        };
+        let (a, e) = (&found.attention, &found.moe);
+        for (list, token) in [
+            (&a.tp, &["tp"][..]),
+            (&a.cp, &["cp"]),
+            (&a.dp, &["dp"]),
+            (&a.pp, &["pp"]),
+            (&a.dp_cp, &["dp", "cp"]),
+            (&a.tp_cp, &["tp", "cp"]),
+            (&a.tp_pp, &["tp", "pp"]),
+        ] {
+            assert_eq!(*list, by_definition(world, &sized(true), token), "{world} {m:?} {order:?} {token:?}");
+        }
+        for (list, token) in [
+            (&e.etp, &["tp"][..]),
+            (&e.ep, &["ep"]),
+            (&e.edp, &["dp"]),
+            (&e.pp, &["pp"]),
+            (&e.etp_ep, &["tp", "ep"]),
+            (&e.etp_ep_pp, &["tp", "ep", "pp"]),
+        ] {
+            assert_eq!(*list, by_definition(world, &sized(false), token), "{world} {m:?} {order:?} experts {token:?}");
+        }
+    }
+    assert!(accepted > 300, "{accepted}");
+}
