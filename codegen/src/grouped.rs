@@ -33,10 +33,54 @@ pub enum RowScale {
     Output,
 }
 
+/// How weights are stored as codes that the kernel decodes: a weight is `(code - offset - zero) * scale`.
+///
+/// A byte holds `8 / bits` neighbouring inputs of an output, the first in its lowest bits. A scale (and a zero, if
+/// there are any) serves `group` neighbouring inputs of an output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Codes {
+    /// Bits of a code: 2, 4 or 8.
+    pub bits: u64,
+    /// The code that stands for zero, before `zero` is taken away too.
+    pub offset: u64,
+    /// Inputs that share a scale.
+    pub group: u64,
+    /// Whether there are zeros, one for each scale.
+    pub zero: bool,
+}
+
+impl Codes {
+    /// Codes in a byte.
+    pub const fn per_byte(&self) -> u64 {
+        8 / self.bits
+    }
+
+    /// Scales of one output whose sums run over `k` inputs.
+    pub const fn groups(&self, k: u64) -> u64 {
+        k.div_ceil(self.group)
+    }
+
+    /// `code`, an integer or a vector of integers in 32 bits, as a weight.
+    pub fn decode<'c>(&self, b: &Builder<'c>, code: V<'c>, floats: &str, scale: V<'c>, zero: Option<V<'c>>) -> V<'c> {
+        let value = b.cast("arith.uitofp", code, floats);
+        let value = b.subf(value, math::constant(b, value, self.offset as f32));
+        b.mulf(zero.map_or(value, |zero| b.subf(value, zero)), scale)
+    }
+}
+
+/// Numbers (f32, rows of as many elements as the product has outputs) that a sum starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Given {
+    /// The sum.
+    pub sum: usize,
+    /// Whether row `p` of the result takes row `map[p]` of a map of its own; otherwise it takes row `p`.
+    pub mapped: bool,
+}
+
 /// An expression over the accumulators of one place of the result.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Epilogue {
-    /// Sum of matrix `0` (gate, or the only one) or `1` (up), with its bias.
+    /// Sum `0` (gate, or the only one) or `1` (up), with its bias.
     Sum(usize),
     /// A number.
     Constant(f32),
@@ -60,10 +104,14 @@ impl Epilogue {
 
 /// A grouped product: `out[p][n] = epilogue(sum_k a[row(p)][k] * w_m[expert(p)][n][k] + bias_m[expert(p)][n])`.
 ///
+/// A sum may start from given numbers, or consist of them alone: products of factors, and products whose matrices are
+/// stored in different ways, are computed by several kernels in turn.
+///
 /// # Arguments of the kernel, in this order (those that do not apply are left out)
-/// `a`, `w` (packed slot), `bias` (f32 `[experts][matrices][n]`), `offsets` (i32 `[experts + 1]`, the first
-/// sorted row of each expert; the address is that of the part's first expert), `map` (i32, for
-/// [`RowSource::Gathered`]), `scale` (f32 by sorted row), `out`, and the number of tokens (value).
+/// `a`, `w` (packed slot), the scales and the zeros of codes (f32 slots in the order of `w`), `bias` (f32
+/// `[experts][sums][n]`), `offsets` (i32 `[experts + 1]`, the first sorted row of each expert; the address is that of
+/// the part's first expert), `map` (i32, for [`RowSource::Gathered`]), `scale` (f32 by sorted row), for each of `given`
+/// the numbers and, if they are mapped, the map (i32 by sorted row), `out`, and the number of tokens (value).
 /// For [`RowSource::Dense`] the number of rows is the number of tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Grouped {
@@ -77,6 +125,10 @@ pub struct Grouped {
     pub rows_per_token: u64,
     /// Matrices that share the operand: 1, or 2 for gate and up.
     pub matrices: usize,
+    /// The sum that the first matrix adds to.
+    pub first: usize,
+    /// What sums start from; zero otherwise.
+    pub given: Vec<Given>,
     /// Length of the sums: columns of the matrices.
     pub k: u64,
     /// Rows of one matrix: width of the result.
@@ -87,8 +139,10 @@ pub struct Grouped {
     pub out_stride: u64,
     /// Type of the operand in memory: f32 or bf16.
     pub a: DType,
-    /// Type of the packed weights: f32 or bf16.
+    /// Type of the packed weights: f32 or bf16, u8 for codes.
     pub w: DType,
+    /// How weights are decoded, if they are codes.
+    pub codes: Option<Codes>,
     /// Type of the result in memory: f32 or bf16.
     pub out: DType,
     /// Whether there is a bias.
@@ -97,4 +151,31 @@ pub struct Grouped {
     pub scale: RowScale,
     /// What happens to the sums.
     pub epilogue: Epilogue,
+}
+
+impl Grouped {
+    /// Sums of a place: those of the matrices, and those that are given.
+    pub fn sums(&self) -> usize {
+        self.given.iter().map(|g| g.sum + 1).fold(self.first + self.matrices, usize::max)
+    }
+
+    /// Bits of a weight.
+    pub(crate) fn weight_bits(&self) -> u64 {
+        self.codes.map_or(self.w.bytes() * 8, |codes| codes.bits)
+    }
+
+    /// All sums of a place, from those of the matrices and the given numbers; `zero` is a sum of nothing.
+    pub(crate) fn start<'c>(&self, b: &Builder<'c>, own: &[V<'c>], given: &[V<'c>], zero: V<'c>) -> Vec<V<'c>> {
+        let mut sums: Vec<Option<V<'c>>> = vec![None; self.sums()];
+        let parts = self.given.iter().map(|g| g.sum).zip(given).chain((self.first..).zip(own));
+        for (i, part) in parts {
+            sums[i] = Some(sums[i].map_or(*part, |sum| b.addf(sum, *part)));
+        }
+        sums.into_iter().map(|sum| sum.unwrap_or(zero)).collect()
+    }
+
+    /// Whether a kernel knows its rows, or the numbers that sums start from, only when the launch before has ended.
+    pub(crate) fn follows(&self) -> bool {
+        self.rows == RowSource::Gathered || !self.given.is_empty()
+    }
 }

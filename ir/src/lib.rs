@@ -43,4 +43,4 @@ pub use outline::OutlineError;
 pub use text::{parse, print};
 pub use types::{RaggedType, RouteType, TensorType, Type};
 pub use verify::{batch_dependent_nodes, verify};
-pub use weight::{Extent, Packing, Source, View, Weight, WeightName, WeightSpec};
+pub use weight::{Extent, Packing, Source, View, Weight, WeightName, WeightSpec, stored_bits};

@@ -56,7 +56,7 @@ macro_rules! ops {
             /// # Errors
             /// When an attribute is unknown, missing or of the wrong kind.
             pub fn from_attributes(name: &str, attributes: serde_json::Value) -> Option<Result<Self, serde_json::Error>> {
-                if let Some(error) = unit_rule(name, &attributes) {
+                if let Some(error) = unit_rule(name, &attributes).or_else(|| numbered_tag(&attributes)) {
                     return Some(Err(error));
                 }
                 match name {
@@ -92,6 +92,23 @@ fn unit_rule(name: &str, attributes: &serde_json::Value) -> Option<serde_json::E
     }
     let other = map.keys().find(|key| *key != "rule")?;
     Some(serde::de::Error::custom(format!("unknown field `{other}`, the rule `all` has none")))
+}
+
+/// Serde takes a number for the name of a variant, by position, so `kind: 1` is checked here.
+fn numbered_tag(attributes: &serde_json::Value) -> Option<serde_json::Error> {
+    match attributes {
+        serde_json::Value::Array(items) => items.iter().find_map(numbered_tag),
+        serde_json::Value::Object(map) => map.iter().find_map(|(key, value)| {
+            if matches!(key.as_str(), "kind" | "rule" | "fn") && !value.is_string() {
+                return Some(serde::de::Error::custom(format!("`{key}` is {value}, a name is needed")));
+            }
+            numbered_tag(value)
+        }),
+        serde_json::Value::Null
+        | serde_json::Value::Bool(_)
+        | serde_json::Value::Number(_)
+        | serde_json::Value::String(_) => None,
+    }
 }
 
 ops! {

@@ -6,6 +6,15 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 
+/// Bits in which a code of `bits` bits is stored: 2, 4 or 8, so that codes never cross a byte.
+pub const fn stored_bits(bits: u64) -> u64 {
+    match bits {
+        0..=2 => 2,
+        3..=4 => 4,
+        _ => 8,
+    }
+}
+
 /// Name of a weight of the graph. `{e}` stands for the expert's number inside its bank part,
 /// `{g}` for the group of a factored weight. Names are relative to the layer.
 pub type WeightName = String;
@@ -239,6 +248,10 @@ impl WeightSpec {
                         codes::EXTENT,
                         format!("`bits` of `{packed}` has no entry for expert {e}"),
                     ));
+                }
+                if let Some(wide) = bits.iter().find(|b| !(1..=8).contains(*b)) {
+                    let text = format!("`bits` of `{packed}` has {wide}, a code has from 1 to 8 bits");
+                    return Err(OpError::new(codes::VALUE, text));
                 }
                 for name in [scale, zero] {
                     let given = cx.shape_at(name, e)?;

@@ -42,7 +42,7 @@ fn fuse(graph: &mut Graph, id: NodeId, cx: &PassCx<'_>) {
     let Op::Experts(op) = graph.node(id).op.clone() else { return };
     let Some(rows) = graph.operands(id).first().copied() else { return };
     let gathers = matches!(graph.node(rows).op, Op::Dispatch(_)) && graph.users(rows).len() == 1;
-    let networks = op.bank.iter().any(|p| matches!(p.kind, PartKind::Ffn(_)));
+    let networks = op.bank.iter().any(|p| matches!(&p.kind, PartKind::Ffn(ffn) if ffn.down.is_some()));
     if !networks {
         let nodes = if gathers { vec![rows, id] } else { vec![id] };
         let kind = if gathers { KernelKind::Up } else { KernelKind::Down };

@@ -14,6 +14,7 @@ mod fuse_rows;
 mod manager;
 mod plan_dispatch;
 mod region;
+mod share_base;
 mod split_banks;
 mod split_einsums;
 mod split_widths;
@@ -43,6 +44,7 @@ pub const PIPELINE: &[Pass] = &[
     fuse_gating::PASS,
     split_widths::PASS,
     split_banks::PASS,
+    share_base::PASS,
     plan_dispatch::PASS,
     fuse_expert_ffn::PASS,
     fuse_dense::PASS,

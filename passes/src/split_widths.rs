@@ -1,4 +1,4 @@
-//! Split banks whose experts differ in width into parts of equal width.
+//! Split banks whose experts differ in width, or in the bits of their codes, into parts of equal ones.
 //!
 //! Before: one bank part with tensors of different sizes. After: a part for each run of experts
 //! with equal sizes, so that the work of an expert is proportional to its width. Experts without
@@ -8,6 +8,7 @@ use crate::{Changed, Pass, PassCx};
 use moec_ir::{
     Extent, Graph, Op, WeightSpec,
     ops::{BankPart, Experts, PartKind},
+    stored_bits,
 };
 
 pub(crate) const PASS: Pass =
@@ -31,6 +32,10 @@ fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
 fn sizes(graph: &Graph, part: &BankPart, e: usize) -> Vec<Option<u64>> {
     let mut found = Vec::new();
     for (_, spec) in part.specs() {
+        // Codes of one part are stored in the same number of bits.
+        if let WeightSpec::Grouped { bits, .. } = spec {
+            found.push(bits.get(e).map(|bits| stored_bits(*bits)));
+        }
         for (i, name) in spec.names().into_iter().enumerate() {
             let at = match spec {
                 WeightSpec::Mul { group, .. } if i == 1 => {

@@ -77,6 +77,11 @@ pub(crate) fn compose(recipe: &Recipe, e: u64, prefix: &str, tensors: &dyn Tenso
             }
             Ok(Dense { values: std::mem::take(&mut codes.values), ..*codes })
         }
+        (Recipe::Packed { bits, offset, .. }, [codes]) => packed(codes, *bits, *offset),
+        (Recipe::Repeated { rows, .. }, [row]) if row.rows == 1 => {
+            let rows = size(*rows)?;
+            Ok(Dense { values: row.values.repeat(rows), rows, columns: row.columns })
+        }
         (Recipe::Scaled { .. }, [codes, scale])
             if (scale.rows == 1 || scale.rows == codes.rows)
                 && (scale.columns == 1 || scale.columns == codes.columns) =>
@@ -93,11 +98,33 @@ pub(crate) fn compose(recipe: &Recipe, e: u64, prefix: &str, tensors: &dyn Tenso
             Recipe::Product { .. }
             | Recipe::Adapted { .. }
             | Recipe::Grouped { .. }
+            | Recipe::Packed { .. }
+            | Recipe::Repeated { .. }
             | Recipe::Scaled { .. }
             | Recipe::Take { .. },
             _,
         ) => Err(misfit()),
     }
+}
+
+/// Bytes of several codes each.
+fn packed(codes: &Dense, bits: u64, offset: u64) -> Result<Dense> {
+    let each = size(8 / bits.max(1))?.max(1);
+    let columns = codes.columns.div_ceil(each);
+    let mut values = vec![0.0; codes.rows * columns];
+    let top = ((1u64 << bits.min(8)) - 1) as f32;
+    for (i, code) in codes.values.iter().enumerate() {
+        let stored = code + offset as f32;
+        if !(0.0..=top).contains(&stored) || stored.fract() != 0.0 {
+            let message = format!("the code {code} of a weight does not fit in {bits} bits");
+            return Err(RuntimeError::new(Code::TensorMismatch, message)
+                .with_help("codes are integers; the checkpoint does not belong to the graph that was compiled"));
+        }
+        let (row, column) = (i / codes.columns, i % codes.columns);
+        // Bytes are small integers, which f32 holds exactly.
+        values[row * columns + column / each] += stored * (1u32 << (column % each * size(bits)?)) as f32;
+    }
+    Ok(Dense { values, rows: codes.rows, columns })
 }
 
 /// `result += scale * left right`, summed in f64.

@@ -118,14 +118,17 @@ impl Stream {
     }
 }
 
-/// A tensor with values that fit its name: variances are positive, integers are 0 and 1.
+/// A tensor with values that fit its name: variances are positive, codes are -1, 0 and 1, integers are 0 and 1.
 fn tensor(name: &str, dtype: DType, shape: &[u64], seed: u64, scale: f32) -> (Vec<u8>, Array) {
     let count: u64 = shape.iter().product();
     let mut numbers = Stream::of(name, seed);
     let shape = shape.iter().map(|n| usize::try_from(*n).expect("small")).collect();
     if dtype.is_float() {
-        let positive = name.contains("var");
-        let value = |v: f32| if positive { v.abs() + 0.5 } else { v * scale };
+        let value = |v: f32| match name {
+            name if name.contains("var") => v.abs() + 0.5,
+            name if name.ends_with("codes") || name.starts_with("ternary") => (v * 1.5).round(),
+            _ => v * scale,
+        };
         let values: Vec<f32> = (0..count).map(|_| value(numbers.next())).collect();
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         (bytes, Array { shape, data: ArrayData::F64(values.into_iter().map(f64::from).collect()) })

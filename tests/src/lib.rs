@@ -1,5 +1,6 @@
 //! Tests across crates, and what they share.
 
+pub mod any;
 pub mod attributes;
 pub mod catalog;
 pub mod forms;

@@ -157,6 +157,124 @@ fn two_null_experts_are_free_and_identity_is_folded() {
     }
 }
 
+/// Floating-point operations of the kernels whose names say so.
+fn flops_of(tally: &Tally, wanted: impl Fn(&str) -> bool) -> u64 {
+    let mine = tally.kernels.iter().filter(|(name, _)| wanted(name));
+    mine.map(|(_, c)| c.tensor_flops + c.float_flops).sum()
+}
+
+/// Ids of 64 tokens: the first `slots` of four experts, from another one on for each token.
+fn neighbours(slots: i32) -> Vec<i32> {
+    (0..64).flat_map(|t| (0..slots).map(move |s| (t + s) % 4)).collect()
+}
+
+#[test]
+fn three_the_base_product_runs_once_per_token() {
+    let (width, rank) = (128u64, 16u64);
+    let form = |slots: i32| {
+        let mut form = Form::new(width)
+            .input("ids", "i32", &json!(["T", slots]))
+            .node("q", "select", &["ids"], json!({"rule": "given", "experts": 4}))
+            .node("r", "weigh", &["q"], json!({"const": true}));
+        let mut part = json!({"ids": [0, 4], "kind": "ffn", "act": "silu"});
+        for name in ["gate", "up", "down"] {
+            let [base, a, b] = [format!("{name}.w"), format!("{name}.a.{{e}}"), format!("{name}.b.{{e}}")];
+            form = form
+                .tensor(&base, json!([width, width]))
+                .tensor(&a, json!([rank, width]))
+                .tensor(&b, json!([width, rank]));
+            part[name] = json!({"base": base, "a": a, "b": b, "scale": 2.0});
+        }
+        form.mixture(json!([part]))
+    };
+    // The shared matrices of gate and up are kernels of their own; that of down multiplies the sum over slots.
+    let is_base = |name: &str| name.contains("_base") || name.contains("dense");
+    let flops = |slots: i32| {
+        let mut run = compiled(&form(slots), 64);
+        run.2.set_ints("ids", &neighbours(slots));
+        let tally = tally(&run);
+        (flops_of(&tally, is_base), flops_of(&tally, |_| true))
+    };
+    let ((one, _), (base, composed)) = (flops(1), flops(4));
+    assert_eq!(one, base, "the base depends on the slots");
+    let each = 2 * 64 * width * width;
+    assert!((3 * each..=3 * each + each / 8).contains(&base), "{base} for three products of {each}");
+    // Twelve products of a plain layer against three, and factors of which half a tile is empty.
+    assert!(composed < 12 * each * 4 / 5, "{composed} of {}", 12 * each);
+}
+
+#[test]
+fn four_shared_factors_run_once_per_token_and_group() {
+    let (width, rank) = (128u64, 32u64);
+    let run = |groups: [u64; 4]| {
+        let mut form = Form::new(width)
+            .input("ids", "i32", &json!(["T", 4]))
+            .tensor("down.{e}", json!([width, width]))
+            .node("q", "select", &["ids"], json!({"rule": "given", "experts": 4}))
+            .node("r", "weigh", &["q"], json!({"const": true}));
+        let mut part = json!({"ids": [0, 4], "kind": "ffn", "act": "silu", "down": "down.{e}"});
+        for name in ["gate", "up"] {
+            let [a, b] = [format!("{name}.a.{{e}}"), format!("{name}.b.{{g}}")];
+            form = form.tensor(&a, json!([width, rank])).tensor(&b, json!([rank, width]));
+            part[name] = json!({"mul": [a, b], "group": groups});
+        }
+        let mut run = compiled(&form.mixture(json!([part])), 64);
+        run.2.set_ints("ids", &neighbours(4));
+        run
+    };
+    let is_shared = |name: &str| name.contains("_inner");
+    let flops = |groups| flops_of(&tally(&run(groups)), is_shared);
+    let (own, pairs, all) = (flops([0, 1, 2, 3]), flops([0, 1, 0, 1]), flops([2, 2, 2, 2]));
+    assert_eq!((pairs * 2, all * 4), (own, own), "{all} with one group, {pairs} with two, {own} with four");
+    // The factors alone are packed: no matrix of the full size but those of down.
+    let (_, compiled, _) = run([0, 1, 0, 1]);
+    let packed: u64 = compiled.program().slots.iter().map(|s| s.bytes).sum();
+    let factors = 2 * (4 + 2) * rank * width * 4;
+    let needed = factors + 4 * width * width * 4;
+    assert!((needed..=needed + needed / 20).contains(&packed), "{packed} bytes for {needed}");
+}
+
+#[test]
+fn thirteen_codes_are_decoded_in_the_kernel() {
+    let (width, inner, group) = (128u64, 128u64, 64u64);
+    let form = |bits: Option<u64>| {
+        let mut form = Form::new(width).input("ids", "i32", &json!(["T", 1]));
+        let mut part = json!({"ids": [0, 2], "kind": "ffn", "act": "silu"});
+        for (name, out, input) in [("gate", inner, width), ("up", inner, width), ("down", width, inner)] {
+            let Some(bits) = bits else { continue };
+            let [codes, scale, zero] = ["codes", "scale", "zero"].map(|of| format!("{name}.{{e}}.{of}"));
+            form = form
+                .typed(&codes, "i32", json!([out, input]))
+                .tensor(&scale, json!([out, input / group]))
+                .tensor(&zero, json!([out, input / group]));
+            part[name] =
+                json!({"codes": codes, "scale": scale, "zero": zero, "group_size": group, "bits": [bits, bits]});
+        }
+        let form = if bits.is_some() { form } else { form.networks(width, json!(inner)) };
+        form.node("q", "select", &["ids"], json!({"rule": "given", "experts": 2}))
+            .node("r", "weigh", &["q"], json!({"const": true}))
+            .mixture(if bits.is_some() { json!([part]) } else { json!([networks([0, 2])]) })
+    };
+    let read = |bits| {
+        let mut run = compiled(&form(bits), 16);
+        run.2.set_ints("ids", &[0; 16]);
+        let packed: u64 = run.1.program().slots.iter().map(|s| s.bytes).sum();
+        (tally(&run).total.global_sectors * 32, packed)
+    };
+    let values = 3 * width * inner;
+    let (plain, _) = read(None);
+    // What moves besides the f32 weights is the same for all.
+    let rest = plain - 4 * values;
+    for bits in [2u64, 4, 8] {
+        let (bytes, packed) = read(Some(bits));
+        let (codes, scales) = (values * bits / 8, 2 * 4 * values / group);
+        assert_eq!(packed, 2 * (codes + scales), "{bits} bits: packed bytes of two experts");
+        let weights = bytes - rest;
+        let share = weights as f64 / (codes + scales) as f64;
+        assert!((0.99..=1.1).contains(&share), "{bits} bits: {weights} bytes move for {codes} and {scales}");
+    }
+}
+
 #[test]
 fn five_work_follows_the_widths() {
     let of = |widths: Value| {
@@ -309,6 +427,13 @@ fn ten_a_route_from_an_earlier_value_needs_nothing_of_the_layer() {
             let inputs = kernels.operands(gate).into_iter().all(|o| matches!(kernels.node(o).op, Op::Input(_)));
             assert!(inputs, "{name}: `{}` waits for another kernel", kernels.node(gate).name);
         }
+        // And they do run first.
+        let sim = Arc::new(Sim::new(moec_sim::Options::default()));
+        let compiled = Compiled::new(&graph(&path), Target::Sm80, sim as _).unwrap_or_else(|e| panic!("{e}"));
+        let launches: Vec<&str> = compiled.program().launches.iter().map(|l| l.name.as_str()).collect();
+        let last_gate = launches.iter().rposition(|name| name.contains("gate"));
+        let first_other = launches.iter().position(|name| !name.contains("gate"));
+        assert!(last_gate < first_other, "{name}: {launches:?}");
     }
 }
 

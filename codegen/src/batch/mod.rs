@@ -12,9 +12,11 @@ mod dispatch;
 mod element;
 mod quantise;
 mod route;
+mod share;
 mod transport;
 
 pub use quantise::Quantise;
+pub use share::{Share, Step};
 
 use crate::{
     CodegenError, Target,

@@ -18,12 +18,20 @@ impl<'c> Kernel<'_, 'c> {
                 let factor = b.load(b.gep(scale, "f32", p), "f32", 4);
                 b.splat(factor, &self.vector("f32"))
             });
+            let given: Vec<_> = self
+                .given
+                .iter()
+                .map(|(numbers, map)| {
+                    let row = map.map_or(p, |map| b.cast("arith.extsi", b.load(b.gep(map, "i32", p), "i32", 4), "i64"));
+                    b.gep(*numbers, "f32", b.mulc(row, spec.n.cast_signed()))
+                })
+                .collect();
             let out = b.gep(self.out, "i8", b.mulc(p, (spec.out_stride * spec.out.bytes()).cast_signed()));
             let sums = b.gep(sums, "i8", b.mulc(r, row_bytes));
             b.each(self.c(0), vectors, |v| {
                 let column = b.addi(start, b.mulc(v, lanes.cast_signed()));
                 let sums = b.gep(sums, "i8", b.mulc(v, (lanes * 4).cast_signed()));
-                self.result(expert, column, sums, scale, out);
+                self.result(expert, column, (sums, &given), scale, out);
             });
         });
     }
@@ -32,20 +40,25 @@ impl<'c> Kernel<'_, 'c> {
         format!("vector<{}x{element}>", self.lanes)
     }
 
-    /// One vector of results.
-    fn result(&self, expert: V<'c>, column: V<'c>, from: V<'c>, scale: Option<V<'c>>, out: V<'c>) {
+    /// One vector of results, from the sums of the matrices and rows of given numbers.
+    fn result(&self, expert: V<'c>, column: V<'c>, (from, given): (V<'c>, &[V<'c>]), scale: Option<V<'c>>, out: V<'c>) {
         let (b, s, spec) = (self.b, self.schedule, self.spec);
-        let sums: Vec<_> = (0..spec.matrices)
-            .map(|m| {
-                let from = self.at(from, (m * s.mr * s.nv * s.lanes * 4) as u64);
-                let mut sum = b.load(from, &self.vector("f32"), 4);
+        let own: Vec<_> = (0..spec.matrices)
+            .map(|m| b.load(self.at(from, (m * s.mr * s.nv * s.lanes * 4) as u64), &self.vector("f32"), 4))
+            .collect();
+        let given: Vec<_> = given.iter().map(|row| self.load_some(b.gep(*row, "f32", column), column)).collect();
+        let sums: Vec<_> = spec
+            .start(b, &own, &given, b.f32s(0.0, self.lanes))
+            .into_iter()
+            .enumerate()
+            .map(|(m, mut sum)| {
                 if let (RowScale::Input, Some(scale)) = (spec.scale, scale) {
                     sum = b.mulf(sum, scale);
                 }
                 match self.bias {
                     None => sum,
                     Some(bias) => {
-                        let matrix = b.addc(b.mulc(expert, spec.matrices as i64), m as i64);
+                        let matrix = b.addc(b.mulc(expert, spec.sums() as i64), m as i64);
                         let place = b.addi(b.mulc(matrix, spec.n.cast_signed()), column);
                         b.addf(sum, self.load_some(b.gep(bias, "f32", place), column))
                     }

@@ -37,10 +37,15 @@ struct Kernel<'b, 'c> {
     lanes: usize,
     a: V<'c>,
     w: V<'c>,
+    /// Scales and zeros of codes.
+    scales: Option<V<'c>>,
+    zeros: Option<V<'c>>,
     bias: Option<V<'c>>,
     offsets: Option<V<'c>>,
     map: Option<V<'c>>,
     scale: Option<V<'c>>,
+    /// Given numbers and their maps.
+    given: Vec<(V<'c>, Option<V<'c>>)>,
     out: V<'c>,
     tokens: V<'c>,
     scratch: V<'c>,
@@ -77,6 +82,10 @@ struct Tile<'c> {
     w: V<'c>,
     /// Weights of the second of two tiles side by side (matrix unit).
     w1: V<'c>,
+    /// Scales and zeros of the unit, from the first input on.
+    scales: [Option<V<'c>>; 2],
+    /// First input of the block of `k`.
+    k0: V<'c>,
     /// The weights that the next unit will read in this part of `k`.
     ahead: V<'c>,
     /// Number of the tile among those of the chunk.
@@ -119,6 +128,8 @@ impl<'b, 'c> Kernel<'b, 'c> {
         };
         let a = argument(PTR);
         let w = argument(PTR);
+        let scales = spec.codes.map(|_| argument(PTR));
+        let zeros = spec.codes.filter(|codes| codes.zero).map(|_| argument(PTR));
         let bias = spec.bias.then(|| argument(PTR));
         let offsets = match spec.rows {
             RowSource::Dense => None,
@@ -132,9 +143,11 @@ impl<'b, 'c> Kernel<'b, 'c> {
             RowScale::None => None,
             RowScale::Input | RowScale::Output => Some(argument(PTR)),
         };
+        let given = spec.given.iter().map(|g| (argument(PTR), g.mapped.then(|| argument(PTR)))).collect();
         let out = argument(PTR);
         let tokens = argument("i64");
-        Self { b, spec, schedule, lanes: target.lanes(), a, w, bias, offsets, map, scale, out, tokens, scratch }
+        let lanes = target.lanes();
+        Self { b, spec, schedule, lanes, a, w, scales, zeros, bias, offsets, map, scale, given, out, tokens, scratch }
     }
 
     fn c(&self, value: u64) -> V<'c> {
@@ -229,6 +242,7 @@ impl<'b, 'c> Kernel<'b, 'c> {
         let fresh = if once { b.bool(true) } else { b.cmpi("eq", k0, self.c(0)) };
         let complete = b.cmpi("eq", b.addi(k0, columns), self.c(s.padded_k(spec)));
         let (w, w1) = self.weights(item.expert, unit, k0);
+        let scales = [self.scales, self.zeros].map(|of| of.map(|of| self.factors(of, item.expert, unit)));
         let ahead = self.at(w, s.panels_per_unit(spec) * s.panel_bytes(spec));
         b.for_(self.c(0), chunk.rows, self.c(s.mr as u64), &[], |row, _| {
             let rows = b.minsi(b.subi(chunk.rows, row), self.c(s.mr as u64));
@@ -236,7 +250,7 @@ impl<'b, 'c> Kernel<'b, 'c> {
             let sums =
                 if once { slots } else { b.gep(slots, "i8", b.mulc(tile_index, s.slot_bytes(spec).cast_signed())) };
             let a = self.operand(chunk, row, k0);
-            let tile = Tile { rows, a, w, w1, ahead, index: tile_index, steps, sums, fresh };
+            let tile = Tile { rows, a, w, w1, scales, k0, ahead, index: tile_index, steps, sums, fresh };
             match s.engine {
                 Engine::Vector => self.vector_tile(tile),
                 Engine::Matrix => self.matrix_tile(tile, chunk),
@@ -259,9 +273,17 @@ impl<'b, 'c> Kernel<'b, 'c> {
         let first = b.mulc(unit, s.panels_per_unit(spec).cast_signed());
         let base = b.gep(self.w, "i8", b.mulc(expert, (panels * panel).cast_signed()));
         // Places of one column of the packed weights: `panel` rows.
-        let skip = b.mulc(k0, (s.panel() * spec.w.bytes()).cast_signed());
+        let skip = b.mulc(k0, (s.panel() * spec.weight_bits() / 8).cast_signed());
         let at = |index| b.gep(b.gep(base, "i8", b.mulc(index, panel.cast_signed())), "i8", skip);
         // The last unit may lack its second tile: it repeats the first, and the result is dropped.
         (at(first), at(b.minsi(b.addc(first, 1), self.c(panels - 1))))
+    }
+
+    /// Address of the scales (or zeros) of a unit.
+    fn factors(&self, of: V<'c>, expert: V<'c>, unit: V<'c>) -> V<'c> {
+        let (b, s, spec) = (self.b, self.schedule, self.spec);
+        let panels = b.mulc(expert, (s.panels(spec) * spec.matrices as u64).cast_signed());
+        let panel = b.addi(panels, b.mulc(unit, s.panels_per_unit(spec).cast_signed()));
+        b.gep(of, "i8", b.mulc(panel, s.scale_panel_bytes(spec).cast_signed()))
     }
 }

@@ -70,7 +70,7 @@ impl<'c> Kernel<'_, 'c> {
             copy(i, &|element| format!("vector<{lanes}x{element}>"));
             Vec::new()
         });
-        if !self.spec.k.is_multiple_of(lanes) {
+        if !self.spec.k.is_multiple_of(lanes) || !self.spec.k.is_multiple_of(self.schedule.k_step()) {
             b.each(vectors, real, |i| copy(i, &str::to_owned));
             b.each(real, columns, |i| b.store(b.f32(0.0), b.gep(to, "f32", i), 4));
         }

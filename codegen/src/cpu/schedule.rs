@@ -67,7 +67,11 @@ pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
 
 fn vector(spec: &Grouped, target: Target) -> Schedule {
     let lanes = target.lanes();
-    let depth = if spec.w == DType::Bf16 { 2 } else { 1 };
+    let depth = match spec.codes {
+        Some(codes) => codes.per_byte(),
+        None if spec.w == DType::Bf16 => 2,
+        None => 1,
+    };
     // Heights that fit the registers beside the weights of one step and one broadcast, widest first.
     let shapes: &[(usize, usize)] = match (target.vector_registers(), depth) {
         // Arm needs a register for the mask of the upper halves, which x86 reads from memory.
@@ -129,8 +133,22 @@ fn matrix(spec: &Grouped) -> Schedule {
 
 impl Schedule {
     /// Order of the packed weights.
-    pub fn layout(&self, _spec: &Grouped) -> Layout {
-        Layout::Panels { panel: self.panel(), depth: self.depth, columns: self.k_step() }
+    pub fn layout(&self, spec: &Grouped) -> Layout {
+        match spec.codes {
+            // Bytes hold as many inputs as a step takes.
+            Some(_) => self.scale_layout(),
+            None => Layout::Panels { panel: self.panel(), depth: self.depth, columns: self.k_step() },
+        }
+    }
+
+    /// Order of the scales of codes.
+    pub fn scale_layout(&self) -> Layout {
+        Layout::Panels { panel: self.panel(), depth: 1, columns: 1 }
+    }
+
+    /// Bytes of the scales of a panel.
+    pub(super) fn scale_panel_bytes(&self, spec: &Grouped) -> u64 {
+        spec.codes.map_or(0, |codes| codes.groups(spec.k) * self.panel() * 4)
     }
 
     /// How the launch spreads.
@@ -198,7 +216,7 @@ impl Schedule {
 
     /// Bytes of weights of one matrix that one step takes.
     pub(super) fn step_bytes(&self, spec: &Grouped) -> u64 {
-        self.panel() * self.k_step() * spec.w.bytes()
+        self.panel() * self.k_step() * spec.weight_bits() / 8
     }
 
     /// Inputs with padding.
@@ -213,7 +231,7 @@ impl Schedule {
 
     /// Bytes of a panel.
     pub(super) fn panel_bytes(&self, spec: &Grouped) -> u64 {
-        self.padded_k(spec) * self.panel() * spec.w.bytes()
+        self.padded_k(spec) * self.panel() * spec.weight_bits() / 8
     }
 
     /// Elements between packed rows. One vector more than needed keeps rows off the same cache sets.

@@ -1,7 +1,7 @@
 //! The vector kernel: a register tile of f32 sums.
 
 use super::{Kernel, Tile};
-use crate::mlir::V;
+use crate::{grouped::Codes, mlir::V};
 use moec_abi::DType;
 
 impl<'c> Kernel<'_, 'c> {
@@ -41,7 +41,9 @@ impl<'c> Kernel<'_, 'c> {
             let line = b.mulc(b.remui(tile.index, self.c(s.step_bytes(self.spec).div_ceil(64))), 64);
             let ahead = b.gep(tile.ahead, "i8", b.addi(skip, line));
             let sums = b.gep(tile.sums, "i8", b.mulc(m, sums.cast_signed()));
-            self.sums(Tile { w, ahead, sums, ..tile }, rows);
+            let skip = |of| b.gep(of, "i8", b.mulc(m, s.scale_panel_bytes(self.spec).cast_signed()));
+            let scales = tile.scales.map(|of| of.map(skip));
+            self.sums(Tile { w, scales, ahead, sums, ..tile }, rows);
         });
     }
 
@@ -69,7 +71,9 @@ impl<'c> Kernel<'_, 'c> {
                 self.fetch(b.gep(tile.ahead, "i8", b.mulc(step, width.cast_signed())), Level::Second);
             }
             let mut sums = sums.to_vec();
-            if self.spec.w == DType::Bf16 {
+            if let Some(codes) = self.spec.codes {
+                self.decoded(&codes, tile, w, a, step, &mut sums);
+            } else if self.spec.w == DType::Bf16 {
                 let integers = format!("vector<{lanes}xi32>");
                 let pairs: Vec<_> =
                     (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &integers, 4)).collect();
@@ -86,6 +90,43 @@ impl<'c> Kernel<'_, 'c> {
         });
         for (i, sum) in sums.iter().enumerate() {
             b.store(*sum, place(i), 4);
+        }
+    }
+
+    /// Adds the inputs of a step times weights that are decoded in registers.
+    fn decoded(&self, codes: &Codes, tile: Tile<'c>, w: V<'c>, a: V<'c>, step: V<'c>, sums: &mut [V<'c>]) {
+        let (b, s, lanes) = (self.b, self.schedule, self.lanes);
+        let [bytes, integers, floats] = ["i8", "i32", "f32"].map(|element| format!("vector<{lanes}x{element}>"));
+        let bytes: Vec<_> = (0..s.nv)
+            .map(|v| b.cast("arith.extui", b.load(self.at(w, (v * lanes) as u64), &bytes, 1), &integers))
+            .collect();
+        let groups = codes.groups(self.spec.k);
+        let factors = |input: u64| {
+            let k = b.addc(b.addi(tile.k0, b.mulc(step, s.depth.cast_signed())), input.cast_signed());
+            // Inputs past the last one are zero: any scale serves.
+            let group = b.minsi(b.divui(k, self.c(codes.group)), self.c(groups - 1));
+            let group = if groups == 1 { self.c(0) } else { group };
+            let at = b.mulc(group, (s.panel() * 4).cast_signed());
+            tile.scales.map(|of| {
+                let of = of.map(|of| b.gep(of, "i8", at));
+                let load = |v: usize| of.map(|of| b.load(self.at(of, (v * lanes * 4) as u64), &floats, 4));
+                (0..s.nv).map(load).collect::<Vec<_>>()
+            })
+        };
+        let mut shared = factors(0);
+        for input in 0..codes.per_byte() {
+            if input > 0 && !codes.group.is_multiple_of(codes.per_byte()) {
+                shared = factors(input);
+            }
+            let [scales, zeros] = &shared;
+            let mask = b.i32s((1 << codes.bits) - 1, lanes);
+            let values = bytes.iter().zip(scales).zip(zeros).filter_map(|((bytes, scale), zero)| {
+                let shift = i32::try_from(input * codes.bits).unwrap_or(0);
+                let code = b.andi(b.shrui(*bytes, b.i32s(shift, lanes)), mask);
+                Some(codes.decode(b, code, &floats, (*scale)?, *zero))
+            });
+            let values: Vec<_> = values.collect();
+            self.multiply(a, input, &values, sums);
         }
     }
 

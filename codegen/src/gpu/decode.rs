@@ -76,7 +76,7 @@ impl<'c> Kernel<'_, 'c> {
     pub(super) fn decode(&self) {
         let b = self.b;
         // Which rows there are is what the launch before found out, unless rows are sorted already.
-        if self.spec.rows == RowSource::Gathered {
+        if self.spec.follows() {
             self.wait_for_predecessor();
         }
         let pairs = self.pairs();
@@ -117,7 +117,7 @@ impl<'c> Kernel<'_, 'c> {
         let b = self.b;
         let depth = self.mode.tiles[0].stages;
         let rounds = steps(self.spec).div_ceil(depth);
-        if self.schedule.dependent && self.spec.rows != RowSource::Gathered {
+        if self.schedule.dependent && !self.spec.follows() {
             self.fetch_weights(rows, column_tile);
             self.wait_for_predecessor();
         }

@@ -154,7 +154,8 @@ impl<'k, 'b, 'c> Values<'k, 'b, 'c> {
     /// The result of one place, from the sums of all matrices.
     pub(super) fn value(&mut self, row: u32, column: u32, sums: &[V<'c>]) -> V<'c> {
         let (b, spec) = (self.kernel.b, self.kernel.spec);
-        let mut sums = sums.to_vec();
+        let given = self.given(row, column);
+        let mut sums = spec.start(b, sums, &given, b.f32(0.0));
         if spec.scale == RowScale::Input {
             let scale = self.scale(row);
             sums = sums.into_iter().map(|s| b.mulf(s, scale)).collect();
@@ -176,12 +177,28 @@ impl<'k, 'b, 'c> Values<'k, 'b, 'c> {
                 let n = i64::try_from(spec.n).expect("columns fit in 32 bits");
                 // Columns past the last one are not stored: any bias serves.
                 let column = b.minsi(b.addc(b.addi(first, origin), i64::from(column)), b.i32(int(n - 1)));
-                let matrices = if spec.matrices == 2 { 2 } else { 1 };
-                let start = b.addi(b.mulc(wide(b, expert), matrices * n), wide(b, column));
+                let sums = i64::try_from(spec.sums()).expect("one or two sums");
+                let start = b.addi(b.mulc(wide(b, expert), sums * n), wide(b, column));
                 let bias = args.bias.expect("a product with bias has the argument");
-                (0..matrices).map(|m| b.load(b.gep(bias, "f32", b.addc(start, m * n)), "f32", 4)).collect()
+                (0..sums).map(|m| b.load(b.gep(bias, "f32", b.addc(start, m * n)), "f32", 4)).collect()
             })
             .clone()
+    }
+
+    /// What the sums of a place start from.
+    fn given(&self, row: u32, column: u32) -> Vec<V<'c>> {
+        let (b, spec, rows) = (self.kernel.b, self.kernel.spec, self.rows);
+        let n = i64::try_from(spec.n).expect("columns fit in 32 bits");
+        // Places outside the result are not stored: any number serves.
+        let column = b.addc(b.addi(self.first_column, self.origin[1]), i64::from(column));
+        let column = wide(b, b.minsi(column, b.i32(int(n - 1))));
+        let row = b.minsi(b.addc(self.origin[0], i64::from(row)), b.addc(rows.count, -1));
+        let row = b.addi(rows.first, row);
+        let load = |(numbers, map): &(V<'c>, Option<V<'c>>)| {
+            let row = map.map_or(row, |map| b.load(b.gep(map, "i32", row), "i32", 4));
+            b.load(b.gep(*numbers, "f32", b.addi(b.mulc(wide(b, row), n), column)), "f32", 4)
+        };
+        self.kernel.args.given.iter().flatten().map(load).collect()
     }
 
     fn scale(&mut self, row: u32) -> V<'c> {

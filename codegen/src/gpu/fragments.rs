@@ -68,7 +68,7 @@ impl<'c> Mma<'c> {
 }
 
 impl<'c> Step<'c> for Mma<'c> {
-    fn step(&self, kernel: &Kernel<'_, 'c>, a: V<'c>, w: V<'c>, sums: &[V<'c>]) -> Vec<V<'c>> {
+    fn step(&self, kernel: &Kernel<'_, 'c>, _: V<'c>, a: V<'c>, w: V<'c>, sums: &[V<'c>]) -> Vec<V<'c>> {
         let b = kernel.b;
         let swizzle = Swizzle { row_bytes: self.depth * 2 };
         let (lane, row_bytes) = (kernel.lane, u64::from(swizzle.row_bytes));

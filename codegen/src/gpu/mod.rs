@@ -81,6 +81,10 @@ pub enum Parameter {
     Weights,
     /// Tensor map over the packed weights: [`Schedule::weight_map`].
     WeightMap,
+    /// Address of the scales of codes.
+    Scales,
+    /// Address of the zeros of codes.
+    Zeros,
     /// Address of the bias.
     Bias,
     /// Address of the first row of each expert.
@@ -89,6 +93,10 @@ pub enum Parameter {
     Map,
     /// Address of the scale of each row.
     Scale,
+    /// Address of the numbers that a sum starts from.
+    Given(usize),
+    /// Address of their map.
+    GivenMap(usize),
     /// Address of the result.
     Out,
     /// Number of tokens.
@@ -99,9 +107,17 @@ impl Parameter {
     /// MLIR type and attributes.
     fn ty(self) -> (&'static str, &'static str) {
         match self {
-            Self::Operand | Self::Weights | Self::Bias | Self::Offsets | Self::Map | Self::Scale | Self::Out => {
-                (GLOBAL, "{}")
-            }
+            Self::Operand
+            | Self::Weights
+            | Self::Scales
+            | Self::Zeros
+            | Self::Bias
+            | Self::Offsets
+            | Self::Map
+            | Self::Scale
+            | Self::Given(_)
+            | Self::GivenMap(_)
+            | Self::Out => (GLOBAL, "{}"),
             Self::WeightMap => {
                 ("!llvm.ptr", "{llvm.byval = !llvm.array<128 x i8>, llvm.align = 64 : i64, nvvm.grid_constant}")
             }
@@ -115,10 +131,14 @@ impl Parameter {
 struct Args<'c> {
     a: V<'c>,
     w: V<'c>,
+    scales: Option<V<'c>>,
+    zeros: Option<V<'c>>,
     bias: Option<V<'c>>,
     offsets: Option<V<'c>>,
     map: Option<V<'c>>,
     scale: Option<V<'c>>,
+    /// Given numbers and their maps: one for each sum at most.
+    given: [Option<(V<'c>, Option<V<'c>>)>; 2],
     out: V<'c>,
     tokens: V<'c>,
 }
@@ -156,10 +176,13 @@ pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target
         let args = Args {
             a: find(Parameter::Operand).expect("an operand"),
             w: find(Parameter::Weights).or(find(Parameter::WeightMap)).expect("weights"),
+            scales: find(Parameter::Scales),
+            zeros: find(Parameter::Zeros),
             bias: find(Parameter::Bias),
             offsets: find(Parameter::Offsets),
             map: find(Parameter::Map),
             scale: find(Parameter::Scale),
+            given: [0, 1].map(|i| find(Parameter::Given(i)).map(|numbers| (numbers, find(Parameter::GivenMap(i))))),
             out: find(Parameter::Out).expect("a result"),
             tokens: find(Parameter::Tokens).expect("a number of tokens"),
         };
@@ -204,17 +227,24 @@ impl Schedule {
             Kind::MmaSync | Kind::Simt | Kind::Decode => Parameter::Weights,
             Kind::Wgmma => Parameter::WeightMap,
         };
+        let given = spec
+            .given
+            .iter()
+            .enumerate()
+            .flat_map(|(i, given)| [(Parameter::Given(i), true), (Parameter::GivenMap(i), given.mapped)]);
         [
             (Parameter::Operand, true),
             (weights, true),
+            (Parameter::Scales, spec.codes.is_some()),
+            (Parameter::Zeros, spec.codes.is_some_and(|codes| codes.zero)),
             (Parameter::Bias, spec.bias),
             (Parameter::Offsets, spec.rows != RowSource::Dense),
             (Parameter::Map, spec.rows == RowSource::Gathered),
             (Parameter::Scale, spec.scale != RowScale::None),
-            (Parameter::Out, true),
-            (Parameter::Tokens, true),
         ]
         .into_iter()
+        .chain(given)
+        .chain([(Parameter::Out, true), (Parameter::Tokens, true)])
         .filter_map(|(parameter, present)| present.then_some(parameter))
         .collect()
     }
@@ -271,7 +301,7 @@ impl<'c> Kernel<'_, 'c> {
                 (products.lane_origin(self), products.places(self.spec.matrices), sums)
             }
             Kind::Simt => {
-                let products = Simt::new(self, tile);
+                let products = Simt::new(self, tile, rows, column_tile);
                 let sums = self.accumulate(tile, rows, column_tile, vec![zero; products.sums()], &products);
                 (products.lane_origin(self), products.places(self.spec.matrices), sums)
             }

@@ -3,7 +3,7 @@
 use super::{
     Kernel,
     device::{at, at_const, barrier, commit, copy_async, wait_copies, wide},
-    schedule::{Tile, packed_columns, packed_rows, size},
+    schedule::{Tile, packed_columns, packed_rows, size, staged_bytes},
     swizzle::Swizzle,
     tile::{Rows, int},
 };
@@ -47,8 +47,8 @@ pub(super) struct Piece<'c> {
 
 /// Carried through the loop of stages: the products, from the addresses of both operands in a stage.
 pub(super) trait Step<'c> {
-    /// Adds the products of one stage to `sums`.
-    fn step(&self, kernel: &Kernel<'_, 'c>, a: V<'c>, w: V<'c>, sums: &[V<'c>]) -> Vec<V<'c>>;
+    /// Adds the products of stage `index` of the sums, which lies at `a` and `w`.
+    fn step(&self, kernel: &Kernel<'_, 'c>, index: V<'c>, a: V<'c>, w: V<'c>, sums: &[V<'c>]) -> Vec<V<'c>>;
 }
 
 impl<'c> Kernel<'_, 'c> {
@@ -95,7 +95,7 @@ impl<'c> Kernel<'_, 'c> {
             b.if_(b.cmpi("slt", next, b.i32(steps)), || issue(places[1], next));
             commit(b);
             let from = at(b, self.shared, places[0]);
-            let mut sums = products.step(self, from, at_const(b, from, a_bytes), sums);
+            let mut sums = products.step(self, i, from, at_const(b, from, a_bytes), sums);
             sums.extend([advance(places[0]), advance(places[1])]);
             sums
         });
@@ -130,7 +130,7 @@ impl<'c> Kernel<'_, 'c> {
     /// The packed rows of one column tile. Rows past the last one repeat it; their results are not stored.
     fn weights(&self, tile: &Tile, rows: Rows<'c>, column_tile: V<'c>) -> Loader<'c> {
         let (b, spec) = (self.b, self.spec);
-        let row_bytes = tile.depth * size(spec.w);
+        let row_bytes = staged_bytes(spec, tile);
         let packed = i64::try_from(packed_rows(spec)).expect("weights fit in memory");
         let stride = i64::try_from(packed_columns(spec) * spec.w.bytes()).expect("weights fit in memory");
         let columns = i64::from(self.mode.columns);

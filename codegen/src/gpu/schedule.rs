@@ -3,7 +3,7 @@
 use super::epilogue::GAP;
 use crate::{
     Target,
-    grouped::{Grouped, RowSource},
+    grouped::{Codes, Grouped, RowSource},
 };
 use moec_abi::{DType, Expr, GpuGrid, Layout};
 use std::fmt;
@@ -103,7 +103,7 @@ impl Mode {
 
     /// Bytes of one stage: rows of the operand, then packed rows of the weights.
     pub(super) fn stage_bytes(&self, spec: &Grouped, tile: &Tile) -> u32 {
-        tile.rows * tile.depth * size(spec.a) + self.columns * tile.depth * size(spec.w)
+        tile.rows * tile.depth * size(spec.a) + self.columns * staged_bytes(spec, tile)
     }
 
     /// Result columns of a tile.
@@ -139,7 +139,11 @@ impl Mode {
 /// Picks the schedule of a product from kernels that every GPU target runs, for more than `served` tokens.
 pub fn schedule(spec: &Grouped, target: Target, served: u64) -> Schedule {
     if spec.a != DType::Bf16 || spec.w != DType::Bf16 {
-        let modes = vec![Mode { limit: None, columns: 64, tiles: vec![tile(16, 32, 3, 1), tile(64, 32, 3, 2)] }];
+        let (depth, stages) = spec.codes.map_or((32, 3), |codes| codes_stage(&codes));
+        // Of a narrow matrix, such as a low-rank factor, a wide tile would compute nothing.
+        let columns = if spec.matrices == 1 && packed_rows(spec) <= 32 { 32 } else { 64 };
+        let modes =
+            vec![Mode { limit: None, columns, tiles: vec![tile(16, depth, stages, 1), tile(64, depth, stages, 2)] }];
         return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes, dependent: false, walk: None };
     }
     // Two blocks share a multiprocessor: 164 KiB of shared memory on sm_80, 100 on sm_89, 228 on sm_90.
@@ -212,8 +216,13 @@ const MULTIPROCESSORS: u64 = 128;
 impl Schedule {
     /// Order of the packed weights.
     pub fn layout(&self, spec: &Grouped) -> Layout {
-        // Whole lines of 128 bytes, so that no tile ends inside a copy.
-        Layout::Interleaved { block: BLOCK, columns: 128 / spec.w.bytes() }
+        Layout::Interleaved { block: BLOCK, columns: row_unit(spec) }
+    }
+
+    /// Order of the scales of codes.
+    pub fn scale_layout(&self) -> Layout {
+        // The lanes that read eight rows of weights find their scales side by side.
+        Layout::Panels { panel: BLOCK, depth: 1, columns: 1 }
     }
 
     /// The launch: enough blocks for every distribution of rows over experts.
@@ -291,9 +300,26 @@ impl Schedule {
 /// Threads of the warpgroup that copies, for [`Kind::Wgmma`].
 pub(super) const COPIERS: u32 = 128;
 
-/// Elements between packed rows.
+/// Elements between packed rows: weights, or bytes of codes.
 pub(super) fn packed_columns(spec: &Grouped) -> u64 {
-    spec.k.next_multiple_of(128 / spec.w.bytes())
+    let elements = spec.codes.map_or(spec.k, |codes| spec.k.div_ceil(codes.per_byte()));
+    elements.next_multiple_of(row_unit(spec))
+}
+
+/// Elements of which rows have a multiple: whole lines of 128 bytes, or what a stage holds of codes, so that no tile
+/// ends inside a copy.
+fn row_unit(spec: &Grouped) -> u64 {
+    spec.codes.map_or(128 / spec.w.bytes(), |codes| u64::from(codes_stage(&codes).0) * codes.bits / 8)
+}
+
+/// Inputs of a stage of codes, and stages: a row has at least the 32 bytes that memory moves at once.
+fn codes_stage(codes: &Codes) -> (u32, u32) {
+    if codes.bits == 2 { (128, 2) } else { (64, 3) }
+}
+
+/// Bytes of a packed row in one stage.
+pub(super) fn staged_bytes(spec: &Grouped, tile: &Tile) -> u32 {
+    tile.depth * u32::try_from(spec.weight_bits()).expect("weights are small") / 8
 }
 
 /// Packed rows of one expert.

@@ -1,6 +1,6 @@
 //! Where the pieces of a row lie in shared memory.
 //!
-//! Rows of 64 or 128 bytes are stored without gaps. Read plainly, the same piece of eight rows would
+//! Rows of 16, 32, 64 or 128 bytes are stored without gaps. Read plainly, the same piece of eight rows would
 //! lie in the same banks; so piece `c` (16 bytes) of row `r` is stored at `c ^ mask(r)`. This is also
 //! the order that tensor maps and `wgmma` descriptors call the 64- and 128-byte swizzle.
 
@@ -24,6 +24,8 @@ impl Swizzle {
         match self.row_bytes {
             bytes if bytes % 128 == 0 => b.andi(row, b.i32(7)),
             64 => b.andi(b.shrui(row, b.i32(1)), b.i32(3)),
+            32 => b.andi(b.shrui(row, b.i32(2)), b.i32(1)),
+            16 => b.i32(0),
             bytes => unreachable!("rows of {bytes} bytes are not staged"),
         }
     }

@@ -144,7 +144,7 @@ impl<'c> Kernel<'_, 'c> {
             b.op0("nvvm.fence.mbarrier.init", &[], &[]);
         });
         // Which rows there are is what the launch before found out, unless rows are sorted already.
-        if self.spec.rows == RowSource::Gathered {
+        if self.spec.follows() {
             self.wait_for_predecessor();
         }
         let table = has_table(self.spec).then(|| self.copy_offsets());
@@ -307,7 +307,7 @@ impl<'c> Team<'_, 'c> {
         let pairs = self.filled_pairs();
         let zero = b.i32(0);
         let mut ahead = zero;
-        if self.spec.rows != RowSource::Gathered {
+        if !self.spec.follows() {
             ahead = self.weights_ahead(pairs);
             self.wait_for_predecessor();
         }

@@ -1,19 +1,18 @@
 //! Expert banks and dense products as grouped products.
 
 use super::{
-    Kernels, Lowering,
+    Lowering,
+    forms::{self, Form},
+    launch::Io,
     memory::{self, Place, dim},
     weights::{self, Values},
 };
 use crate::{
     CodegenError,
-    batch::Quantise,
-    cpu,
-    gpu::{self, Parameter},
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     rows::type_of,
 };
-use moec_abi::{Arg, DType, Expr, Grid, Layout};
+use moec_abi::{DType, Expr};
 use moec_ir::{
     Graph, NodeId, Op, Type, View, WeightSpec,
     ops::{BinaryFn, Dispatch, Ffn, Kernel, LimitOn, Linear, PartKind, UnaryFn},
@@ -21,31 +20,24 @@ use moec_ir::{
 use std::borrow::Cow;
 
 /// One product of a kernel op: matrices of some experts, and what happens to the sums.
-struct Product<'g> {
+pub(super) struct Product<'g> {
     /// Experts in the route.
-    ids: [u64; 2],
+    pub(super) ids: [u64; 2],
     /// Experts as they count in names.
-    names: Vec<u64>,
+    pub(super) names: Vec<u64>,
     /// Matrices, each with further views; gate before up.
-    matrices: Vec<Values<'g>>,
+    pub(super) matrices: Vec<Values<'g>>,
+    /// How each of them is stored and multiplied.
+    pub(super) forms: Vec<Form>,
     /// Biases of the matrices.
-    biases: Vec<Values<'g>>,
+    pub(super) biases: Vec<Values<'g>>,
     epilogue: Epilogue,
     /// Whether rows of the operand are rounded to signed bytes.
     a8: bool,
     /// Rows of one matrix.
     n: u64,
     /// Columns of one matrix.
-    k: u64,
-}
-
-/// One kernel of a product. All kernels of a product read the same packed weights.
-struct Variant<'g> {
-    /// What follows the product's name.
-    name: &'static str,
-    kernel: Kernels<'g>,
-    layout: Layout,
-    grid: Grid,
+    pub(super) k: u64,
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "kernels compute in f32")]
@@ -183,6 +175,15 @@ impl<'g> Lowering<'g> {
         if products.is_empty() {
             return self.fail(id, "no product");
         }
+        let rows = match (&source, dispatch) {
+            (_, Some(_)) => RowSource::Gathered,
+            (Place::Ragged { .. }, None) => RowSource::Sorted,
+            (_, None) => RowSource::Dense,
+        };
+        for product in &mut products {
+            let form = |values| forms::form(body, id, self.graph, values, &product.names, rows);
+            product.forms = product.matrices.iter().map(form).collect::<Result<_, _>>()?;
+        }
         self.launch_products(id, body, &source, dispatch, &products)
     }
 
@@ -192,14 +193,16 @@ impl<'g> Lowering<'g> {
         body: &Graph,
         source: &Place,
         dispatch: Option<&Dispatch>,
-        products: &[Product<'_>],
+        products: &[Product<'g>],
     ) -> Result<(), CodegenError> {
         let graph = self.graph;
         let width = products.iter().map(|p| p.n).max().unwrap_or(0);
-        let packed = products.iter().flat_map(|p| &p.matrices).map(|values| match values {
-            Values::Of(spec, _) => weights::packed_type(body, spec),
-            Values::Zeros(_) => DType::F32,
-        });
+        let packed =
+            products.iter().flat_map(|p| p.matrices.iter().zip(&p.forms)).map(|(values, form)| match (form, values) {
+                (Form::Factors(factors), _) => factors.dtype,
+                (Form::Values, Values::Of(spec, _)) => weights::packed_type(body, spec),
+                (Form::Codes(_), _) | (Form::Values, Values::Matrix(_) | Values::Zeros(_)) => DType::F32,
+            });
         let w = if packed.into_iter().all(|t| t == DType::Bf16) { DType::Bf16 } else { DType::F32 };
         let inside = match graph.node(id).op {
             // Rows that the model rounds are stored as it rounds them.
@@ -253,82 +256,30 @@ impl<'g> Lowering<'g> {
                 Place::Ragged { width, .. } => *width,
                 Place::Tensor { .. } | Place::Route { .. } | Place::Plan { .. } => product.k,
             };
-            let suffix = if products.len() > 1 { format!("_{i}") } else { String::new() };
+            // Nodes of one name are numbered: parts are counted in another way.
+            let suffix = if products.len() > 1 { format!("_part{i}") } else { String::new() };
             let spec = Grouped {
                 symbol: self.symbol(id, &suffix),
                 experts: product.ids[1] - product.ids[0],
                 rows,
                 rows_per_token: slots,
                 matrices: product.matrices.len(),
+                first: 0,
+                given: Vec::new(),
                 k: product.k,
                 n: product.n,
                 a_stride,
                 out_stride: width,
                 a: a_type,
                 w,
+                codes: None,
                 out: out_type,
                 bias: !product.biases.is_empty(),
                 scale: if dispatch.is_some_and(|d| d.weighted) { RowScale::Input } else { RowScale::None },
                 epilogue: product.epilogue.clone(),
             };
-            self.launch_product(id, body, product, &spec, ("", a, out), &tokens, plan_place.as_ref())?;
-        }
-        Ok(())
-    }
-
-    /// The launches of one product, whose operand and result are `a` and `out`; `part` follows the op's name.
-    #[expect(clippy::too_many_arguments, reason = "what is multiplied, with what, and where")]
-    fn launch_product(
-        &mut self,
-        id: NodeId,
-        body: &Graph,
-        product: &Product<'_>,
-        spec: &Grouped,
-        (part, a, out): (&str, usize, usize),
-        tokens: &Expr,
-        plan: Option<&Place>,
-    ) -> Result<(), CodegenError> {
-        let graph = self.graph;
-        let variants = self.variants(spec, tokens);
-        let Some(layout) = variants.first().map(|v| v.layout.clone()) else { return self.fail(id, "no kernel") };
-        let slot = weights::bank(body, id, graph, &product.matrices, &product.names, layout, spec.w)?;
-        let packed = self.memory.weight(&mut self.slots, slot);
-        let mut args = Vec::new();
-        if spec.bias {
-            let rows = Layout::Rows { columns: 1 };
-            let slot = weights::bank(body, id, graph, &product.biases, &product.names, rows, DType::F32)?;
-            args.push(Arg::Buffer(self.memory.weight(&mut self.slots, slot)));
-        }
-        if let Some(Place::Plan { offsets, map, scale, first, .. }) = plan {
-            let bytes = (product.ids[0] - first) * 4;
-            args.push(Arg::Offset { buffer: *offsets, bytes: Expr::Const(bytes) });
-            if spec.rows == RowSource::Gathered {
-                args.push(Arg::Buffer(*map));
-            }
-            match (spec.scale, scale) {
-                (RowScale::None, _) => {}
-                (RowScale::Input | RowScale::Output, Some(scale)) => args.push(Arg::Buffer(*scale)),
-                (RowScale::Input | RowScale::Output, None) => return self.fail(id, "the plan has no weights"),
-            }
-        }
-        args.extend([Arg::Buffer(out), Arg::Value(tokens.clone())]);
-        for Variant { name, kernel, grid, .. } in variants {
-            let (symbol, weights) = match &kernel {
-                Kernels::Gpu(spec, schedule) if schedule.parameters(spec).contains(&Parameter::WeightMap) => {
-                    (spec.symbol.clone(), Arg::TensorMap(schedule.weight_map(spec, packed)))
-                }
-                Kernels::Gpu(spec, _) | Kernels::Cpu(spec, _) => (spec.symbol.clone(), Arg::Buffer(packed)),
-                Kernels::Rows(_) | Kernels::Plan(_) | Kernels::Batch(_) | Kernels::Quantise(_) => {
-                    return self.fail(id, "a product has another kernel");
-                }
-            };
-            let args = [Arg::Buffer(a), weights].into_iter().chain(args.clone()).collect();
-            self.launch(id, symbol, args, grid);
-            if let Some(launch) = self.launches.last_mut() {
-                launch.name.push_str(part);
-                launch.name.push_str(name);
-            }
-            self.kernels.push(kernel);
+            let io = Io { part: String::new(), a, out, tokens: tokens.clone(), plan };
+            self.launch_product(id, body, product, &spec, &io)?;
         }
         Ok(())
     }
@@ -367,12 +318,15 @@ impl<'g> Lowering<'g> {
                 rows: RowSource::Dense,
                 rows_per_token: 1,
                 matrices: 1,
+                first: 0,
+                given: Vec::new(),
                 k: product.k,
                 n: product.n,
                 a_stride: product.k,
                 out_stride: product.n,
                 a: DType::Bf16,
                 w: DType::Bf16,
+                codes: None,
                 out: DType::F32,
                 bias: !product.biases.is_empty(),
                 scale: RowScale::None,
@@ -380,69 +334,11 @@ impl<'g> Lowering<'g> {
             };
             let name = format!("{}{part}", self.graph.node(id).name);
             let out = self.memory.scratch(name, DType::F32, vec![rows.clone(), product.n.into()]);
-            self.launch_product(id, body, &product, &spec, (&part, buffer, out), &rows, None)?;
+            let io = Io { part, a: buffer, out, tokens: rows.clone(), plan: None };
+            self.launch_product(id, body, &product, &spec, &io)?;
             given.push((node, out));
         }
         Ok(given)
-    }
-
-    /// Rows of the operand rounded to signed bytes, in memory of their own.
-    fn quantise(
-        &mut self,
-        id: NodeId,
-        (source, a, dtype): (&Place, usize, DType),
-        product: &Product<'_>,
-        plan: Option<&Place>,
-        rows: Expr,
-        i: usize,
-    ) -> usize {
-        let (stride, range) = match (source, plan) {
-            (Place::Ragged { width, .. }, Some(Place::Plan { offsets, first, .. })) => {
-                let bytes = Expr::Const((product.ids[0] - first) * 4);
-                (*width, Some(Arg::Offset { buffer: *offsets, bytes }))
-            }
-            (_, _) => (product.k, None),
-        };
-        let symbol = self.symbol(id, &format!("_rounded_{i}"));
-        let sorted = range.is_some().then_some(product.ids[1] - product.ids[0]);
-        let kernel = Quantise { symbol: symbol.clone(), a: dtype, width: product.k, stride, sorted };
-        let name = format!("{}.rounded", self.graph.node(id).name);
-        let out = self.memory.scratch(name, DType::F32, vec![rows.clone(), stride.into()]);
-        let mut args = vec![Arg::Buffer(a)];
-        args.extend(range);
-        args.extend([Arg::Buffer(out), Arg::Value(rows.clone())]);
-        let grid = kernel.grid(self.target, rows);
-        self.launch(id, symbol, args, grid);
-        self.kernels.push(Kernels::Quantise(kernel));
-        out
-    }
-
-    /// The kernels of a product, each for its numbers of tokens.
-    fn variants(&mut self, spec: &Grouped, tokens: &Expr) -> Vec<Variant<'g>> {
-        if !self.target.is_gpu() {
-            let schedule = cpu::schedule(spec, self.target);
-            self.schedules.push(format!("{}: {schedule:?}", spec.symbol));
-            let mut grid = schedule.grid(spec);
-            grid.items = substitute(&grid.items, tokens);
-            let layout = schedule.layout(spec);
-            return vec![Variant {
-                name: "",
-                kernel: Kernels::Cpu(spec.clone(), schedule),
-                layout,
-                grid: Grid::Cpu(grid),
-            }];
-        }
-        let variants =
-            gpu::variants(spec, self.target).into_iter().map(|gpu::Variant { name, schedule, tokens: range }| {
-                let spec = Grouped { symbol: format!("{}{name}", spec.symbol), ..spec.clone() };
-                self.schedules.push(format!("{}: {schedule}", spec.symbol));
-                let mut grid = schedule.grid(&spec);
-                grid.blocks = grid.blocks.map(|e| substitute(&e, tokens));
-                grid.tokens = range;
-                let layout = schedule.layout(&spec);
-                Variant { name, kernel: Kernels::Gpu(spec, schedule), layout, grid: Grid::Gpu(grid) }
-            });
-        variants.collect()
     }
 
     /// Whether the value is the operand of another product.
@@ -512,7 +408,8 @@ impl<'g> Lowering<'g> {
             (None, Some(up)) if ffn.gate.is_none() => vec![whole(up)],
             (gate, up) => [gate, up].map(|bias| bias.as_ref().map_or(Values::Zeros(n), whole)).to_vec(),
         };
-        Ok(Product { ids, names, matrices, biases, epilogue: activation(ffn), a8: ffn.a8, n, k })
+        let forms = vec![Form::Values; matrices.len()];
+        Ok(Product { ids, names, matrices, forms, biases, epilogue: activation(ffn), a8: ffn.a8, n, k })
     }
 
     /// A product of all rows with one matrix.
@@ -524,6 +421,7 @@ impl<'g> Lowering<'g> {
             ids: [0, 1],
             names: vec![0],
             matrices: vec![Values::Of(Cow::Owned(w), Vec::new())],
+            forms: vec![Form::Values],
             biases: bias.into_iter().collect(),
             epilogue: Epilogue::Sum(0),
             a8: false,
@@ -545,25 +443,12 @@ impl<'g> Lowering<'g> {
             ids,
             names,
             matrices: vec![Values::Of(Cow::Borrowed(w), Vec::new())],
+            forms: vec![Form::Values],
             biases: bias.map(|b| vec![Values::Of(Cow::Borrowed(b), Vec::new())]).unwrap_or_default(),
             epilogue: Epilogue::Sum(0),
             a8: false,
             n,
             k,
         })
-    }
-}
-
-/// The expression with another number of tokens.
-fn substitute(e: &Expr, tokens: &Expr) -> Expr {
-    let go = |e: &Expr| Box::new(substitute(e, tokens));
-    match e {
-        Expr::Const(c) => Expr::Const(*c),
-        Expr::Tokens => tokens.clone(),
-        Expr::Add(a, b) => Expr::Add(go(a), go(b)),
-        Expr::Mul(a, b) => Expr::Mul(go(a), go(b)),
-        Expr::CeilDiv(a, d) => Expr::CeilDiv(go(a), *d),
-        Expr::Min(a, b) => Expr::Min(go(a), go(b)),
-        Expr::Max(a, b) => Expr::Max(go(a), go(b)),
     }
 }

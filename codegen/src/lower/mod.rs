@@ -5,13 +5,15 @@
 
 mod batch;
 mod domains;
+mod forms;
 mod grouped;
+mod launch;
 mod memory;
 mod weights;
 
 use crate::{
     CodegenError, Target,
-    batch::{BatchKernel, Quantise},
+    batch::{BatchKernel, Quantise, Share},
     cpu, gpu,
     grouped::Grouped,
     mlir::{Builder, Compiled, Keep, Session},
@@ -58,6 +60,7 @@ enum Kernels<'g> {
     Plan(PlanKernel),
     Batch(BatchKernel<'g>),
     Quantise(Quantise),
+    Share(Share),
     Cpu(Grouped, cpu::Schedule),
     Gpu(Grouped, gpu::Schedule),
 }
@@ -78,7 +81,7 @@ pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<Co
         schedules: Vec::new(),
     };
     lowering.memory.inputs(graph)?;
-    for id in graph.order() {
+    for id in early_gates(graph) {
         lowering.node(id)?;
     }
     let domains = domains::of_inputs(graph, &lowering.memory);
@@ -120,6 +123,22 @@ pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<Co
     Ok(CompiledForm { program, compiled, schedules })
 }
 
+/// Nodes in the order of their launches: a gate runs as soon as its operands are there, so that whoever fetches experts
+/// knows a route that follows from earlier values (of the layer before, or from before attention) before the work that
+/// does not need it.
+fn early_gates(graph: &Graph) -> Vec<NodeId> {
+    let (mut rest, mut order) = (graph.order(), Vec::new());
+    let is_gate = |id: NodeId| matches!(&graph.node(id).op, Op::Kernel(kernel) if kernel.kind == KernelKind::Gate);
+    let is_input = |id: NodeId| matches!(graph.node(id).op, Op::Input(_));
+    while !rest.is_empty() {
+        let ready = |id: NodeId| graph.operands(id).iter().all(|o| order.contains(o));
+        let next = rest.iter().position(|id| is_input(*id));
+        let next = next.or_else(|| rest.iter().position(|id| is_gate(*id) && ready(*id))).unwrap_or(0);
+        order.push(rest.remove(next));
+    }
+    order
+}
+
 impl Kernels<'_> {
     fn emit(&self, b: &Builder<'_>, target: Target) -> Result<(), CodegenError> {
         match self {
@@ -130,6 +149,10 @@ impl Kernels<'_> {
             }
             Self::Batch(kernel) => kernel.emit(b, target),
             Self::Quantise(kernel) => {
+                kernel.emit(b, target);
+                Ok(())
+            }
+            Self::Share(kernel) => {
                 kernel.emit(b, target);
                 Ok(())
             }

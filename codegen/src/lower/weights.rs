@@ -142,6 +142,8 @@ pub(super) fn uniform(matrix: &Matrix, numbers: &[u64]) -> Option<(u64, u64)> {
 pub(super) enum Values<'g> {
     /// A weight, with further views.
     Of(Cow<'g, WeightSpec>, Vec<moec_ir::View>),
+    /// A matrix of the program.
+    Matrix(Matrix),
     /// So many zeros.
     Zeros(u64),
 }
@@ -192,6 +194,15 @@ pub(super) fn bank(
     for values in specs {
         let (spec, views) = match values {
             Values::Of(spec, views) => (spec, views),
+            Values::Matrix(matrix) => {
+                let (rows, columns) = uniform(matrix, numbers).map_or_else(
+                    || unsupported(outer, node, "experts of one part differ in size; split the part"),
+                    Ok,
+                )?;
+                names.push(matrix.source.tensor.as_str());
+                matrices.push(Matrix { rows: vec![rows], columns: vec![columns], ..matrix.clone() });
+                continue;
+            }
             Values::Zeros(n) => {
                 names.push("zero");
                 matrices.push(zeros(*n));

@@ -131,6 +131,20 @@ impl Slots {
         let raw = x.b.load(x.b.gep(x.at(self.scratch), "i32", slot), "i32", 4);
         x.b.cast("arith.extsi", raw, "i64")
     }
+    /// Moves the slots that are filled to the front, in their order.
+    fn close_up<'c>(&self, x: &Exec<'_, 'c>) {
+        let b = x.b;
+        let at = |slot: V<'c>| b.gep(x.at(self.scratch), "i32", slot);
+        x.single(|| {
+            b.for_(b.i64(0), b.i64(c(self.n)), b.i64(1), &[b.i64(0)], |slot, filled| {
+                let id = b.load(at(slot), "i32", 4);
+                let some = b.cmpi("sge", id, b.i32(0));
+                b.store(b.i32(-1), at(slot), 4);
+                b.if_(some, || b.store(id, at(filled[0]), 4));
+                vec![b.addi(filled[0], b.select(some, b.i64(1), b.i64(0)))]
+            });
+        });
+    }
     fn choice<'c>(&self, experts: u64) -> Choice<'c> {
         Choice { slots: self.n, experts, idx: Row::from_scratch_ints(self.scratch, vec![self.n]), w: None }
     }
@@ -186,6 +200,7 @@ pub(crate) fn select<'c>(
                 for (slot, rank) in ranks.iter().enumerate() {
                     slots.set(x, x.b.i64(c(slot as u64)), ordered.get(x, x.b.i64(c(*rank))));
                 }
+                slots.close_up(x);
             });
             slots.choice(experts)
         }
@@ -346,6 +361,7 @@ fn in_groups<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, groups: u64, k: u64) -> Cho
                 slots.set(x, b.addi(b.mulc(group, c(k)), j), id);
             });
         });
+        slots.close_up(x);
     });
     slots.choice(experts)
 }

@@ -131,8 +131,17 @@ impl Fetch<'_> {
                 }
                 Ok(sum)
             }
-            WeightSpec::Grouped { codes, scale, zero, group_size, .. } => {
+            WeightSpec::Grouped { codes, scale, zero, group_size, bits } => {
                 let mut value = self.numbers(codes, e, None, e)?;
+                let own = usize::try_from(e).ok().and_then(|e| bits.get(e)).copied();
+                let held = |code: f64, bits: u64| {
+                    code.fract() == 0.0 && (0.0..f64::from(1u32 << bits.min(31))).contains(&code)
+                };
+                if let Some(code) = own.and_then(|bits| value.data.iter().find(|code| !held(**code, bits))) {
+                    return Err(Failure(format!(
+                        "`{codes}` of expert {e} has the code {code}, which its bits do not hold"
+                    )));
+                }
                 let (scale, zero) = (self.numbers(scale, e, None, e)?, self.numbers(zero, e, None, e)?);
                 let (columns, group) = (value.columns(), super::value::size(*group_size)?);
                 for (i, x) in value.data.iter_mut().enumerate() {
@@ -143,6 +152,11 @@ impl Fetch<'_> {
             }
             WeightSpec::Ternary { codes, scale } => {
                 let mut value = self.numbers(codes, e, None, e)?;
+                if let Some(code) = value.data.iter().find(|code| ![-1.0, 0.0, 1.0].contains(*code)) {
+                    return Err(Failure(format!(
+                        "`{codes}` of expert {e} has the code {code}, which is not -1, 0 or 1"
+                    )));
+                }
                 let scale = self.numbers(scale, e, None, e)?;
                 super::tensor::scale_in_place(&mut value.data, &value.shape, &scale.data, &scale.shape);
                 Ok(value)

@@ -46,6 +46,22 @@ pub enum Recipe {
         /// Columns that share a scale.
         group_size: u64,
     },
+    /// Bytes of `8 / bits` codes each, the first in the lowest bits; `codes + offset` of neighbouring columns.
+    Packed {
+        /// Codes: integers from `-offset` on.
+        codes: Matrix,
+        /// Bits of a code: 2, 4 or 8.
+        bits: u64,
+        /// Added to each code.
+        offset: u64,
+    },
+    /// The same row, so many times.
+    Repeated {
+        /// A matrix of one row.
+        row: Matrix,
+        /// Number of rows.
+        rows: u64,
+    },
     /// `codes * scale`; the scale is repeated along axes of size 1.
     Scaled {
         /// Codes.
@@ -72,6 +88,8 @@ impl Recipe {
             Self::Product { left, right, .. } => vec![left, right],
             Self::Adapted { base, a, b, .. } => vec![base, a, b],
             Self::Grouped { codes, scale, zero, .. } => vec![codes, scale, zero],
+            Self::Packed { codes, .. } => vec![codes],
+            Self::Repeated { row, .. } => vec![row],
             Self::Scaled { codes, scale } => vec![codes, scale],
             Self::Take { dense, ids, .. } => vec![dense, ids],
         }
@@ -87,6 +105,8 @@ impl Recipe {
             Self::Zero { .. }
             | Self::Adapted { .. }
             | Self::Grouped { .. }
+            | Self::Packed { .. }
+            | Self::Repeated { .. }
             | Self::Scaled { .. }
             | Self::Take { .. } => (e, None),
         }

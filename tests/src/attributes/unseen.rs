@@ -12,9 +12,11 @@ pub enum Reason {
     Permission,
     /// Another change of the same attribute of the same operation does show.
     Inactive,
+    /// `round` of values that the narrow type holds exactly: counts, signs and comparisons.
+    Exact,
     /// `base_id` of experts without weights, which have no names to count in.
     NoWeights,
-    /// `bits` says how codes are stored; it changes no value.
+    /// `bits` says how codes are stored: more of them change no value, and fewer are refused with the codes.
     Storage,
     /// `strict` counts where a score meets its bound exactly, which random data never do. `tests/properties.rs` has
     /// such data.
@@ -31,6 +33,9 @@ pub(super) fn reason(before: &Graph, after: &Graph, mutant: &Mutant) -> Option<R
     match mutant.attribute.as_str() {
         "base_id" if mutant.place.ends_with("identity bank base_id") || mutant.place.ends_with("zero bank base_id") => {
             return Some(Reason::NoWeights);
+        }
+        "round" if mutant.place.split(' ').any(|name| ["count", "sign", "gt", "ge"].contains(&name)) => {
+            return Some(Reason::Exact);
         }
         "bits" => return Some(Reason::Storage),
         "strict" => return Some(Reason::Tie),

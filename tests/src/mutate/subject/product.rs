@@ -24,6 +24,9 @@ fn up(dtype: DType, k: u64) -> Grouped {
         rows: RowSource::Gathered,
         rows_per_token: 2,
         matrices: 2,
+        first: 0,
+        given: Vec::new(),
+        codes: None,
         k,
         n: 72,
         a_stride: k,
@@ -186,7 +189,11 @@ impl Program for Product {
                     let base = put(&self.weights(&mut numbers)).map_err(error)?;
                     Arg::TensorMap(tensor_map(&schedule.weight_map(spec, 0), base))
                 }
-                gpu::Parameter::Bias => unreachable!("these products have no bias"),
+                gpu::Parameter::Scales
+                | gpu::Parameter::Zeros
+                | gpu::Parameter::Bias
+                | gpu::Parameter::Given(_)
+                | gpu::Parameter::GivenMap(_) => unreachable!("these products have neither codes nor biases"),
                 gpu::Parameter::Offsets => Arg::U64(put(&words(self.offsets(tokens, spread))).map_err(error)?),
                 gpu::Parameter::Map => {
                     let map = (0..rows).map(|r| u32::try_from(r * 7 % tokens).expect("few tokens")).collect();

@@ -1,0 +1,433 @@
+//! Layers drawn at random from every operation, rule, bank kind and weight form, with odd sizes.
+
+use crate::forms::Form;
+use serde_json::{Map, Value, json};
+
+/// Numbers that look random; the draws must never change.
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n
+    }
+
+    fn of<T: Clone>(&mut self, list: &[T]) -> T {
+        list[usize::try_from(self.below(list.len() as u64)).expect("small")].clone()
+    }
+
+    /// One time in `n`.
+    fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// A layer under construction.
+struct Any {
+    draw: Draw,
+    form: Form,
+    width: u64,
+    experts: u64,
+    /// Names are counted.
+    count: usize,
+}
+
+/// Functions of one number that are defined and tame everywhere.
+const ACTS: [&str; 12] =
+    ["relu", "relu2", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "neg", "square", "softplus", "abs", "identity"];
+
+/// The layer of a number, and how many tokens suit it.
+pub fn layer(number: u64) -> (Form, u64) {
+    let mut draw = Draw(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    for _ in 0..4 {
+        draw.below(2);
+    }
+    let width = draw.of(&[3, 5, 8, 16, 17, 24, 33, 40, 64, 65]);
+    let experts = draw.of(&[1, 2, 3, 4, 6, 8, 9, 12]);
+    let repeat = draw.of(&[1, 1, 1, 2, 3]);
+    let rows = draw.of(&[1, 2, 5, 9, 17, 33]);
+    let form = if repeat == 1 {
+        Form::new(width)
+    } else {
+        Form::default().input("x", "f32", &json!([rows * repeat, width])).input("c", "f32", &json!([rows, width]))
+    };
+    let mut any = Any { draw, form, width, experts, count: 0 };
+    any.build(if repeat == 1 { "x" } else { "c" }, repeat);
+    (any.form, rows * repeat)
+}
+
+impl Any {
+    fn name(&mut self, what: &str) -> String {
+        self.count += 1;
+        format!("{what}{}", self.count)
+    }
+
+    fn add(&mut self, op: &str, operands: &[&str], attributes: Value) -> String {
+        let id = self.name("n");
+        let form = std::mem::take(&mut self.form);
+        self.form = form.node(&id, op, operands, attributes);
+        id
+    }
+
+    fn weight(&mut self, what: &str, shape: Value) -> String {
+        self.typed(what, "f32", shape)
+    }
+
+    fn typed(&mut self, what: &str, dtype: &str, shape: Value) -> String {
+        let name = self.name(what);
+        let form = std::mem::take(&mut self.form);
+        self.form = form.typed(&name, dtype, shape);
+        name
+    }
+
+    /// A weight per expert, or per group.
+    fn each(&mut self, what: &str, mark: &str, dtype: &str, shape: Value) -> String {
+        let name = format!("{}.{{{mark}}}", self.name(what));
+        let form = std::mem::take(&mut self.form);
+        self.form = form.typed(&name, dtype, shape);
+        name
+    }
+
+    fn act(&mut self) -> &'static str {
+        self.draw.of(&ACTS)
+    }
+
+    fn build(&mut self, source: &str, repeat: u64) {
+        let mut value = source.to_owned();
+        if self.draw.one_in(2) {
+            value = self.normed(&value);
+        }
+        let route = self.route(&value);
+        let moved = if repeat == 1 && self.draw.one_in(2) { value } else { "x".to_owned() };
+        let weighted = self.draw.one_in(5);
+        let dispatched = self.add("dispatch", &[&moved, &route], json!({"repeat": repeat, "weighted": weighted}));
+        let bank = self.bank();
+        let rows = self.add("experts", &[&dispatched], json!({"bank": bank}));
+        let mut y = self.add("combine", &[&rows, &route], json!({"repeat": repeat, "weighted": !weighted}));
+        for _ in 0..self.draw.below(3) {
+            y = self.after(&y, &moved);
+        }
+        let form = std::mem::take(&mut self.form);
+        self.form = form.output("output", &y).output("ids", &format!("{route}.idx")).output("w", &format!("{route}.w"));
+    }
+
+    fn normed(&mut self, x: &str) -> String {
+        let width = self.width;
+        let kind = self.draw.of(&["rms", "layer", "l2"]);
+        let mut attributes = json!({"kind": kind});
+        if kind != "l2" {
+            attributes["eps"] = json!(0.01);
+            if self.draw.one_in(2) {
+                attributes["w"] = json!(self.weight("nw", json!([width])));
+            }
+        }
+        if kind == "layer" && self.draw.one_in(2) {
+            attributes["b"] = json!(self.weight("nb", json!([width])));
+        }
+        self.add("norm", &[x], attributes)
+    }
+
+    /// Something after the mixture that keeps the shape.
+    fn after(&mut self, y: &str, x: &str) -> String {
+        let width = self.width;
+        match self.draw.below(8) {
+            0 => {
+                let function = self.draw.of(&["add", "mul", "max", "min", "sub"]);
+                self.add("binary", &[y, x], json!({"fn": function}))
+            }
+            1 => {
+                let act = self.act();
+                self.add("unary", &[y], json!({"fn": act}))
+            }
+            2 => self.normed(y),
+            3 => {
+                let w = self.weight("aw", json!([width, width]));
+                self.add("linear", &[y], json!({"w": w}))
+            }
+            4 => {
+                let mut part = self.ffn(None);
+                part.remove("ids");
+                part.remove("kind");
+                let shared = self.add("ffn", &[x], Value::Object(part));
+                self.add("binary", &[y, &shared], json!({"fn": "add"}))
+            }
+            5 => {
+                let function = self.draw.of(&["sum", "mean", "max", "min"]);
+                let one = self.add("reduce", &[x], json!({"fn": function, "axis": -1, "keep": true}));
+                self.add("binary", &[y, &one], json!({"fn": "mul"}))
+            }
+            6 => {
+                let wide = self.add("shape", &[y, x], json!({"fn": "concat", "axis": 1}));
+                let from = self.draw.below(width + 1);
+                self.add("shape", &[&wide], json!({"fn": "slice", "axis": 1, "range": [from, from + width]}))
+            }
+            _ => {
+                let c = self.draw.of(&[0.5, -0.25, 2.0]);
+                self.add("binary", &[y], json!({"fn": "add", "c": c}))
+            }
+        }
+    }
+
+    fn route(&mut self, x: &str) -> String {
+        let (experts, width) = (self.experts, self.width);
+        let mut linear = json!({"w": self.weight("router", json!([experts, width]))});
+        if self.draw.one_in(3) {
+            linear["b"] = json!(self.weight("rb", json!([experts])));
+        }
+        let logits = self.add("linear", &[x], linear);
+        // Positive scores may be divided by their sum.
+        let (scores, positive) = match self.draw.below(6) {
+            0 | 1 => {
+                let temp = self.draw.of(&[1.0, 0.5, 2.0]);
+                (self.add("softmax", &[&logits], json!({"temp": temp})), true)
+            }
+            2 => (self.add("unary", &[&logits], json!({"fn": "sigmoid"})), true),
+            3 => {
+                let soft = self.add("unary", &[&logits], json!({"fn": "softplus"}));
+                (self.add("unary", &[&soft], json!({"fn": "sqrt"})), true)
+            }
+            4 => (self.add("unary", &[&logits], json!({"fn": "tanh"})), false),
+            _ => (logits, false),
+        };
+        let mut off = Vec::new();
+        let adjusted = match self.draw.below(5) {
+            0 => {
+                let add = self.weight("bias", json!([experts]));
+                self.add("adjust", &[&scores], json!({"add": add}))
+            }
+            1 if experts > 2 => {
+                off.push(self.draw.below(experts));
+                self.add("adjust", &[&scores], json!({"off": off}))
+            }
+            2 if experts > 2 => {
+                let on = self.draw.below(experts);
+                self.add("adjust", &[&scores], json!({"on": [on]}))
+            }
+            _ => scores.clone(),
+        };
+        let k = 1 + self.draw.below(experts.min(4));
+        let rule = match self.draw.below(9) {
+            0 => {
+                let mut ranks: Vec<u64> = (0..k).collect();
+                ranks.reverse();
+                json!({"rule": "rank", "ranks": ranks})
+            }
+            1 => json!({"rule": "all"}),
+            2 => json!({"rule": "topp", "p": 0.55, "strict": self.draw.one_in(2), "max_k": k}),
+            3 => json!({"rule": "threshold", "tau": 0.2, "max_k": k, "min_k": self.draw.below(2)}),
+            4 => json!({"rule": "threshold", "quantile": 0.6, "strict": false, "max_k": k, "min_k": 1}),
+            5 if experts.is_multiple_of(2) => {
+                json!({"rule": "group_topk", "groups": experts / 2, "k": 1 + self.draw.below(2)})
+            }
+            6 if experts.is_multiple_of(4) => json!({"rule": "group_limited", "groups": experts / 2,
+                "group_top": 1 + self.draw.below(2), "keep_groups": 2, "k": k.min(4)}),
+            7 if experts.is_multiple_of(3) => {
+                json!({"rule": "group_limited", "groups": 3, "group_top": 1, "keep_groups": 3, "k": k.min(3)})
+            }
+            _ => json!({"rule": "topk", "k": k}),
+        };
+        let selected = self.add("select", &[&adjusted], rule);
+        let mut weigh = Map::new();
+        if self.draw.one_in(3) {
+            weigh.insert("fn".into(), json!(self.draw.of(&["softmax", "sigmoid"])));
+        }
+        if self.draw.one_in(6) && experts > 1 {
+            weigh.insert("real".into(), json!(experts - 1));
+        }
+        if positive || weigh.contains_key("fn") {
+            if self.draw.one_in(4) {
+                weigh.insert("drop_below".into(), json!(0.4));
+            }
+            if self.draw.one_in(2) {
+                weigh.insert("norm".into(), json!("sum"));
+                if self.draw.one_in(2) {
+                    weigh.insert("eps".into(), json!(0.05));
+                }
+            }
+        }
+        if self.draw.one_in(4) {
+            let scales = self.weight("es", json!([experts]));
+            weigh.insert("expert_scale".into(), json!(scales));
+        }
+        if self.draw.one_in(4) {
+            weigh.insert("scale".into(), json!(1.75));
+        }
+        self.add("weigh", &[&selected, &scores], Value::Object(weigh))
+    }
+
+    fn bank(&mut self) -> Value {
+        let experts = self.experts;
+        let mut parts = Vec::new();
+        let mut first = 0;
+        while first < experts {
+            let last = if self.draw.one_in(2) { experts } else { first + 1 + self.draw.below(experts - first) };
+            let part = self.part([first, last]);
+            parts.push(Value::Object(part));
+            first = last;
+        }
+        json!(parts)
+    }
+
+    fn part(&mut self, ids: [u64; 2]) -> Map<String, Value> {
+        let width = self.width;
+        let mut part = Map::new();
+        match self.draw.below(12) {
+            0..=6 => part = self.ffn(Some(ids)),
+            7 => {
+                part.insert("kind".into(), json!("linear"));
+                let w = self.matrix(Some(ids), width, width);
+                part.insert("w".into(), w);
+                if self.draw.one_in(2) {
+                    let bias = self.each("lb", "e", "f32", json!([width]));
+                    part.insert("bias".into(), json!(bias));
+                }
+            }
+            8 => {
+                part.insert("kind".into(), json!("film"));
+                for name in ["mul", "add"] {
+                    let w = self.matrix(Some(ids), width, width);
+                    part.insert(name.into(), w);
+                    if self.draw.one_in(2) {
+                        let bias = self.each("fb", "e", "f32", json!([width]));
+                        part.insert(format!("{name}_bias"), json!(bias));
+                    }
+                }
+            }
+            9 => {
+                part.insert("kind".into(), json!("neuron"));
+                let act = self.act();
+                part.insert("act".into(), json!(act));
+                for name in ["u", "v"] {
+                    let table = self.weight("nt", json!([ids[1] - ids[0], width]));
+                    part.insert(name.into(), json!(table));
+                }
+                part.insert("base_id".into(), json!(ids[0]));
+            }
+            10 => {
+                part.insert("kind".into(), json!("const"));
+                let table = self.weight("ct", json!([self.experts, width]));
+                part.insert("value".into(), json!(table));
+            }
+            _ => {
+                let kind = self.draw.of(&["zero", "identity"]);
+                part.insert("kind".into(), json!(kind));
+            }
+        }
+        part.insert("ids".into(), json!(ids));
+        part
+    }
+
+    /// A network, of experts or dense.
+    fn ffn(&mut self, ids: Option<[u64; 2]>) -> Map<String, Value> {
+        let width = self.width;
+        let mut part = Map::new();
+        part.insert("kind".into(), json!("ffn"));
+        let act = self.act();
+        part.insert("act".into(), json!(act));
+        // Widths of their own, for plain matrices only.
+        if let (Some(ids), true) = (ids, self.draw.one_in(6)) {
+            let inner: Vec<u64> = (0..ids[1]).map(|_| self.draw.of(&[0, 1, 4, 7, 16, 20])).collect();
+            for name in ["gate", "up"] {
+                let w = self.each(name, "e", "f32", json!([inner, width]));
+                part.insert(name.into(), json!(w));
+            }
+            let down = self.each("down", "e", "f32", json!([width, inner]));
+            part.insert("down".into(), json!(down));
+            return part;
+        }
+        let inner = self.draw.of(&[1, 4, 6, 12, 16, 20, 33, 48]);
+        let gated = self.draw.of(&[0, 1, 1, 2]);
+        let up = if gated == 2 { 2 * inner } else { inner };
+        if gated == 1 {
+            let gate = self.matrix(ids, inner, width);
+            part.insert("gate".into(), gate);
+        }
+        let (up, down) = (self.matrix(ids, up, width), self.matrix(ids, width, inner));
+        part.insert("up".into(), up);
+        part.insert("down".into(), down);
+        if gated == 2 {
+            part.insert("packed".into(), json!(true));
+        }
+        let rows = |name: &str| match name {
+            "down_bias" => width,
+            "up_bias" if gated == 2 => 2 * inner,
+            _ => inner,
+        };
+        for name in ["gate_bias", "up_bias", "down_bias"] {
+            if self.draw.one_in(4) && (name != "gate_bias" || gated == 1) {
+                let shape = json!([rows(name)]);
+                let bias = match ids {
+                    Some(_) => self.each("bias", "e", "f32", shape),
+                    None => self.weight("bias", shape),
+                };
+                part.insert(name.into(), json!(bias));
+            }
+        }
+        let biased = part.keys().any(|k| k.ends_with("bias"));
+        if gated > 0 && self.draw.one_in(3) {
+            part.insert("limit".into(), json!(0.75));
+            part.insert("up_add".into(), json!(1.0));
+            if self.draw.one_in(2) {
+                part.insert("act".into(), json!("silu"));
+                part.insert("alpha".into(), json!(1.702));
+            }
+        } else if !biased && gated < 2 && self.draw.one_in(6) {
+            part.insert("a8".into(), json!(true));
+        }
+        part
+    }
+
+    /// A matrix of any form.
+    fn matrix(&mut self, ids: Option<[u64; 2]>, out: u64, input: u64) -> Value {
+        let Some(ids) = ids else { return json!(self.weight("m", json!([out, input]))) };
+        let experts = ids[1];
+        let rank = 1 + self.draw.below(4);
+        match self.draw.below(9) {
+            0 => {
+                let a = self.each("a", "e", "f32", json!([out, rank]));
+                let b = self.each("b", "g", "f32", json!([rank, input]));
+                let groups: Vec<u64> = (0..experts).map(|_| self.draw.below(3)).collect();
+                json!({"mul": [a, b], "group": groups})
+            }
+            1 => {
+                let base = self.weight("base", json!([out, input]));
+                let a = self.each("a", "e", "f32", json!([rank, input]));
+                let b = self.each("b", "e", "f32", json!([out, rank]));
+                json!({"base": base, "a": a, "b": b, "scale": self.draw.of(&[1.0, 2.0, 0.3])})
+            }
+            2 | 3 => {
+                let sizes: Vec<u64> = (1..=input).filter(|g| input.is_multiple_of(*g)).collect();
+                let group = self.draw.of(&sizes);
+                let codes = self.each("codes", "e", "i32", json!([out, input]));
+                let scale = self.each("scale", "e", "f32", json!([out, input / group]));
+                let zero = self.each("zero", "e", "f32", json!([out, input / group]));
+                let mut spec = json!({"codes": codes, "scale": scale, "zero": zero, "group_size": group});
+                if !self.draw.one_in(4) {
+                    let bits: Vec<u64> = (0..experts).map(|_| self.draw.of(&[2, 3, 4, 4, 8])).collect();
+                    let all = self.draw.of(&[1, 2, 4, 7]);
+                    spec["bits"] = if self.draw.one_in(2) { json!(bits) } else { json!(vec![all; bits.len()]) };
+                }
+                spec
+            }
+            4 => {
+                let codes = self.each("ternary", "e", "f32", json!([out, input]));
+                let shape = self.draw.of(&[json!([1]), json!([1, 1]), json!([out, 1]), json!([input])]);
+                let scale = self.each("scale", "e", "f32", shape);
+                json!({"codes": codes, "scale": scale})
+            }
+            5 => {
+                let axis = self.draw.below(2);
+                let shape = if axis == 0 { json!([out * experts, input]) } else { json!([out, input * experts]) };
+                json!({"slice": self.weight("dense", shape), "axis": axis, "n": experts})
+            }
+            6 => {
+                let axis = self.draw.below(2);
+                let shape = if axis == 0 { json!([out + 2, input]) } else { json!([out, input + 2]) };
+                let take = self.weight("pool", shape);
+                let ids = self.each("ids", "e", "i32", json!([if axis == 0 { out } else { input }]));
+                json!({"take": take, "ids": ids, "axis": axis})
+            }
+            _ => json!(self.each("m", "e", "f32", json!([out, input]))),
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! Attributes have an effect or are refused: a sample; `cargo run -p moec-tests --example attributes` does all.
+
+use moec::{
+    host_target,
+    runtime::{Cpu, Device},
+};
+use moec_tests::{
+    attributes::{Mutant, Subject, mutants, settle},
+    gallery::{every_file, files, stem},
+};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
+
+#[test]
+fn no_attribute_is_ignored() {
+    // A few graphs, and of their changes one in a hundred as kernels.
+    let chosen = ["softmax_top_k", "dynamic_topp", "mixlora", "promoe_two_step"];
+    let mut sample = files("models/systems", "json");
+    sample.retain(|path| chosen.contains(&stem(path).as_str()));
+    let (next, judged) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    every_file(&sample, |path| {
+        let text = std::fs::read_to_string(path).expect("the file can be read");
+        let subject = Subject::new(serde_json::from_str(&text).expect("the file is JSON"));
+        let changes = mutants(subject.file());
+        let device: Arc<dyn Device> = Arc::new(Cpu::new(1));
+        let compiles = |_: &Mutant| next.fetch_add(1, Ordering::Relaxed) % 100 == 7;
+        let verdicts = subject.judge_all(&changes, compiles, host_target(), &device);
+        judged.lock().expect("no panic").extend(changes.into_iter().zip(verdicts));
+        Ok(())
+    });
+    let mut judged = judged.into_inner().expect("no panic");
+    settle(&mut judged);
+    let wrong = judged.iter().filter_map(|(m, v)| v.as_ref().err().map(|why| format!("{}: {why}", m.change)));
+    let wrong: Vec<String> = wrong.collect();
+    assert!(wrong.is_empty(), "{} of {}\n{}", wrong.len(), judged.len(), wrong.join("\n"));
+}
