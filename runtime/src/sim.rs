@@ -10,7 +10,7 @@ use moec_sim::{Arg, Finding, Launch, MapType, Memory, Options, Swizzle, Tally, T
 use std::{
     any::Any,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// The simulator: no GPU needed, every access checked.
@@ -24,6 +24,7 @@ struct State {
     memory: Memory,
     tally: Tally,
     findings: Vec<Finding>,
+    busy: Duration,
 }
 
 struct SimModule {
@@ -67,6 +68,11 @@ impl Sim {
     /// Counts of all launches since the last call.
     pub fn take_counts(&self) -> Tally {
         std::mem::take(&mut self.state().tally)
+    }
+
+    /// Time that launches have taken since the last call.
+    pub fn take_busy(&self) -> Duration {
+        std::mem::take(&mut self.state().busy)
     }
 
     /// Findings of all launches since the last call; a launch with findings has also failed.
@@ -161,7 +167,7 @@ impl Device for Sim {
             .downcast_ref::<SimModule>()
             .ok_or_else(|| RuntimeError::new(Code::Argument, "the module was loaded on another device"))?;
         let mut state = self.state();
-        let State { memory, tally, findings } = &mut *state;
+        let State { memory, tally, findings, busy } = &mut *state;
         for (address, bytes) in zeroed(bound)? {
             let zeros = vec![0; usize::try_from(bytes).map_err(|_| overflow("a buffer"))?];
             memory.write(address, &zeros).map_err(|e| fault(&e))?;
@@ -190,9 +196,11 @@ impl Device for Sim {
                     cluster: shape.cluster,
                     dynamic_shared: shape.shared,
                     args,
+                    dependent: false,
                 };
                 let report = moec_sim::launch(&module.module, memory, &call, &self.options).map_err(|e| fault(&e))?;
                 tally.add(&launch.symbol, &report);
+                *busy += start.elapsed();
                 if let Some(first) = report.findings.first() {
                     let more = report.findings.len() - 1;
                     let message = format!("launch {}: {first}", launch.name);

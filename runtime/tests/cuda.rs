@@ -107,6 +107,7 @@ fn foreign() -> Result<(), String> {
         block: [32, 1, 1],
         cluster: [1; 3],
         dynamic_shared: 60_000,
+        dependent: false,
         args: vec![Arg::U64(x), Arg::U64(y), Arg::U32(24), Arg::TensorMap(map)],
     };
     machine.launch("//\n.version 8.0\n.target sm_90\n", &launch)?;

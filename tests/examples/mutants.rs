@@ -17,6 +17,10 @@ fn main() -> std::io::Result<()> {
         for j in judged.iter().filter(|j| matches!(j.fate, Fate::Missed | Fate::Equivalent(_))) {
             let m = &j.mutant;
             println!("{} {} line {}: {} -> {}: {:?}", j.subject, m.entry, m.line, m.was, m.now, j.fate);
+            if j.fate == Fate::Missed {
+                let around = subject.ptx().lines().enumerate().skip(m.line.saturating_sub(8)).take(16);
+                around.for_each(|(i, line)| println!("{:7} | {line}", i + 1));
+            }
         }
         rows.push(Row::of(&subject, &judged));
         println!("{:6.1} s {} {:?}", start.elapsed().as_secs_f64(), subject.name(), total(&judged));

@@ -1,5 +1,6 @@
 //! Everything that reads what users give: whatever the bytes are, it answers and does not panic.
 
+use moec_sim::{Arg, Launch, Memory, Module, Options};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -57,9 +58,27 @@ fn source(file: Vec<u8>) -> Vec<u8> {
     fields.and_then(|m| m.get("ptx")).map_or(file.clone(), |ptx| ptx.clone().into_bytes())
 }
 
+/// What it refuses, it refuses with a line; what it takes, it runs a little of with whatever arguments fit.
 fn ptx(bytes: &[u8]) {
-    // What it refuses, it refuses with a line.
-    let _ = moec_sim::Module::parse(&String::from_utf8_lossy(bytes));
+    let Ok(module) = Module::parse(&String::from_utf8_lossy(bytes)) else { return };
+    for entry in module.entries().iter().take(2) {
+        let mut memory = Memory::new();
+        let argument = |bytes: &u32| match bytes {
+            8 => Arg::U64(memory.alloc(4096, 256)),
+            n => Arg::Bytes(vec![1; *n as usize]),
+        };
+        let launch = Launch {
+            entry: &entry.name,
+            grid: [2, 1, 1],
+            block: entry.required_block.unwrap_or([64, 1, 1]),
+            cluster: [1; 3],
+            dynamic_shared: 4096,
+            dependent: false,
+            args: entry.params.iter().map(argument).collect(),
+        };
+        let options = Options { max_instructions: 2000, ..Options::default() };
+        let _ = moec_sim::launch(&module, &mut memory, &launch, &options);
+    }
 }
 
 /// Draws bytes that are nearly right.

@@ -64,6 +64,7 @@ mod tests {
             block: [threads, 1, 1],
             cluster: [1; 3],
             dynamic_shared: 0,
+            dependent: false,
             args: vec![Arg::U64(out)],
         };
         let report = launch(&module, &mut memory, &one, &Options::default()).expect("launches");

@@ -77,6 +77,7 @@ fn run(spec: &Grouped, schedule: &gpu::Schedule, target: Target, cases: Cases<'_
             block: grid.threads,
             cluster: grid.cluster,
             dynamic_shared: grid.shared,
+            dependent: false,
             args,
         };
         let options = Options { seed: tokens, ..Options::default() };

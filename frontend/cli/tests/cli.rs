@@ -279,7 +279,7 @@ fn bench_gives_rows() {
     let done = moec(folder.path(), "bench config.json --tokens 2 --device sim --format json");
     assert_eq!(done.code, 0, "{}", done.err);
     let rows: serde_json::Value = serde_json::from_str(&done.out).expect("JSON");
-    for key in ["instructions", "bytes_global", "registers"] {
+    for key in ["instructions", "bytes_global", "registers", "sectors_global", "lane_instructions"] {
         assert!(rows["rows"][0][key].as_u64().is_some_and(|v| v > 0), "{key}");
     }
 }

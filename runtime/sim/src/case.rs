@@ -289,6 +289,7 @@ impl Case {
             block: self.block,
             cluster: self.cluster,
             dynamic_shared: self.dynamic_shared,
+            dependent: false,
             args: self.args.iter().map(|a| argument(a, address)).collect::<Result<_, _>>()?,
         })
     }

@@ -13,6 +13,9 @@ use std::rc::Rc;
 /// Largest number of components of a cluster: the bits of an [`Epoch`].
 pub(crate) const MAX_COMPONENTS: u32 = 1 << 17;
 
+/// In the place of a cluster: the launches that may not have ended when this one starts.
+pub(crate) const BEFORE: u32 = u32::MAX;
+
 /// A set of components with the time up to which each is known.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clock {
@@ -61,6 +64,11 @@ impl Clock {
                 self.join_foreign(*cluster, known);
             }
         }
+    }
+
+    /// Knows that the launches before have ended.
+    pub(crate) fn after_launches() -> Clock {
+        Clock { dense: Vec::new(), foreign: BTreeMap::from([(BEFORE, Rc::new(Vec::new()))]) }
     }
 
     pub(crate) fn get(&self, component: u32) -> u32 {
@@ -233,7 +241,9 @@ impl Memo {
         if let Some((_, _, r)) = self.last.iter().find(|(x, y, _)| Rc::ptr_eq(x, a) && Rc::ptr_eq(y, b)) {
             return r.clone();
         }
-        let covered = b.foreign.is_empty() && b.dense.iter().enumerate().all(|(i, t)| *t <= a.get(i as u32));
+        let same =
+            |(cluster, known): (&u32, &Rc<Vec<u32>>)| a.foreign.get(cluster).is_some_and(|k| Rc::ptr_eq(k, known));
+        let covered = b.foreign.iter().all(same) && b.dense.iter().enumerate().all(|(i, t)| *t <= a.get(i as u32));
         let r = if covered {
             a.clone()
         } else {
@@ -269,6 +279,11 @@ impl Touch {
             Touch::Plain | Touch::Strong(_) => false,
             Touch::Copy | Touch::Bulk | Touch::Mma => true,
         }
+    }
+
+    /// Whether such accesses do not race with each other.
+    pub(crate) fn is_strong(self) -> bool {
+        matches!(self, Touch::Strong(_))
     }
 
     /// Whether the access goes through the async proxy.

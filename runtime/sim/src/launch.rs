@@ -7,13 +7,14 @@ use crate::counts;
 use crate::exec::{Cluster, Env, GlobalShadow, GlobalSync, PAGE_BYTES, Turn};
 use crate::op::{Atomic, Bulk, Code, FUNC_BASE, Op, Rmw, Where};
 use crate::report::{Counts, Findings};
+use crate::shadow::Shadow;
 use crate::space;
 use crate::syntax::{Init, Space, Ty};
 use crate::{Error, Memory, Module, Report, TensorMapDesc};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::OnceLock;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Mutex, OnceLock};
 
 /// An argument of a kernel.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,6 +78,9 @@ pub struct Launch<'a> {
     pub dynamic_shared: u32,
     /// Arguments in the order of the parameters.
     pub args: Vec<Arg>,
+    /// Whether it may start before the launch before it has ended (programmatic dependent launch): until
+    /// `griddepcontrol.wait`, a thread may not touch what that launch, or one before it that was not awaited, writes.
+    pub dependent: bool,
 }
 
 /// How to run.
@@ -165,6 +169,15 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     } else {
         Vec::new()
     };
+    if !launch.dependent {
+        memory.before.clear();
+    }
+    let marks = std::mem::take(&mut memory.before);
+    let before = if marks.is_empty() || !options.check {
+        Vec::new()
+    } else {
+        memory.allocs.iter().map(|a| marks.get(&a.base).map(Vec::as_slice)).collect()
+    };
     let env = Env {
         code,
         entry,
@@ -179,13 +192,16 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
         shared_end,
         dynamic_shared: launch.dynamic_shared,
         check: options.check,
+        independent: independent(code, &reachable),
+        before,
+        hasty: AtomicBool::new(false),
         seed: options.seed,
         lanes: options.lanes,
         max_instructions: options.max_instructions,
         executed: AtomicU64::new(0),
     };
     let clusters = (launch.grid.iter().product::<u32>()) / cluster.iter().product::<u32>();
-    let results = if independent(code, &reachable) { in_parallel(&env, clusters)? } else { in_turns(&env, clusters)? };
+    let results = if env.independent { in_parallel(&env, clusters)? } else { in_turns(&env, clusters)? };
     let mut report = Report::default();
     let mut findings = Findings::default();
     for (f, c) in results {
@@ -195,7 +211,29 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     report.counts.blocks = u64::from(clusters) * u64::from(cluster.iter().product::<u32>());
     counts::occupancy(&mut report.counts, code, entry, &reachable, launch, (shared_end - space::SHARED_BASE) as u32);
     report.findings = findings.map.into_values().collect();
+    let pages = env.shadow.pages;
+    // A launch that waits before it lets the next one start stands between that one and all before itself.
+    memory.before = if env.hasty.into_inner() { marks } else { BTreeMap::new() };
+    if options.check && code.insts.iter().any(|i| matches!(i.op, Op::LaunchWait)) {
+        mark(memory, pages);
+    }
     Ok(report)
+}
+
+/// Notes what a launch has read and written, for launches that start before its end.
+fn mark(memory: &mut Memory, pages: Vec<Vec<OnceLock<Mutex<Shadow>>>>) {
+    for (alloc, pages) in memory.allocs.iter().zip(pages) {
+        for (page, shadow) in pages.into_iter().enumerate() {
+            let Some(shadow) = shadow.into_inner().and_then(|s| s.into_inner().ok()) else { continue };
+            let words = memory.before.entry(alloc.base).or_insert_with(|| vec![0; alloc.bytes.div_ceil(4) as usize]);
+            let first = page * PAGE_BYTES as usize / 4;
+            shadow.marks(|word, mark| {
+                if let Some(m) = words.get_mut(first + word) {
+                    *m |= mark;
+                }
+            });
+        }
+    }
 }
 
 fn bad(launch: &Launch<'_>, message: String) -> Error {

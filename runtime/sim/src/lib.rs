@@ -29,7 +29,7 @@
 //! let report = launch(
 //!     &module,
 //!     &mut memory,
-//!     &Launch { entry: "double", grid: [1; 3], block: [4, 1, 1], cluster: [1; 3], dynamic_shared: 0, args: vec![Arg::U64(x)] },
+//!     &Launch { entry: "double", grid: [1; 3], block: [4, 1, 1], cluster: [1; 3], dynamic_shared: 0, args: vec![Arg::U64(x)], dependent: false },
 //!     &Options::default(),
 //! )?;
 //! assert!(report.findings.is_empty());

@@ -21,7 +21,14 @@ pub struct Memory {
     next: u64,
     /// Addresses of the `.global` variables of a module, by its identity and the index of the variable.
     pub(crate) modules: BTreeMap<u64, BTreeMap<usize, u64>>,
+    /// What launches have read and written since the last one that did not start early: marks of words, by the base of
+    /// the allocation.
+    pub(crate) before: BTreeMap<u64, Vec<u8>>,
 }
+
+/// Marks of a word: a launch that may not have ended has read it, has written it.
+pub(crate) const READ: u8 = 1;
+pub(crate) const WRITTEN: u8 = 2;
 
 /// One allocation.
 #[derive(Debug)]
@@ -65,6 +72,7 @@ impl Memory {
         match self.allocs.iter().position(|a| a.base == addr) {
             Some(i) => {
                 self.allocs.remove(i);
+                self.before.remove(&addr);
                 Ok(())
             }
             None => Err(Error::Memory(format!("{addr:#x} is not the start of an allocation"))),
@@ -78,8 +86,19 @@ impl Memory {
     /// When the range is not inside one allocation.
     pub fn write(&mut self, addr: u64, data: &[u8]) -> Result<(), Error> {
         let (a, at) = self.range(addr, data.len() as u64)?;
-        for (i, b) in data.iter().enumerate() {
-            a.store(at + i as u64, 1, u64::from(*b));
+        let mut i = 0;
+        while i < data.len() {
+            let to = at + i as u64;
+            match data[i..].first_chunk() {
+                Some(word) if to.is_multiple_of(4) => {
+                    a.store(to, 4, u64::from(u32::from_le_bytes(*word)));
+                    i += 4;
+                }
+                _ => {
+                    a.store(to, 1, u64::from(data[i]));
+                    i += 1;
+                }
+            }
         }
         Ok(())
     }
@@ -91,7 +110,16 @@ impl Memory {
     /// When the range is not inside one allocation.
     pub fn read(&self, addr: u64, bytes: u64) -> Result<Vec<u8>, Error> {
         let (a, at) = self.range(addr, bytes)?;
-        Ok((0..bytes).map(|i| a.load(at + i, 1) as u8).collect())
+        let (mut out, end) = (Vec::with_capacity(bytes as usize), at + bytes);
+        while at + (out.len() as u64) < end {
+            let from = at + out.len() as u64;
+            if from.is_multiple_of(4) && end - from >= 4 {
+                out.extend((a.load(from, 4) as u32).to_le_bytes());
+            } else {
+                out.push(a.load(from, 1) as u8);
+            }
+        }
+        Ok(out)
     }
 
     /// Whether a kernel or the host has written all of these bytes.

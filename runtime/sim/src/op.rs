@@ -13,7 +13,7 @@ pub(crate) type Reg = u32;
 /// A lane-wise operation: three sources and an immediate.
 pub(crate) type Kernel = fn(&V, &V, &V, u64, &mut V);
 
-/// No register: a sink `_` or an absent operand.
+/// No register: an absent source. What an instruction may do without a destination goes to a sink of the frame.
 pub(crate) const NONE: Reg = u32::MAX;
 
 /// What a slot holds when its frame is made.
@@ -358,6 +358,10 @@ pub(crate) enum Op {
     Exit,
     Trap,
     Nop,
+    /// `griddepcontrol.wait`.
+    LaunchWait,
+    /// `griddepcontrol.launch_dependents`.
+    LaunchNext,
     Ld(Box<Access>),
     St(Box<Access>),
     Atom(Box<Atomic>),
@@ -462,6 +466,61 @@ pub(crate) enum Op {
         to: Addr,
         from: Addr,
     },
+}
+
+impl Op {
+    /// Whether lanes that go apart stay together here: it is an operation of the warp, or of all its threads.
+    pub(crate) fn meets(&self) -> bool {
+        self.lanes().0
+    }
+
+    /// Whether lanes with a false guard must go on alone: it moves or stops the others.
+    pub(crate) fn splits(&self) -> bool {
+        self.lanes().1
+    }
+
+    /// [`Self::meets`] and [`Self::splits`].
+    fn lanes(&self) -> (bool, bool) {
+        match self {
+            Op::Collective { .. } | Op::Bar { .. } | Op::ClusterWait { .. } => (true, true),
+            Op::ClusterArrive { .. }
+            | Op::Ldmatrix { .. }
+            | Op::Stmatrix { .. }
+            | Op::Movmatrix { .. }
+            | Op::Mma(_)
+            | Op::Wgmma(_)
+            | Op::WgmmaFence
+            | Op::WgmmaCommit
+            | Op::WgmmaWait { .. }
+            | Op::TensormapCopy { .. } => (true, false),
+            Op::Brx { .. } | Op::Call(_) | Op::Ret | Op::Exit | Op::Trap | Op::BulkWait { .. } => (false, true),
+            Op::Mbar { op, .. } => (false, matches!(**op, Mbar::TestWait { .. })),
+            Op::Alu { .. }
+            | Op::Pack { .. }
+            | Op::Unpack { .. }
+            | Op::Timer { .. }
+            | Op::Bra { .. }
+            | Op::Nop
+            | Op::LaunchWait
+            | Op::LaunchNext
+            | Op::Ld(_)
+            | Op::St(_)
+            | Op::Atom(_)
+            | Op::IsSpace { .. }
+            | Op::Mapa { .. }
+            | Op::GetCtaRank { .. }
+            | Op::ActiveMask { .. }
+            | Op::Fence { .. }
+            | Op::ProxyFence
+            | Op::SetMaxReg
+            | Op::CpAsync { .. }
+            | Op::CpAsyncCommit
+            | Op::CpAsyncWait { .. }
+            | Op::Bulk(_)
+            | Op::BulkCommit
+            | Op::TensormapReplace { .. } => (false, false),
+        }
+    }
 }
 
 /// What an instruction is counted as.

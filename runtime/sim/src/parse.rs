@@ -6,6 +6,10 @@ use crate::syntax::{Ast, Function, Init, Instr, Operand, Space, Stmt, Ty, Var};
 
 /// Deepest nesting of braces; a bound, so that hostile text cannot exhaust the stack.
 const MAX_DEPTH: usize = 200;
+/// Largest alignment of a variable.
+const MAX_ALIGN: u32 = 1 << 16;
+/// Largest parameter in bytes.
+const MAX_PARAM: u64 = 1 << 16;
 
 /// Parses a whole module.
 ///
@@ -265,7 +269,10 @@ impl Parser {
         loop {
             let w = self.word()?;
             match w.as_str() {
-                ".align" => align = Some(self.number()? as u32),
+                ".align" => match u32::try_from(self.number()?) {
+                    Ok(n) if n.is_power_of_two() && n <= MAX_ALIGN => align = Some(n),
+                    Ok(_) | Err(_) => return self.fail("an alignment is a small power of two"),
+                },
                 ".v2" => vector = 2,
                 ".v4" => vector = 4,
                 ".ptr" | ".global" | ".shared" | ".const" | ".local" | ".unified" => {}
@@ -313,8 +320,9 @@ impl Parser {
             count = var.init.len() as u64;
         }
         var.bytes = count.saturating_mul(u64::from(var.ty.bytes()));
-        if var.bytes > 1 << 40 {
-            return self.fail("variable is too large");
+        let most = if var.space == Space::Param { MAX_PARAM } else { 1 << 40 };
+        if var.bytes > most {
+            return self.fail(format!("`{}` is too large", var.name));
         }
         Ok(var)
     }
@@ -348,11 +356,11 @@ impl Parser {
             } else {
                 w
             };
-            let mut offset = 0;
+            let mut offset = 0i64;
             while self.is('+') || self.is('-') {
                 let minus = !self.take('+') && self.take('-');
                 let n = self.number()? as i64;
-                offset += if minus { -n } else { n };
+                offset = offset.wrapping_add(if minus { n.wrapping_neg() } else { n });
             }
             Init::Address(name, offset, generic)
         };
@@ -492,10 +500,11 @@ impl Parser {
                 | Operand::Pair(..)
                 | Operand::Vector(_)
                 | Operand::Mem(..)
-                | Operand::Group(_)) => (other, 0),
+                | Operand::Group(_)
+                | Operand::Missing(_)) => (other, 0),
             };
             while self.take('+') {
-                offset += self.number()? as i64;
+                offset = offset.wrapping_add(self.number()? as i64);
             }
             let extra = if self.take(',') {
                 self.list(']', depth)?

@@ -7,6 +7,9 @@
 //! written, or is still reading, without knowing of its completion is a missing wait rather than a race.
 
 use crate::clock::{Clock, Epoch, Scope, Touch, View};
+use crate::memory::{READ, WRITTEN};
+use std::cell::Cell as Place;
+use std::rc::Rc;
 
 /// One access, as the detector sees it.
 pub(crate) struct Access<'a> {
@@ -22,14 +25,34 @@ pub(crate) struct Access<'a> {
     pub(crate) agent: u32,
     pub(crate) agent_time: u32,
     pub(crate) pc: u32,
+    pub(crate) memo: &'a Memo,
+    /// Times of asynchronous components that some thread has waited for.
+    pub(crate) waited: &'a [u32],
+    /// Whether nothing can order accesses of different clusters.
+    pub(crate) independent: bool,
 }
+
+/// Which lanes of a reader a clock knows of, for the last reader of each of eight warps: the lanes of a warp ask the
+/// same. It lives no longer than the clocks.
+#[derive(Debug, Default)]
+pub(crate) struct Memo([Place<(usize, Epoch, u32)>; 8]);
 
 /// Why two accesses are in conflict; `with` is the instruction of the earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Conflict {
-    Race { with: u32 },
-    MissingWait { with: u32 },
-    MissingFence { with: u32 },
+    Race {
+        with: u32,
+    },
+    /// `waited`: another thread has waited for the operation, and nothing orders this one after it.
+    MissingWait {
+        with: u32,
+        waited: bool,
+    },
+    /// With a launch before, which may not have ended.
+    Before,
+    MissingFence {
+        with: u32,
+    },
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -42,6 +65,14 @@ struct Cell {
     rpc: u32,
     list: u32,
 }
+
+/// In the place of a list: clusters that nothing orders have read, `r` first. Whoever writes after them is in conflict,
+/// so further readers need no mention.
+const CROWD: u32 = u32::MAX;
+
+/// How many of the last readers of a place a new one is compared with. Those of other clusters stand before them, mostly
+/// for good.
+const RECENT: usize = 16;
 
 #[derive(Clone, Copy, Debug)]
 struct Reader {
@@ -70,19 +101,14 @@ impl<T> Default for Pool<T> {
     }
 }
 
-impl<T> Pool<T> {
-    /// Puts a value in and returns its index plus one.
-    fn add(&mut self, value: T) -> u32 {
-        match self.free.pop() {
-            Some(i) => {
-                self.all[i as usize - 1] = value;
-                i
-            }
-            None => {
-                self.all.push(value);
-                self.all.len() as u32
-            }
-        }
+impl<T: Default> Pool<T> {
+    /// A value that nobody uses, as its last user left it, and its index plus one.
+    fn take(&mut self) -> (u32, &mut T) {
+        let i = self.free.pop().unwrap_or_else(|| {
+            self.all.push(T::default());
+            self.all.len() as u32
+        });
+        (i, &mut self.all[i as usize - 1])
     }
 }
 
@@ -125,16 +151,32 @@ impl Access<'_> {
         self.known(&self.view.p, self.view.p_own, self.view.p_copied, e, 0)
     }
 
-    fn all_ordered(&self, e: Epoch, lanes: u32) -> bool {
-        let mut rest = lanes;
-        while rest != 0 {
-            let l = rest.trailing_zeros();
-            rest &= rest - 1;
-            if !self.ordered(e, l) {
-                return false;
-            }
+    /// The lanes of a reader that are known to have read before.
+    fn known_lanes(&self, e: Epoch) -> u32 {
+        if e.touch().is_async() {
+            return u32::from(self.ordered(e, 0));
         }
-        true
+        let clock = &self.view.v;
+        let own = e.cluster() == self.cluster & 0x3f_ffff;
+        let key = Rc::as_ptr(clock) as usize;
+        let memo = &self.memo.0[e.component() as usize / 32 % 8];
+        let last = memo.get();
+        let mut known = last.2;
+        if (last.0, last.1) != (key, e) {
+            let times = if own { &clock.dense[..] } else { clock.foreign.get(&e.cluster()).map_or(&[][..], |f| f) };
+            let lanes = times.iter().skip(e.component() as usize).take(32);
+            known = lanes.enumerate().fold(0, |x, (l, t)| x | u32::from(*t >= e.time()) << l);
+            memo.set((key, e, known));
+        }
+        match self.me.wrapping_sub(e.component()) {
+            l @ 0..32 if own => known | 1 << l,
+            _ => known,
+        }
+    }
+
+    fn all_ordered(&self, e: Epoch, lanes: u32) -> bool {
+        // Most readers that are not known are not known from their first lane on.
+        self.ordered(e, lanes.trailing_zeros()) && lanes & !self.known_lanes(e) == 0
     }
 
     fn epoch(&self) -> Epoch {
@@ -166,6 +208,11 @@ impl Access<'_> {
         }
     }
 
+    fn missing_wait(&self, e: Epoch, with: u32) -> Conflict {
+        let time = self.waited.get(e.component() as usize).copied().unwrap_or(0);
+        Conflict::MissingWait { with, waited: e.cluster() == self.cluster & 0x3f_ffff && time >= e.time() }
+    }
+
     /// Whether the last write of a place is in the way of this access.
     fn after_write(&self, c: &Cell, same: Same<'_>) -> Option<Conflict> {
         if c.w.is_none() {
@@ -174,7 +221,7 @@ impl Access<'_> {
         let with = c.wpc;
         if !self.ordered(c.w, 0) {
             if c.w.touch().is_async() {
-                return Some(Conflict::MissingWait { with });
+                return Some(self.missing_wait(c.w, with));
             }
             return (!self.both_strong(c.w, 0) && !same()).then_some(Conflict::Race { with });
         }
@@ -184,17 +231,15 @@ impl Access<'_> {
 
     /// Whether a reader of a place is in the way of this write.
     fn after_read(&self, r: &Reader) -> Option<Conflict> {
-        let mut rest = r.lanes;
+        let mut rest = r.lanes & !self.known_lanes(r.e);
         while rest != 0 {
             let l = rest.trailing_zeros();
             rest &= rest - 1;
-            if !self.ordered(r.e, l) {
-                if r.e.touch().is_async() {
-                    return Some(Conflict::MissingWait { with: r.pc });
-                }
-                if !self.both_strong(r.e, l) {
-                    return Some(Conflict::Race { with: r.pc });
-                }
+            if r.e.touch().is_async() {
+                return Some(self.missing_wait(r.e, r.pc));
+            }
+            if !self.both_strong(r.e, l) {
+                return Some(Conflict::Race { with: r.pc });
             }
         }
         None
@@ -230,7 +275,29 @@ impl Shadow {
     fn has(&self, c: &Cell, e: Epoch, lanes: u32) -> bool {
         match c.list {
             0 => c.r == e && c.lanes & lanes != 0,
+            CROWD => c.w.is_none(),
             list => self.lists.all[list as usize - 1].iter().any(|r| r.e == e && r.lanes & lanes != 0),
+        }
+    }
+
+    /// Which words have been read and written, as [`READ`] and [`WRITTEN`].
+    pub(crate) fn marks(&self, mut tell: impl FnMut(usize, u8)) {
+        let of = |c: &Cell| {
+            let read = if c.lanes != 0 || c.list != 0 { READ } else { 0 };
+            read | if c.w.is_none() { 0 } else { WRITTEN }
+        };
+        for (line, c) in self.lines.iter().enumerate() {
+            let parts = self.split[line].checked_sub(1).map(|p| &self.parts.all[p as usize]);
+            for w in 0..4 {
+                let mark = match parts {
+                    None => of(c),
+                    Some(p) => match p.split[w].checked_sub(1) {
+                        None => of(&p.cells[w]),
+                        Some(b) => self.parts.all[b as usize].cells.iter().map(of).fold(0, |x, y| x | y),
+                    },
+                };
+                tell(line * 4 + w, mark);
+            }
         }
     }
 
@@ -322,13 +389,18 @@ impl Shadow {
     /// Four cells with what one knew.
     fn divide(&mut self, c: Cell) -> u32 {
         let mut parts = Parts { cells: [c; 4], split: [0; 4] };
-        if c.list != 0 {
+        if c.list != 0 && c.list != CROWD {
+            let list = std::mem::take(&mut self.lists.all[c.list as usize - 1]);
             for part in &mut parts.cells[1..] {
-                let copy = self.lists.all[c.list as usize - 1].clone();
-                part.list = self.lists.add(copy);
+                let copy = self.lists.take();
+                copy.1.clone_from(&list);
+                part.list = copy.0;
             }
+            self.lists.all[c.list as usize - 1] = list;
         }
-        self.parts.add(parts)
+        let (i, place) = self.parts.take();
+        *place = parts;
+        i
     }
 }
 
@@ -338,13 +410,18 @@ fn cell(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, write: bool, same: Same<'_>
         add_reader(lists, c, a);
         return found;
     }
-    if c.list != 0 {
+    if c.list != 0 && c.list != CROWD {
         let list = &mut lists.all[c.list as usize - 1];
         found = found.or_else(|| list.iter().find_map(|r| a.after_read(r)));
         list.clear();
         lists.free.push(c.list);
     } else if c.lanes != 0 {
-        found = found.or_else(|| a.after_read(&Reader { e: c.r, lanes: c.lanes, pc: c.rpc }));
+        let with = c.rpc;
+        found = found.or_else(|| match c.list {
+            CROWD if c.r.touch().is_async() => Some(a.missing_wait(c.r, with)),
+            CROWD => Some(Conflict::Race { with }),
+            _ => a.after_read(&Reader { e: c.r, lanes: c.lanes, pc: with }),
+        });
     }
     *c = Cell { w: a.epoch(), wpc: a.pc, ..Cell::default() };
     found
@@ -352,6 +429,22 @@ fn cell(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, write: bool, same: Same<'_>
 
 fn add_reader(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, a: &Access<'_>) {
     let (e, lanes) = a.reader();
+    if c.list == CROWD {
+        return;
+    }
+    if a.independent && (c.list != 0 || c.lanes != 0) {
+        let r = match c.list {
+            0 => Reader { e: c.r, lanes: c.lanes, pc: c.rpc },
+            list => lists.all[list as usize - 1][0],
+        };
+        if r.e.cluster() != e.cluster() && !r.e.touch().is_strong() && !a.touch.is_strong() {
+            if c.list != 0 {
+                lists.free.push(c.list);
+            }
+            (c.list, c.r, c.lanes, c.rpc) = (CROWD, r.e, r.lanes, r.pc);
+            return;
+        }
+    }
     if c.list == 0 {
         if c.lanes == 0 || (c.r != e && a.all_ordered(c.r, c.lanes)) {
             c.r = e;
@@ -363,16 +456,32 @@ fn add_reader(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, a: &Access<'_>) {
             c.lanes |= lanes;
             return;
         }
-        c.list = lists.add(vec![Reader { e: c.r, lanes: c.lanes, pc: c.rpc }]);
+        let (i, list) = lists.take();
+        list.clear();
+        list.push(Reader { e: c.r, lanes: c.lanes, pc: c.rpc });
+        c.list = i;
         c.lanes = 0;
     }
     let list = &mut lists.all[c.list as usize - 1];
-    if let Some(r) = list.iter_mut().find(|r| r.e == e) {
+    let mut at = list.len().saturating_sub(RECENT);
+    if let Some(r) = list[at..].iter_mut().find(|r| r.e == e) {
         r.lanes |= lanes;
         return;
     }
-    list.retain(|r| !a.all_ordered(r.e, r.lanes));
-    list.push(Reader { e, lanes, pc: a.pc });
+    while let Some(r) = list.get(at) {
+        if a.all_ordered(r.e, r.lanes) {
+            list.remove(at);
+        } else {
+            at += 1;
+        }
+    }
+    if list.is_empty() {
+        // One reader is enough again.
+        lists.free.push(c.list);
+        (c.list, c.r, c.lanes, c.rpc) = (0, e, lanes, a.pc);
+    } else {
+        list.push(Reader { e, lanes, pc: a.pc });
+    }
 }
 
 #[cfg(test)]
@@ -383,7 +492,22 @@ mod tests {
     use std::rc::Rc;
 
     fn access(view: &View, me: u32, touch: Touch) -> Access<'_> {
-        Access { view, cluster: 0, me, warp: me & !31, block_size: 64, touch, agent: 140, agent_time: 1, pc: me }
+        // Views change between accesses of a test: nothing may be remembered.
+        let memo = Box::leak(Box::default());
+        Access {
+            memo,
+            view,
+            cluster: 0,
+            me,
+            warp: me & !31,
+            block_size: 64,
+            independent: false,
+            waited: &[],
+            touch,
+            agent: 140,
+            agent_time: 1,
+            pc: me,
+        }
     }
 
     fn views() -> Vec<View> {
@@ -429,6 +553,24 @@ mod tests {
         }
         barrier(&mut views);
         assert_eq!(s.touch(2, 15, true, &|| false, &access(&views[0], 0, Touch::Plain)), None);
+    }
+
+    #[test]
+    fn readers_of_two_clusters_stand_for_all() {
+        let mut views = views();
+        let mut s = Shadow::new(16);
+        for cluster in [0, 1, 1, 2] {
+            let a = Access { cluster, independent: true, ..access(&views[0], 0, Touch::Plain) };
+            assert_eq!(s.touch_line(0, false, &|| false, &a), None);
+        }
+        assert_eq!((s.lines[0].list, s.lists.all.len()), (CROWD, 0));
+        barrier(&mut views);
+        for cluster in [0, 3] {
+            let mut s = Shadow { lines: s.lines.clone(), split: vec![0], ..Shadow::default() };
+            let a = Access { cluster, independent: true, ..access(&views[0], 0, Touch::Plain) };
+            assert_eq!(s.touch(1, 15, true, &|| false, &a), Some(Conflict::Race { with: 0 }));
+            assert_eq!(s.touch(1, 15, true, &|| false, &a), None);
+        }
     }
 
     #[test]
@@ -499,7 +641,7 @@ mod tests {
         barrier(&mut views);
         assert_eq!(
             s.touch(0, 15, false, &|| false, &access(&views[1], 1, Touch::Plain)),
-            Some(Conflict::MissingWait { with: 0 })
+            Some(Conflict::MissingWait { with: 0, waited: false })
         );
         let mut done = Clock::default();
         done.raise(140, 1);

@@ -122,6 +122,73 @@ pub(crate) enum Operand {
     Group(Vec<Operand>),
     /// `symbol + offset` outside brackets.
     Offset(String, i64),
+    /// What reading an operand that is not there gives: its number, counted from one.
+    Missing(usize),
+}
+
+/// The operands of an instruction. Each can be asked for: one that is not there is [`Operand::Missing`], which whoever
+/// needs it refuses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operands<'a> {
+    list: &'a [Operand],
+    /// How many stand before them.
+    before: usize,
+}
+
+impl<'a> Operands<'a> {
+    pub(crate) fn new(list: &'a [Operand]) -> Self {
+        Operands { list, before: 0 }
+    }
+
+    /// Those behind the first `n`.
+    pub(crate) fn after(self, n: usize) -> Self {
+        Operands { list: self.list.get(n..).unwrap_or(&[]), before: self.before + n }
+    }
+
+    /// All but the last.
+    pub(crate) fn but_last(self) -> Self {
+        Operands { list: self.list.split_last().map_or(&[], |(_, rest)| rest), ..self }
+    }
+}
+
+impl std::ops::Deref for Operands<'_> {
+    type Target = [Operand];
+
+    fn deref(&self) -> &[Operand] {
+        self.list
+    }
+}
+
+impl std::ops::Index<usize> for Operands<'_> {
+    type Output = Operand;
+
+    fn index(&self, i: usize) -> &Operand {
+        use Operand::Missing;
+        static MISSING: [Operand; 7] =
+            [Missing(1), Missing(2), Missing(3), Missing(4), Missing(5), Missing(6), Missing(7)];
+        self.list.get(i).unwrap_or(&MISSING[(self.before + i).min(MISSING.len() - 1)])
+    }
+}
+
+/// The parts of an instruction's name, `mad` `lo` `s32`. Each can be asked for: one that is not there is empty, which
+/// is no name of anything.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Name<'a>(pub(crate) &'a [&'a str]);
+
+impl<'a> std::ops::Deref for Name<'a> {
+    type Target = [&'a str];
+
+    fn deref(&self) -> &[&'a str] {
+        self.0
+    }
+}
+
+impl<'a> std::ops::Index<usize> for Name<'a> {
+    type Output = &'a str;
+
+    fn index(&self, i: usize) -> &&'a str {
+        self.0.get(i).unwrap_or(&"")
+    }
 }
 
 /// An instruction.

@@ -55,6 +55,7 @@ impl Bench {
             block: [self.block, 1, 1],
             cluster: [self.cluster, 1, 1],
             dynamic_shared: 0,
+            dependent: false,
             args: vec![Arg::U64(out), Arg::TensorMap(map), Arg::U64(data)],
         };
         let report =
@@ -222,6 +223,20 @@ fn tensor_copies_store_and_reduce() -> Result<(), Error> {
             assert_eq!(*v, if inside { rule(i as u32) } else { i as u32 }, "{copy}: {i}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn lanes_may_store_the_same_tile_but_not_different_ones() -> Result<(), Error> {
+    let copy = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group";
+    let all = from_ones(copy).replace("@!%p0 bra END;", "");
+    let (_, data) = Bench::default().clean(&all)?;
+    assert_eq!(data, Bench::default().clean(&from_ones(copy))?.1);
+    // Every lane takes its own tile to the one place.
+    let apart =
+        all.replace(copy, &format!("mad.lo.u32 %r5, %r0, 128, %r5; {copy}")).replace("tile[4096]", "tile[8192]");
+    let (report, ..) = Bench::default().run(&apart, 0)?;
+    assert!(kinds(&report).contains(&FindingKind::MissingWait), "{:?}", report.findings);
     Ok(())
 }
 

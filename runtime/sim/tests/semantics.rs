@@ -31,6 +31,7 @@ fn run_with(
         block: [block, 1, 1],
         cluster: [cluster, 1, 1],
         dynamic_shared: 0,
+        dependent: false,
         args: vec![Arg::U64(out)],
     };
     let report = launch(&module, &mut memory, &l, &options)?;
@@ -266,10 +267,115 @@ W:
     let mut memory = Memory::new();
     let (from, out) = (memory.alloc(64, 256), memory.alloc(4, 256));
     let args = vec![Arg::U64(from), Arg::U64(out)];
-    let l = Launch { entry: "k", grid: [1; 3], block: [1; 3], cluster: [1; 3], dynamic_shared: 0, args };
+    let l =
+        Launch { entry: "k", grid: [1; 3], block: [1; 3], cluster: [1; 3], dynamic_shared: 0, args, dependent: false };
     let report = launch(&module, &mut memory, &l, &Options::default())?;
     let lines: Vec<u32> = report.findings.iter().map(|f| f.line).collect();
     assert_eq!((kinds(&report), lines), (vec![FindingKind::Uninitialized], vec![14, 18]), "{:?}", report.findings);
+    Ok(())
+}
+
+#[test]
+fn lanes_call_functions_of_their_own() -> Result<(), Error> {
+    let ptx = "
+.version 8.0
+.target sm_80
+.address_size 64
+.func (.param .b32 r) twice(.param .b32 x) { .reg .b32 %r<3>; ld.param.b32 %r1, [x]; add.u32 %r2, %r1, %r1; st.param.b32 [r], %r2; ret; }
+.func (.param .b32 r) square(.param .b32 x) { .reg .b32 %r<3>; ld.param.b32 %r1, [x]; mul.lo.u32 %r2, %r1, %r1; st.param.b32 [r], %r2; ret; }
+.global .align 8 .u64 table[2] = {twice, square};
+.visible .entry k(.param .u64 out) {
+  .reg .b32 %r<8>; .reg .b64 %rd<8>; .param .b32 give; .param .b32 take;
+  mov.u32 %r1, %tid.x; and.b32 %r2, %r1, 1;
+  mov.u64 %rd1, table; mul.wide.u32 %rd2, %r2, 8; add.u64 %rd3, %rd1, %rd2; ld.global.u64 %rd4, [%rd3];
+  st.param.b32 [give], %r1;
+  prototype: .callprototype (.param .b32 _) _ (.param .b32 _);
+  call (take), %rd4, (give), prototype;
+  ld.param.b32 %r3, [take];
+  ld.param.u64 %rd5, [out]; mul.wide.u32 %rd6, %r1, 4; add.u64 %rd7, %rd5, %rd6; st.global.u32 [%rd7], %r3;
+  ret;
+}";
+    let module = Module::parse(ptx)?;
+    let mut memory = Memory::new();
+    let out = memory.alloc(128, 256);
+    let args = vec![Arg::U64(out)];
+    let l = Launch {
+        entry: "k",
+        grid: [1; 3],
+        block: [32, 1, 1],
+        cluster: [1; 3],
+        dynamic_shared: 0,
+        args,
+        dependent: false,
+    };
+    let report = launch(&module, &mut memory, &l, &Options { max_instructions: 10_000, ..Options::default() })?;
+    assert_eq!(kinds(&report), []);
+    let words = memory.read(out, 128)?;
+    for (i, word) in words.chunks_exact(4).enumerate() {
+        assert_eq!(usize::from(word[0]) | usize::from(word[1]) << 8, if i % 2 == 0 { 2 * i } else { i * i });
+    }
+    Ok(())
+}
+
+#[test]
+fn a_lane_may_wait_for_other_blocks_while_the_rest_is_at_a_barrier() -> Result<(), Error> {
+    let body = "setp.ne.u32 %p0, %r0, 0; @%p0 bra MEET; membar.gl; atom.global.add.u32 %r1, [%rd0], 1;\n\
+        LOOP: ld.volatile.global.u32 %r2, [%rd0]; setp.lt.u32 %p1, %r2, 3; @%p1 bra LOOP; membar.gl;\n\
+        MEET: bar.sync 0; st.global.u32 [%rd0+4], 7;";
+    for seed in 0..4 {
+        let (report, out) = run(body, 3, 64, 1, 2, seed)?;
+        assert_eq!((kinds(&report), out), (vec![], vec![3, 7]), "seed {seed}");
+    }
+    // One block too few: the lanes at the barrier are not to blame.
+    let (report, _) = run(body, 2, 64, 1, 2, 0)?;
+    assert_eq!(kinds(&report), [FindingKind::Deadlock]);
+    Ok(())
+}
+
+#[test]
+fn a_launch_that_starts_early_waits_before_it_uses_results() -> Result<(), Error> {
+    let text = |body: &str| {
+        format!(
+            ".version 8.7\n.target sm_90a\n.address_size 64\n.entry k(.param .u64 from, .param .u64 to)\n{{\n.reg .b32 %r<8>; .reg .b64 %rd<8>; .reg .pred %p;\n\
+             ld.param.u64 %rd0, [from]; ld.param.u64 %rd1, [to]; mov.u32 %r0, %tid.x; mul.wide.u32 %rd2, %r0, 4;\n\
+             add.u64 %rd3, %rd0, %rd2; add.u64 %rd4, %rd1, %rd2;\n{body}\nret;\n}}"
+        )
+    };
+    let copy = "ld.global.u32 %r1, [%rd3]; add.u32 %r1, %r1, 1; st.global.u32 [%rd4], %r1;";
+    let cases = [
+        (format!("griddepcontrol.wait; {copy}"), true),
+        // One thread waits and the barrier tells the others.
+        (format!("setp.ne.u32 %p, %r0, 0; @%p bra ON; griddepcontrol.wait; ON: bar.sync 0; {copy}"), true),
+        // What no launch has written may be read at once.
+        (format!("ld.global.u32 %r2, [%rd4]; griddepcontrol.wait; {copy}"), true),
+        (format!("{copy} griddepcontrol.wait;"), false),
+        (format!("setp.ne.u32 %p, %r0, 0; @%p bra ON; griddepcontrol.wait; ON: {copy}"), false),
+        ("griddepcontrol.launch_dependents; st.global.u32 [%rd3], %r0; griddepcontrol.wait;".into(), false),
+    ];
+    for (body, fine) in cases {
+        let (first, second) =
+            (Module::parse(&text(&format!("griddepcontrol.wait; {copy}")))?, Module::parse(&text(&body))?);
+        let mut memory = Memory::new();
+        let buffers: Vec<u64> = (0..3).map(|_| memory.alloc(256, 256)).collect();
+        for b in &buffers {
+            memory.write(*b, &[0; 256])?;
+        }
+        for (module, from, dependent) in [(&first, 0, false), (&second, 1, true)] {
+            let args = vec![Arg::U64(buffers[from]), Arg::U64(buffers[from + 1])];
+            let l = Launch {
+                entry: "k",
+                grid: [1; 3],
+                block: [64, 1, 1],
+                cluster: [1; 3],
+                dynamic_shared: 0,
+                args,
+                dependent,
+            };
+            let report = launch(module, &mut memory, &l, &Options::default())?;
+            let expected = if fine || !dependent { vec![] } else { vec![FindingKind::Race] };
+            assert_eq!(kinds(&report), expected, "{body}");
+        }
+    }
     Ok(())
 }
 
@@ -279,6 +385,58 @@ fn an_unknown_instruction_is_an_error_with_its_line() {
         ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k()\n{\nfrobnicate.b32 1;\nret;\n}\n",
     );
     assert!(matches!(e, Err(Error::Unsupported { line: 6, .. })), "{e:?}");
+}
+
+#[test]
+fn a_missing_operand_is_named_with_its_line() {
+    let wanted = [
+        ("add.s32 %r1, %r2;", "`add.s32`: operand 3 is missing"),
+        ("fma.rn.f32 %f1, %f2, %f3;", "operand 4 is missing"),
+        ("mov.u32 %r1;", "operand 2 is missing"),
+        ("bra;", "operand 1 is missing"),
+        ("setp.eq.u32 %p0, %r1;", "operand 3 is missing"),
+        ("mbarrier.try_wait.parity.shared::cta.b64 %p0, [%r1];", "operand 3 is missing"),
+        (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1], %r2;",
+            "operand 4 is missing",
+        ),
+        ("mbarrier.arrive.shared::cta.b64 %rd1;", "operand 2 is missing"),
+        ("shfl.sync.bfly.b32 %r1, %r2, 1, 31;", "operand 5 is missing"),
+    ];
+    for (text, part) in wanted {
+        let ptx = format!(
+            ".version 8.0\n.target sm_90a\n.entry k()\n{{\n.reg .b32 %r<4>; .reg .f32 %f<4>; .reg .b64 %rd<2>; .reg .pred %p<2>;\n{text}\n}}"
+        );
+        let said = Module::parse(&ptx).expect_err(text).to_string();
+        assert!(said.contains(part) && said.contains('6'), "{text}: {said}");
+    }
+}
+
+#[test]
+fn names_and_operands_may_end_anywhere() {
+    // Every instruction of the cases, with its operands and the parts of its name cut off from behind.
+    let cases = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/ptx-cases");
+    let mut shapes = std::collections::BTreeSet::new();
+    let mut cut = 0;
+    for file in std::fs::read_dir(cases).into_iter().flatten().flatten() {
+        let bytes = std::fs::read(file.path()).unwrap_or_default();
+        let Ok((_, header)) = safetensors::SafeTensors::read_metadata(&bytes) else { continue };
+        let Some(ptx) = header.metadata().as_ref().and_then(|m| m.get("ptx")) else { continue };
+        let Some((head, body)) = ptx.split_once("\n{") else { continue };
+        let registers: String = body.lines().filter(|l| l.trim().starts_with(".reg")).collect();
+        for line in body.lines().map(str::trim).filter(|l| l.ends_with(';') && !l.starts_with(['.', '@', '$', '{'])) {
+            let (name, operands) = line.trim_end_matches(';').split_once(char::is_whitespace).unwrap_or((line, ""));
+            if !shapes.insert(name.to_owned()) {
+                continue;
+            }
+            let (parts, list): (Vec<_>, Vec<_>) = (name.split('.').collect(), operands.split(", ").collect());
+            for (n, k) in (0..=list.len()).map(|k| (parts.len(), k)).chain((1..parts.len()).map(|n| (n, list.len()))) {
+                let text = format!("{head}\n{{{registers} {} {};\n}}", parts[..n].join("."), list[..k].join(", "));
+                cut += usize::from(Module::parse(&text).is_err());
+            }
+        }
+    }
+    assert!(shapes.len() > 250 && cut > 1000, "{} instructions, {cut} refused", shapes.len());
 }
 
 #[test]
@@ -361,7 +519,15 @@ END:
                 swizzle,
             };
             let args = vec![Arg::TensorMap(map(source)), Arg::TensorMap(map(sums)), Arg::U64(out)];
-            let l = Launch { entry: "k", grid: [1; 3], block: [32, 1, 1], cluster: [1; 3], dynamic_shared: 0, args };
+            let l = Launch {
+                entry: "k",
+                grid: [1; 3],
+                block: [32, 1, 1],
+                cluster: [1; 3],
+                dynamic_shared: 0,
+                args,
+                dependent: false,
+            };
             let report = launch(&module, &mut memory, &l, &Options { seed, ..Options::default() })?;
             assert_eq!(kinds(&report), [], "{:?}", report.findings);
             let got = memory.read(out, 512)?;

@@ -219,9 +219,11 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
     for &tokens in &args.tokens {
         let (routing, tokens) = spread.of(&prepared, tokens)?;
         sim.take_counts();
+        sim.take_busy();
         let options = Options { tokens, routing, launches: Some(1), kernels_only: true };
         bench::once(&prepared, &graph, &facts(&graph), &options)?;
         let tally = sim.take_counts();
+        let seconds = sim.take_busy().as_secs_f64();
         let c = tally.total;
         let program = prepared.program()?;
         // Uniform routing hits so many experts in the mean.
@@ -242,6 +244,8 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
             "target": program.target, "tokens": tokens, "routing": args.routing,
             "instructions": c.warp_instructions, "bytes_global": c.global_bytes_read + c.global_bytes_written,
             "bytes_shared": c.shared_bytes_read + c.shared_bytes_written, "bank_conflicts": c.bank_conflicts(),
+            "kinds": c.by_kind, "sectors_global": c.global_sectors, "sectors_global_ideal": c.global_sectors_ideal,
+            "lane_instructions": c.lane_instructions, "simulation_seconds": seconds,
             "registers": c.registers, "shared_bytes": c.shared_bytes, "tensor_flops": c.tensor_flops,
             "blocks": c.blocks, "occupancy": f64::from(c.occupancy_permille) / 1000.0,
             "kernels": kernels.iter().map(|(name, e)| json!({
@@ -258,6 +262,19 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
                 c.bank_conflicts(),
                 c.registers,
                 c.shared_bytes
+            ))?;
+            let kinds: Vec<String> = c.by_kind.iter().map(|(kind, n)| format!("{n} {kind}")).collect();
+            cx.result(format!("        instructions: {}\n", kinds.join(", ")))?;
+            cx.result(format!(
+                "        {} sectors of global memory ({} side by side), {} operations of tensor cores, occupancy {:.0} %\n",
+                c.global_sectors,
+                c.global_sectors_ideal,
+                c.tensor_flops,
+                f64::from(c.occupancy_permille) / 10.0
+            ))?;
+            cx.result(format!(
+                "        simulated {:.1} million instructions of threads a second\n",
+                c.lane_instructions as f64 / seconds / 1e6
             ))?;
             for (name, e) in &kernels {
                 let (limit, cycles) = e.limit();

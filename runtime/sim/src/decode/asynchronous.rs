@@ -4,20 +4,19 @@ use super::Decoder;
 use crate::Error;
 use crate::clock::Scope;
 use crate::op::{Addr, Bulk, BulkKind, Mbar, NONE, Op, Order, Reg, Rmw, Where};
-use crate::syntax::{Operand, Ty};
+use crate::syntax::{Name, Operand, Operands, Ty};
 
 impl Decoder<'_> {
-    pub(super) fn asynchronous(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    pub(super) fn asynchronous(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         match p[0] {
             "cp" => match (p.get(1).copied(), p.get(2).copied()) {
                 (Some("async"), Some("commit_group")) => self.emit(Op::CpAsyncCommit),
                 (Some("async"), Some("wait_group")) => {
-                    let pending = self.constant(o, 0)?;
+                    let pending = self.constant(&o[0])? as u32;
                     self.emit(Op::CpAsyncWait { pending, all: false });
                 }
                 (Some("async"), Some("wait_all")) => self.emit(Op::CpAsyncWait { pending: 0, all: true }),
                 (Some("async"), Some("mbarrier")) => {
-                    self.need(o, 1)?;
                     let addr = self.address(&o[0])?;
                     self.emit(Op::Mbar {
                         place: Self::place(p),
@@ -54,19 +53,11 @@ impl Decoder<'_> {
         Ok(true)
     }
 
-    fn constant(&self, o: &[Operand], at: usize) -> Result<u32, Error> {
-        match o.get(at) {
-            Some(Operand::Int(v)) => Ok(*v as u32),
-            Some(_) | None => self.parse_error(format!("`{}`: expected a literal", self.name)),
-        }
-    }
-
-    fn cp_async(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 3)?;
+    fn cp_async(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         let (dst, src) = (self.address(&o[0])?, self.address(&o[1])?);
-        let size = self.constant(o, 2)?;
+        let size = self.constant(&o[2])? as u32;
         let hint = p.contains(&"L2::cache_hint");
-        let extra = &o[3..o.len() - usize::from(hint)];
+        let extra = if hint { o.but_last() } else { o }.after(3);
         let (mut src_size, mut ignore) = (NONE, NONE);
         if let Some(x) = extra.first() {
             let is_pred = match x {
@@ -89,21 +80,21 @@ impl Decoder<'_> {
 
     /// The base and the coordinates of `[map, {x, y, ..}]`.
     fn tensor_address(&mut self, o: &Operand) -> Result<(Addr, Vec<Reg>), Error> {
-        let Operand::Mem(_, _, extra) = o else { return self.parse_error("expected a tensor address") };
+        let Operand::Mem(_, _, extra) = o else { return self.expected("a tensor address", o) };
         let base = self.address(o)?;
         let Some(coords) = extra.first() else { return self.parse_error("tensor address without coordinates") };
         let coords = self.source_list(coords, Ty::S32)?;
         Ok((base, coords))
     }
 
-    fn bulk(&mut self, p: &[&str], o: &[Operand], reduce: Option<(Rmw, Option<Ty>)>) -> Result<(), Error> {
+    fn bulk(&mut self, p: Name<'_>, o: Operands<'_>, reduce: Option<(Rmw, Option<Ty>)>) -> Result<(), Error> {
         let has = |s: &str| p.contains(&s);
         if has("commit_group") {
             self.emit(Op::BulkCommit);
             return Ok(());
         }
         if has("wait_group") {
-            let pending = self.constant(o, 0)?;
+            let pending = self.constant(&o[0])? as u32;
             self.emit(Op::BulkWait { pending, read: has("read") });
             return Ok(());
         }
@@ -114,7 +105,7 @@ impl Decoder<'_> {
         }
         let tensor = has("tensor");
         let hint = has("L2::cache_hint");
-        let o = if hint { &o[..o.len().saturating_sub(1)] } else { o };
+        let o = if hint { o.but_last() } else { o };
         let none = Addr { base: 0, offset: 0 };
         let mut b = Bulk {
             kind: BulkKind::Load,
@@ -129,7 +120,6 @@ impl Decoder<'_> {
         };
         if has("prefetch") {
             b.kind = BulkKind::Prefetch;
-            self.need(o, if tensor { 1 } else { 2 })?;
             if tensor {
                 (b.global, b.coords) = self.tensor_address(&o[0])?;
             } else {
@@ -147,11 +137,9 @@ impl Decoder<'_> {
             ("global", "shared::cta") => {
                 b.kind = BulkKind::Store;
                 if tensor {
-                    self.need(o, 2)?;
                     (b.global, b.coords) = self.tensor_address(&o[0])?;
                     b.shared = self.address(&o[1])?;
                 } else {
-                    self.need(o, 3)?;
                     b.global = self.address(&o[0])?;
                     b.shared = self.address(&o[1])?;
                     b.size = self.source(&o[2], Ty::U32)?;
@@ -162,23 +150,19 @@ impl Decoder<'_> {
                 b.shared = self.address(&o[0])?;
                 let mut at = 2;
                 if tensor {
-                    self.need(o, 3)?;
                     (b.global, b.coords) = self.tensor_address(&o[1])?;
                 } else {
-                    self.need(o, 4)?;
                     b.global = self.address(&o[1])?;
                     b.size = self.source(&o[2], Ty::U32)?;
                     at = 3;
                 }
                 b.mbar = Some(self.address(&o[at])?);
                 if has("multicast::cluster") {
-                    self.need(o, at + 2)?;
                     b.mask = self.source(&o[at + 1], Ty::B16)?;
                 }
             }
             ("shared::cluster", "shared::cta") => {
                 // Destination in `global`, which here is an address of the cluster.
-                self.need(o, 4)?;
                 b.kind = BulkKind::Exchange;
                 b.global = self.address(&o[0])?;
                 b.shared = self.address(&o[1])?;
@@ -191,7 +175,7 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    fn mbarrier(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
+    fn mbarrier(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         let has = |s: &str| p.contains(&s);
         let place = Self::place(p);
         let relaxed = has("relaxed");
@@ -201,20 +185,14 @@ impl Decoder<'_> {
         let Some(name) = p.get(1) else { return self.unsupported("form") };
         let (addr, op) = match *name {
             "init" => {
-                self.need(o, 2)?;
                 let count = self.source(&o[1], Ty::U32)?;
                 (self.address(&o[0])?, Mbar::Init { count })
             }
-            "inval" => {
-                self.need(o, 1)?;
-                (self.address(&o[0])?, Mbar::Inval)
-            }
+            "inval" => (self.address(&o[0])?, Mbar::Inval),
             "arrive" | "arrive_drop" => {
-                self.need(o, 1)?;
                 let has_dest = !matches!(o.first(), Some(Operand::Mem(..)));
-                let d = if has_dest { self.dest(&o[0])? } else { NONE };
-                let rest = &o[usize::from(has_dest)..];
-                self.need(rest, 1)?;
+                let d = if has_dest { self.dest(&o[0])? } else { self.sink() };
+                let rest = o.after(usize::from(has_dest));
                 let extra = match rest.get(1) {
                     Some(x) => self.source(x, Ty::U32)?,
                     None => NONE,
@@ -226,17 +204,14 @@ impl Decoder<'_> {
                 )
             }
             "expect_tx" => {
-                self.need(o, 2)?;
                 let tx = self.source(&o[1], Ty::U32)?;
                 (self.address(&o[0])?, Mbar::ExpectTx { tx })
             }
             "complete_tx" => {
-                self.need(o, 2)?;
                 let tx = self.source(&o[1], Ty::U32)?;
                 (self.address(&o[0])?, Mbar::CompleteTx { tx })
             }
             "test_wait" | "try_wait" => {
-                self.need(o, 3)?;
                 let state = self.source(&o[2], Ty::B64)?;
                 if let Some(hint) = o.get(3) {
                     self.source(hint, Ty::U32)?;
@@ -245,7 +220,6 @@ impl Decoder<'_> {
                 (self.address(&o[1])?, Mbar::TestWait { d, state, parity: has("parity"), order: wait_order })
             }
             "pending_count" => {
-                self.need(o, 2)?;
                 let state = self.source(&o[1], Ty::B64)?;
                 let d = self.dest(&o[0])?;
                 (Addr { base: state, offset: 0 }, Mbar::PendingCount { d, state })
@@ -257,8 +231,7 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    fn tensormap(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 2)?;
+    fn tensormap(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         if p.get(1) == Some(&"cp_fenceproxy") {
             let (to, from) = (self.address(&o[0])?, self.address(&o[1])?);
             self.emit(Op::TensormapCopy { to, from });
@@ -281,12 +254,7 @@ impl Decoder<'_> {
         ];
         let Some(field) = fields.iter().position(|f| p.contains(f)) else { return self.unsupported("field") };
         let indexed = (2..=5).contains(&field);
-        let (index, value) = if indexed {
-            self.need(o, 3)?;
-            (self.constant(o, 1)?, &o[2])
-        } else {
-            (0, &o[1])
-        };
+        let (index, value) = if indexed { (self.constant(&o[1])? as u32, &o[2]) } else { (0, &o[1]) };
         let value = self.source(value, Ty::B64)?;
         let addr = self.address(&o[0])?;
         self.emit(Op::TensormapReplace { place: Self::place(p), addr, field: field as u8, index, value });

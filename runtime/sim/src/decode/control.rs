@@ -4,20 +4,18 @@ use super::{Decoder, Symbol, last_type};
 use crate::Error;
 use crate::clock::Scope;
 use crate::op::{BarKind, Call, CallValue, Collective, NONE, Op, Reg, Rmw, ShflMode, Vote, Where};
-use crate::syntax::{Operand, Ty};
+use crate::syntax::{Name, Operand, Operands, Ty};
 
 impl Decoder<'_> {
-    pub(super) fn control(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    pub(super) fn control(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         match p[0] {
             "bra" => {
-                self.need(o, 1)?;
-                let Operand::Word(label) = &o[0] else { return self.parse_error("expected a label") };
+                let Operand::Word(label) = &o[0] else { return self.expected("a label", &o[0]) };
                 self.branch(Op::Bra { target: 0 }, vec![label.clone()]);
             }
             "brx" => {
-                self.need(o, 2)?;
                 let index = self.source(&o[0], Ty::U32)?;
-                let Operand::Word(name) = &o[1] else { return self.parse_error("expected a list of labels") };
+                let Operand::Word(name) = &o[1] else { return self.expected("a list of labels", &o[1]) };
                 let Some(Symbol::Targets(list)) = self.find(name) else {
                     return self.parse_error(format!("`{name}` is no list of labels"));
                 };
@@ -27,8 +25,10 @@ impl Decoder<'_> {
             "ret" => self.emit(Op::Ret),
             "exit" => self.emit(Op::Exit),
             "trap" | "brkpt" => self.emit(Op::Trap),
-            // A launch has no predecessor and no dependent here; hints and sleeps change no result.
-            "griddepcontrol" | "nanosleep" | "pmevent" | "discard" | "applypriority" | "prefetch" | "prefetchu" => {
+            "griddepcontrol" if p[1] == "wait" => self.emit(Op::LaunchWait),
+            "griddepcontrol" if p[1] == "launch_dependents" => self.emit(Op::LaunchNext),
+            // Hints and sleeps change no result.
+            "nanosleep" | "pmevent" | "discard" | "applypriority" | "prefetch" | "prefetchu" => {
                 for x in o.iter().filter(|x| matches!(x, Operand::Word(_))) {
                     self.source(x, Ty::B32)?;
                 }
@@ -44,20 +44,17 @@ impl Decoder<'_> {
             "fence" | "membar" => return self.fence(p),
             "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => return self.warp(p, o),
             "mapa" => {
-                self.need(o, 3)?;
                 let generic = !p.iter().any(|s| s.starts_with("shared"));
                 let (a, rank) = (self.source(&o[1], Ty::B64)?, self.source(&o[2], Ty::B32)?);
                 let d = self.dest(&o[0])?;
                 self.emit(Op::Mapa { d, a, rank, generic });
             }
             "getctarank" => {
-                self.need(o, 2)?;
                 let a = self.source(&o[1], Ty::B64)?;
                 let d = self.dest(&o[0])?;
                 self.emit(Op::GetCtaRank { d, a });
             }
             "isspacep" => {
-                self.need(o, 2)?;
                 let place = match p.get(1).copied() {
                     Some("global") => Where::Global,
                     Some("shared" | "shared::cta") => Where::Shared,
@@ -82,8 +79,8 @@ impl Decoder<'_> {
         self.emit(op);
     }
 
-    fn call(&mut self, o: &[Operand]) -> Result<(), Error> {
-        let mut rest = o;
+    fn call(&mut self, o: Operands<'_>) -> Result<(), Error> {
+        let mut rest = &*o;
         let mut rets = Vec::new();
         if let [Operand::Group(list), tail @ ..] = rest {
             rets = self.call_values(list, true)?;
@@ -131,7 +128,7 @@ impl Decoder<'_> {
         Ok(out)
     }
 
-    fn barrier(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    fn barrier(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         if p.contains(&"cluster") {
             let op = if p.contains(&"arrive") {
                 Op::ClusterArrive { release: !p.contains(&"relaxed") }
@@ -142,7 +139,6 @@ impl Decoder<'_> {
             return Ok(true);
         }
         if p.get(1) == Some(&"warp") {
-            self.need(o, 1)?;
             let mask = self.source(&o[0], Ty::B32)?;
             self.emit(Op::Collective { op: Box::new(Collective::Barrier), mask });
             return Ok(true);
@@ -162,15 +158,13 @@ impl Decoder<'_> {
         } else {
             return Ok(false);
         };
-        let (mut d, mut pr, mut negate) = (NONE, NONE, false);
+        let (mut d, mut pr, mut negate) = (self.sink(), NONE, false);
         let mut rest = o;
         if matches!(kind, BarKind::RedAnd | BarKind::RedOr | BarKind::RedPopc) {
-            self.need(o, 3)?;
             d = self.dest(&o[0])?;
-            (pr, negate) = self.pred(&o[o.len() - 1])?;
-            rest = &o[1..o.len() - 1];
+            (pr, negate) = self.pred(&o[o.len().max(3) - 1])?;
+            rest = o.but_last().after(1);
         }
-        self.need(rest, 1)?;
         let id = self.source(&rest[0], Ty::U32)?;
         let count = match rest.get(1) {
             Some(c) => self.source(c, Ty::U32)?,
@@ -180,8 +174,8 @@ impl Decoder<'_> {
         Ok(true)
     }
 
-    pub(super) fn scope(p: &[&str]) -> Scope {
-        for s in p {
+    pub(super) fn scope(p: Name<'_>) -> Scope {
+        for s in p.iter() {
             match *s {
                 "cta" => return Scope::Cta,
                 "cluster" => return Scope::Cluster,
@@ -192,7 +186,7 @@ impl Decoder<'_> {
         Scope::Gpu
     }
 
-    fn fence(&mut self, p: &[&str]) -> Result<bool, Error> {
+    fn fence(&mut self, p: Name<'_>) -> Result<bool, Error> {
         if p.contains(&"proxy") {
             // Tensor maps are read by value when an instruction runs, so only the data fence has an effect.
             if p.iter().any(|s| s.starts_with("async")) {
@@ -212,7 +206,7 @@ impl Decoder<'_> {
         Ok(true)
     }
 
-    fn warp(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    fn warp(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         if p[0] == "activemask" {
             let d = self.dest(&o[0])?;
             self.emit(Op::ActiveMask { d });
@@ -223,7 +217,6 @@ impl Decoder<'_> {
         }
         let collective = match p[0] {
             "shfl" => {
-                self.need(o, 5)?;
                 let mode = match p[2] {
                     "up" => ShflMode::Up,
                     "down" => ShflMode::Down,
@@ -237,7 +230,6 @@ impl Decoder<'_> {
                 Collective::Shfl { mode, d, p: pr, a, b, c }
             }
             "vote" => {
-                self.need(o, 3)?;
                 let kind = match p[2] {
                     "all" => Vote::All,
                     "any" => Vote::Any,
@@ -250,7 +242,6 @@ impl Decoder<'_> {
                 Collective::Vote { kind, d, a, negate }
             }
             "match" => {
-                self.need(o, 3)?;
                 let bits = last_type(p).map_or(32, Ty::bits);
                 let a = self.source(&o[1], Ty::B64)?;
                 let (d, pr) = self.dest_pair(&o[0])?;
@@ -261,7 +252,6 @@ impl Decoder<'_> {
                 }
             }
             "redux" => {
-                self.need(o, 3)?;
                 let Some(ty) = last_type(p) else { return Ok(false) };
                 let op = match p[2] {
                     "add" => Rmw::Add,
@@ -277,12 +267,16 @@ impl Decoder<'_> {
                 Collective::Redux { op, ty, d, a, abs: p.contains(&"abs"), nan: p.contains(&"NaN") }
             }
             _ => {
-                self.need(o, 2)?;
                 let (d, pr) = self.dest_pair(&o[0])?;
                 Collective::Elect { d, p: pr }
             }
         };
-        let mask: Reg = self.source(&o[o.len() - 1], Ty::B32)?;
+        let mask_at = match p[0] {
+            "shfl" => 4,
+            "elect" => 1,
+            _ => 2,
+        };
+        let mask: Reg = self.source(&o[mask_at], Ty::B32)?;
         self.emit(Op::Collective { op: Box::new(collective), mask });
         Ok(true)
     }

@@ -3,9 +3,9 @@
 use super::Decoder;
 use crate::Error;
 use crate::num::{self, Format, Round};
-use crate::op::{Kernel, NONE, Reg, V, rounding};
+use crate::op::{Kernel, NONE, V, rounding};
 use crate::space;
-use crate::syntax::{Operand, Ty};
+use crate::syntax::{Name, Operands, Ty};
 
 /// The formats a conversion knows beside the integers.
 const FORMATS: [(&str, Format); 9] = [
@@ -246,7 +246,7 @@ fn sign_extend(a: &V, _: &V, _: &V, _: u64, o: &mut V) {
 }
 
 impl Decoder<'_> {
-    pub(super) fn convert(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    pub(super) fn convert(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         match p[0] {
             "cvt" => self.cvt(p, o).map(|()| true),
             "cvta" => self.cvta(p, o).map(|()| true),
@@ -268,9 +268,8 @@ impl Decoder<'_> {
         FORMATS.iter().position(|f| f.0 == name).map(|i| (16 + i as u32, pair))
     }
 
-    fn cvt(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 2)?;
-        let [.., to, from] = p else { return self.unsupported("types") };
+    fn cvt(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
+        let [.., to, from] = *p else { return self.unsupported("types") };
         if to.ends_with("x4") {
             return self.unsupported("stochastic rounding");
         }
@@ -298,17 +297,16 @@ impl Decoder<'_> {
             plan.satfinite = true;
         }
         let pair = o.len() >= 3;
-        let regs: Vec<Reg> = o[1..]
-            .iter()
-            .map(|x| self.source(x, if from == F64 { Ty::F64 } else { Ty::F32 }))
-            .collect::<Result<_, _>>()?;
+        let ty = if from == F64 { Ty::F64 } else { Ty::F32 };
+        let first = self.source(&o[1], ty)?;
+        let second = if pair { self.source(&o[2], ty)? } else { NONE };
         let (d, dty) = self.dest_ty(&o[0])?;
         plan.reg_bits = dty.bits();
         if to_pair && pair {
             let simple =
                 to == 18 && from == 16 && mode == Round::NearestEven && !plan.relu && !plan.satfinite && !plan.ftz;
             let k: Kernel = if simple { bf16_pair } else { pack_pair };
-            self.alu_op(k, d, [regs[0], regs[1], NONE], plan.pack());
+            self.alu_op(k, d, [first, second, NONE], plan.pack());
             return Ok(());
         }
         if to_pair != from_pair || pair {
@@ -323,12 +321,11 @@ impl Decoder<'_> {
         } else {
             general
         };
-        self.alu_op(k, d, [regs[0], NONE, NONE], plan.pack());
+        self.alu_op(k, d, [first, NONE, NONE], plan.pack());
         Ok(())
     }
 
-    fn cvta(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 2)?;
+    fn cvta(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         let to_specific = p.get(1) == Some(&"to");
         let Some(which) = p.get(if to_specific { 2 } else { 1 }) else { return self.unsupported("space") };
         let window = match *which {

@@ -7,7 +7,7 @@ use super::{Decoder, last_type};
 use crate::Error;
 use crate::num::{self, Round, canon, flush};
 use crate::op::{Kernel, NONE, V, rounding};
-use crate::syntax::{Operand, Ty};
+use crate::syntax::{Name, Operands, Ty};
 
 /// Bits of the immediate of the f32 kernels.
 const FTZ: u64 = 1;
@@ -170,7 +170,7 @@ fn directed(q: f64, sign: f64, exact: bool, mode: Round) -> f32 {
 }
 
 impl Decoder<'_> {
-    pub(super) fn float(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    pub(super) fn float(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         let Some(ty) = last_type(p) else { return Ok(false) };
         match ty {
             Ty::F32 => self.f32(p, o),
@@ -180,7 +180,7 @@ impl Decoder<'_> {
         }
     }
 
-    fn f32(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    fn f32(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         let has = |s: &str| p.contains(&s);
         // Packed pairs in a 64-bit register are another instruction set.
         if p.iter().rev().skip(1).any(|s| matches!(*s, "f16" | "bf16")) {
@@ -224,8 +224,7 @@ impl Decoder<'_> {
         self.operate(k, n, Ty::F32, o, imm)
     }
 
-    pub(super) fn operate(&mut self, k: Kernel, n: usize, ty: Ty, o: &[Operand], imm: u64) -> Result<bool, Error> {
-        self.need(o, n + 1)?;
+    pub(super) fn operate(&mut self, k: Kernel, n: usize, ty: Ty, o: Operands<'_>, imm: u64) -> Result<bool, Error> {
         let mut s = [NONE; 3];
         for i in 0..n {
             s[i] = self.source(&o[i + 1], ty)?;
@@ -235,7 +234,7 @@ impl Decoder<'_> {
         Ok(true)
     }
 
-    fn testp(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    fn testp(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         let kind =
             ["finite", "infinite", "number", "notanumber", "normal", "subnormal"].iter().position(|k| p.contains(k));
         let Some(kind) = kind else { return Ok(false) };
@@ -255,7 +254,7 @@ impl Decoder<'_> {
         self.operate(k, 1, Ty::F32, o, kind as u64)
     }
 
-    fn f64(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    fn f64(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         if p.iter().any(|s| rounding(s).is_some_and(|m| m != Round::NearestEven)) {
             return self.unsupported("f64 with a directed rounding");
         }

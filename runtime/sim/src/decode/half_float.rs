@@ -8,7 +8,7 @@ use super::float::{max32, min32, unary};
 use crate::Error;
 use crate::num::{self, Format, Round};
 use crate::op::{Kernel, V};
-use crate::syntax::{Operand, Ty};
+use crate::syntax::{Name, Operands, Ty};
 
 /// Bits of the immediate.
 const PACKED: u64 = 1;
@@ -87,7 +87,7 @@ pub(crate) fn combine(op: crate::op::Rmw, bf16: bool, a: u16, b: u16) -> u16 {
 }
 
 impl Decoder<'_> {
-    pub(super) fn half(&mut self, p: &[&str], o: &[Operand], ty: Ty) -> Result<bool, Error> {
+    pub(super) fn half(&mut self, p: Name<'_>, o: Operands<'_>, ty: Ty) -> Result<bool, Error> {
         let has = |s: &str| p.contains(&s);
         let mut imm = 0;
         for (bit, on) in [

@@ -4,10 +4,10 @@ use super::{Decoder, Symbol, last_type};
 use crate::Error;
 use crate::clock::Scope;
 use crate::op::{Access, Addr, Atomic, Op, Order, Rmw, Where};
-use crate::syntax::{Operand, Ty};
+use crate::syntax::{Name, Operand, Operands, Ty};
 
 impl Decoder<'_> {
-    pub(super) fn memory(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    pub(super) fn memory(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         match p[0] {
             "ld" | "ldu" => self.load(p, o).map(|()| true),
             "st" if p.get(1) == Some(&"async") => self.store_async(p, o).map(|()| true),
@@ -19,8 +19,8 @@ impl Decoder<'_> {
     }
 
     /// The space an access names, and how its address reads.
-    pub(super) fn place(p: &[&str]) -> Where {
-        for s in p {
+    pub(super) fn place(p: Name<'_>) -> Where {
+        for s in p.iter() {
             match *s {
                 "global" => return Where::Global,
                 "shared" | "shared::cta" => return Where::Shared,
@@ -35,7 +35,7 @@ impl Decoder<'_> {
         Where::Generic
     }
 
-    pub(super) fn order(p: &[&str], atomic: bool) -> Order {
+    pub(super) fn order(p: Name<'_>, atomic: bool) -> Order {
         let has = |s: &str| p.contains(&s);
         let (acquire, release) = (has("acquire") || has("acq_rel"), has("release") || has("acq_rel"));
         let strong = atomic || acquire || release || has("relaxed") || has("volatile") || has("mmio");
@@ -54,7 +54,7 @@ impl Decoder<'_> {
         Ok(None)
     }
 
-    fn access(&mut self, p: &[&str], mem: &Operand) -> Result<(Where, Addr, Ty), Error> {
+    fn access(&mut self, p: Name<'_>, mem: &Operand) -> Result<(Where, Addr, Ty), Error> {
         let Some(ty) = last_type(p) else { return self.unsupported("type") };
         if ty == Ty::B128 {
             return self.unsupported("128-bit registers");
@@ -70,30 +70,23 @@ impl Decoder<'_> {
         Ok((place, addr, ty))
     }
 
-    fn load(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 2)?;
+    fn load(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         let (place, addr, ty) = self.access(p, &o[1])?;
         let regs = self.dest_list(&o[0])?;
-        let reg_bits = match &o[0] {
-            Operand::Word(_) => self.dest_ty(&o[0])?.1.bits(),
-            Operand::Vector(v) => {
-                let mut bits = 64;
-                for x in v {
-                    let (r, t) = self.dest_ty(x)?;
-                    if r != crate::op::NONE {
-                        bits = t.bits();
-                    }
-                }
-                bits
-            }
-            _ => 64,
+        let named = |x: &&Operand| **x != Operand::Word("_".into());
+        let last = match &o[0] {
+            Operand::Vector(v) => v.iter().rev().find(named),
+            x => Some(x).filter(named),
+        };
+        let reg_bits = match last {
+            Some(x) => self.dest_ty(x)?.1.bits(),
+            None => 64,
         };
         self.emit(Op::Ld(Box::new(Access { place, ty, regs, reg_bits, addr, order: Self::order(p, false) })));
         Ok(())
     }
 
-    fn store(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 2)?;
+    fn store(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         if p.contains(&"bulk") {
             return self.unsupported("bulk store of a constant");
         }
@@ -110,8 +103,7 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    fn store_async(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 3)?;
+    fn store_async(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         let (_, addr, ty) = self.access(p, &o[0])?;
         let b = self.source_list(&o[1], ty)?;
         let mbar = Some(self.address(&o[2])?);
@@ -130,18 +122,12 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    fn atomic(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
+    fn atomic(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         let returns = p[0] == "atom";
         let asynchronous = p.get(1) == Some(&"async");
-        let (mem, values) = if returns {
-            self.need(o, 3)?;
-            (&o[1], &o[2..])
-        } else {
-            self.need(o, 2)?;
-            (&o[0], &o[1..])
-        };
+        let (mem, values) = if returns { (&o[1], o.after(2)) } else { (&o[0], o.after(1)) };
         let (place, addr, ty) = self.access(p, mem)?;
-        let op = p[1..].iter().find_map(|s| {
+        let op = p.iter().skip(1).find_map(|s| {
             Some(match *s {
                 "add" => Rmw::Add,
                 "min" => Rmw::Min,
@@ -175,18 +161,8 @@ impl Decoder<'_> {
             return self.unsupported("type");
         }
         let b = self.source_list(&values[0], ty)?;
-        let c = if op == Rmw::Cas {
-            self.need(values, 2)?;
-            self.source_list(&values[1], ty)?
-        } else {
-            Vec::new()
-        };
-        let mbar = if asynchronous {
-            self.need(values, 2)?;
-            Some(self.address(&values[1])?)
-        } else {
-            None
-        };
+        let c = if op == Rmw::Cas { self.source_list(&values[1], ty)? } else { Vec::new() };
+        let mbar = if asynchronous { Some(self.address(&values[1])?) } else { None };
         let d = if returns { self.dest_list(&o[0])? } else { Vec::new() };
         self.emit(Op::Atom(Box::new(Atomic { place, op, ty, d, addr, b, c, order: Self::order(p, true), mbar })));
         Ok(())

@@ -7,19 +7,29 @@
 
 mod alu;
 mod asynchronous;
+mod compare;
 mod control;
 mod convert;
 mod float;
 mod half_float;
+mod integer;
+mod kernel;
 mod memory;
+mod operand;
 mod tensor;
+mod video;
 
 pub(crate) use half_float::combine as combine_half;
 
 use crate::Error;
-use crate::op::{Addr, Class, Code, FUNC_BASE, Func, Inst, NONE, Op, Reg, Slot, Special, Timer, Variable};
-use crate::syntax::{Ast, Function, Instr, Operand, Space, Stmt, Ty, Var};
+use crate::op::{Class, Code, Func, Inst, NONE, Op, Reg, Slot, Variable};
+use crate::syntax::{Ast, Function, Instr, Name, Operand, Operands, Space, Stmt, Ty, Var};
 use std::collections::BTreeMap;
+
+/// Most bytes of the parameters of a function.
+const MAX_PARAMS: u32 = 1 << 20;
+/// Most registers of a function.
+const MAX_REGISTERS: u32 = 1 << 20;
 
 /// Decodes every function of a module.
 ///
@@ -35,7 +45,7 @@ pub(crate) fn decode(ast: Ast) -> Result<Code, Error> {
         globals.insert(name, index);
     }
     let names: BTreeMap<String, usize> = ast.functions.iter().enumerate().map(|(i, f)| (f.name.clone(), i)).collect();
-    let signatures: Vec<Signature> = ast.functions.iter().map(signature).collect();
+    let signatures: Vec<Signature> = ast.functions.iter().map(signature).collect::<Result<_, _>>()?;
     for f in &ast.functions {
         let func = function(&mut code, f, &globals, &names, &signatures)?;
         code.funcs.push(func);
@@ -62,21 +72,24 @@ struct Signature {
     bytes: u32,
 }
 
-fn signature(f: &Function) -> Signature {
-    let mut at = 0u32;
+fn signature(f: &Function) -> Result<Signature, Error> {
+    let mut bytes = 0;
     let mut place = |vars: &[Var]| {
-        vars.iter()
-            .map(|v| {
-                at = at.next_multiple_of(v.align.max(1));
-                let o = at;
-                at += v.bytes as u32;
-                (o, v.bytes as u32)
-            })
-            .collect::<Vec<_>>()
+        vars.iter().map(|v| Ok((parameter(&mut bytes, v)?, v.bytes as u32))).collect::<Result<Vec<_>, Error>>()
     };
-    let params = place(&f.params);
-    let rets = place(&f.rets);
-    Signature { params, rets, bytes: at }
+    let params = place(&f.params)?;
+    let rets = place(&f.rets)?;
+    Ok(Signature { params, rets, bytes })
+}
+
+/// The place of a parameter behind others of `bytes` bytes.
+fn parameter(bytes: &mut u32, v: &Var) -> Result<u32, Error> {
+    let at = bytes.next_multiple_of(v.align.max(1));
+    *bytes = at + v.bytes as u32;
+    if *bytes > MAX_PARAMS {
+        return Err(Error::Parse { line: v.line, message: format!("too many parameters before `{}`", v.name) });
+    }
+    Ok(at)
 }
 
 /// What a name stands for.
@@ -109,6 +122,7 @@ struct Decoder<'a> {
     indirect: bool,
     shared_vars: Vec<usize>,
     carry: Reg,
+    sink: Option<Reg>,
     // Of the instruction at hand.
     line: u32,
     name: String,
@@ -145,6 +159,7 @@ fn function(
         indirect: false,
         shared_vars: Vec::new(),
         carry: NONE,
+        sink: None,
         line: 0,
         name: String::new(),
         guard: (NONE, false),
@@ -206,11 +221,16 @@ impl Decoder<'_> {
                     let scope = self.scopes.last().map_or(0, |s| s.0);
                     self.labels.insert((scope, name.clone()), self.code.insts.len() as u32);
                 }
-                Stmt::Reg(ty, name, count) => match count {
-                    None => self.declare(name.clone(), *ty),
-                    Some(n) => (0..*n).for_each(|i| self.declare(format!("{name}{i}"), *ty)),
-                },
-                Stmt::Var(v) => self.local_var(v),
+                Stmt::Reg(ty, name, count) => {
+                    if self.slots.len() as u32 + count.unwrap_or(1) > MAX_REGISTERS {
+                        return self.parse_error(format!("`{name}`: too many registers"));
+                    }
+                    match count {
+                        None => self.declare(name.clone(), *ty),
+                        Some(n) => (0..*n).for_each(|i| self.declare(format!("{name}{i}"), *ty)),
+                    }
+                }
+                Stmt::Var(v) => self.local_var(v)?,
                 Stmt::Targets(name, list) => self.define(name.clone(), Symbol::Targets(list.clone())),
                 Stmt::Instr(i) => self.instruction(i)?,
             }
@@ -235,13 +255,9 @@ impl Decoder<'_> {
         (self.slots.len() - 1) as Reg
     }
 
-    fn local_var(&mut self, v: &Var) {
+    fn local_var(&mut self, v: &Var) -> Result<(), Error> {
         let s = match v.space {
-            Space::Param => {
-                let at = self.area_bytes.next_multiple_of(v.align.max(1));
-                self.area_bytes = at + v.bytes as u32;
-                Symbol::FrameParam(at)
-            }
+            Space::Param => Symbol::FrameParam(parameter(&mut self.area_bytes, v)?),
             Space::Local => {
                 let at = self.local_bytes.next_multiple_of(u64::from(v.align.max(1)));
                 self.local_bytes = at + v.bytes;
@@ -250,6 +266,7 @@ impl Decoder<'_> {
             Space::Global | Space::Const | Space::Shared => Symbol::Variable(add_var(self.code, v.clone())),
         };
         self.define(v.name.clone(), s);
+        Ok(())
     }
 
     fn find(&self, name: &str) -> Option<Symbol> {
@@ -297,21 +314,23 @@ impl Decoder<'_> {
             self.guard = (r, *negate);
         }
         let parts: Vec<&str> = i.name.split('.').collect();
-        self.class = class_of(&parts);
+        let name = Name(&parts);
+        self.class = class_of(name);
         let before = self.code.insts.len();
-        self.any(&parts, &i.operands)?;
+        self.any(name, Operands::new(&i.operands))?;
         if self.code.insts.len() == before {
             return self.unsupported("it decoded to nothing");
         }
         Ok(())
     }
 
-    fn any(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
+    fn any(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         if self.control(p, o)?
             || self.memory(p, o)?
             || self.asynchronous(p, o)?
             || self.tensor(p, o)?
             || self.convert(p, o)?
+            || self.video(p, o)?
             || self.alu(p, o)?
         {
             return Ok(());
@@ -336,246 +355,16 @@ impl Decoder<'_> {
 
     fn alu_op(&mut self, k: crate::op::Kernel, d: Reg, s: [Reg; 3], imm: u64) {
         let [a, b, c] = s.map(|r| if r == NONE { 0 } else { r });
-        let d = if d == NONE { self.temp(Ty::B64) } else { d };
         self.emit(Op::Alu { k, d, a, b, c, imm });
-    }
-
-    fn literal(&mut self, v: u64) -> Reg {
-        if let Some(r) = self.consts.get(&v) {
-            return *r;
-        }
-        self.slots.push(Slot::Const(v));
-        let r = (self.slots.len() - 1) as Reg;
-        self.consts.insert(v, r);
-        r
-    }
-
-    fn slot(&mut self, s: Slot) -> Reg {
-        if let Some((_, r)) = self.others.iter().find(|(o, _)| *o == s) {
-            return *r;
-        }
-        self.slots.push(s);
-        let r = (self.slots.len() - 1) as Reg;
-        self.others.push((s, r));
-        r
-    }
-
-    fn variable(&mut self, v: usize, offset: i64) -> Reg {
-        let var = &self.code.vars[v];
-        match var.var.space {
-            Space::Const => {
-                let at = var.const_offset.wrapping_add(offset as u64);
-                self.literal(at)
-            }
-            Space::Shared | Space::Global | Space::Local | Space::Param => {
-                if var.var.space == Space::Shared && !self.shared_vars.contains(&v) {
-                    self.shared_vars.push(v);
-                }
-                self.slot(Slot::Variable(v, offset))
-            }
-        }
-    }
-
-    /// The slot of a source operand; literals are read as `ty`.
-    fn source(&mut self, o: &Operand, ty: Ty) -> Result<Reg, Error> {
-        match o {
-            Operand::Int(v) => Ok(self.literal(*v)),
-            Operand::Float(v) => {
-                let bits = match ty {
-                    Ty::F64 => v.to_bits(),
-                    _ => u64::from((*v as f32).to_bits()),
-                };
-                Ok(self.literal(bits))
-            }
-            Operand::Word(w) => self.named(w, 0),
-            Operand::Offset(w, offset) => self.named(w, *offset),
-            Operand::Not(_) | Operand::Pair(..) | Operand::Vector(_) | Operand::Mem(..) | Operand::Group(_) => {
-                self.parse_error(format!("`{}`: expected a register or a literal", self.name))
-            }
-        }
-    }
-
-    fn named(&mut self, w: &str, offset: i64) -> Result<Reg, Error> {
-        match self.find(w) {
-            Some(Symbol::Reg(r, _)) => {
-                self.uses.push(r);
-                Ok(r)
-            }
-            Some(Symbol::Variable(v)) => Ok(self.variable(v, offset)),
-            Some(Symbol::KernelParam(at)) => Ok(self.literal(u64::from(at).wrapping_add(offset as u64))),
-            Some(Symbol::Local(at)) => Ok(self.slot(Slot::Local(at as i64 + offset))),
-            Some(Symbol::FrameParam(_)) => self.unsupported(format!("address of the parameter `{w}`")),
-            Some(Symbol::Targets(_)) => self.parse_error(format!("`{w}` is a list of labels")),
-            None => self.special(w),
-        }
-    }
-
-    fn special(&mut self, w: &str) -> Result<Reg, Error> {
-        if let Some(f) = self.names.get(w) {
-            self.indirect = true;
-            return Ok(self.literal(FUNC_BASE + *f as u64));
-        }
-        let timer = match w {
-            "%clock" | "%clock_hi" | "%clock64" => Some(Timer::Clock),
-            "%globaltimer" | "%globaltimer_lo" | "%globaltimer_hi" => Some(Timer::GlobalTimer),
-            _ => None,
-        };
-        if let Some(which) = timer {
-            let d = self.temp(Ty::B64);
-            let was = self.emitted;
-            self.emit(Op::Timer { d, which });
-            if let Some(last) = self.code.insts.last_mut() {
-                last.class = Class::Hidden;
-            }
-            self.emitted = was;
-            return Ok(d);
-        }
-        let (base, axis) =
-            w.rsplit_once('.').map_or((w, None), |(b, a)| (b, ["x", "y", "z"].iter().position(|x| *x == a)));
-        let s = match (base, axis) {
-            ("%tid", Some(i)) => Special::Tid(i),
-            ("%ntid", Some(i)) => Special::Ntid(i),
-            ("%ctaid", Some(i)) => Special::Ctaid(i),
-            ("%nctaid", Some(i)) => Special::Nctaid(i),
-            ("%clusterid", Some(i)) => Special::Clusterid(i),
-            ("%nclusterid", Some(i)) => Special::Nclusterid(i),
-            ("%cluster_ctaid", Some(i)) => Special::ClusterCtaid(i),
-            ("%cluster_nctaid", Some(i)) => Special::ClusterNctaid(i),
-            _ => match w {
-                "%cluster_ctarank" => Special::ClusterCtarank,
-                "%cluster_nctarank" => Special::ClusterNctarank,
-                "%is_explicit_cluster" => Special::IsExplicitCluster,
-                "%laneid" => Special::Laneid,
-                "%warpid" => Special::Warpid,
-                "%nwarpid" => Special::Nwarpid,
-                "%smid" => Special::Smid,
-                "%nsmid" => Special::Nsmid,
-                "%gridid" => Special::Gridid,
-                "%lanemask_eq" => Special::LanemaskEq,
-                "%lanemask_le" => Special::LanemaskLe,
-                "%lanemask_lt" => Special::LanemaskLt,
-                "%lanemask_ge" => Special::LanemaskGe,
-                "%lanemask_gt" => Special::LanemaskGt,
-                "%dynamic_smem_size" => Special::DynamicSharedSize,
-                "%total_smem_size" | "%aggr_smem_size" => Special::TotalSharedSize,
-                "WARP_SZ" => return Ok(self.literal(32)),
-                _ => return self.parse_error(format!("unknown name `{w}`")),
-            },
-        };
-        Ok(self.slot(Slot::Special(s)))
-    }
-
-    /// A destination register; `_` is none.
-    fn dest(&mut self, o: &Operand) -> Result<Reg, Error> {
-        Ok(self.dest_ty(o)?.0)
-    }
-
-    fn dest_ty(&mut self, o: &Operand) -> Result<(Reg, Ty), Error> {
-        let Operand::Word(w) = o else {
-            return self.parse_error(format!("`{}`: expected a destination register", self.name));
-        };
-        if w == "_" {
-            return Ok((NONE, Ty::B64));
-        }
-        match self.find(w) {
-            Some(Symbol::Reg(r, ty)) => {
-                self.defs.push(r);
-                Ok((r, ty))
-            }
-            Some(_) | None => self.parse_error(format!("`{w}` is not a register")),
-        }
-    }
-
-    /// `d|p` or `d`.
-    fn dest_pair(&mut self, o: &Operand) -> Result<(Reg, Reg), Error> {
-        match o {
-            Operand::Pair(a, b) => Ok((self.dest(a)?, self.dest(b)?)),
-            Operand::Word(_) => Ok((self.dest(o)?, NONE)),
-            Operand::Int(_)
-            | Operand::Float(_)
-            | Operand::Not(_)
-            | Operand::Vector(_)
-            | Operand::Mem(..)
-            | Operand::Group(_)
-            | Operand::Offset(..) => self.parse_error("expected a destination"),
-        }
-    }
-
-    /// Registers of a vector operand, or of a single one.
-    fn dest_list(&mut self, o: &Operand) -> Result<Vec<Reg>, Error> {
-        match o {
-            Operand::Vector(v) => v.iter().map(|x| self.dest(x)).collect(),
-            Operand::Word(_)
-            | Operand::Int(_)
-            | Operand::Float(_)
-            | Operand::Not(_)
-            | Operand::Pair(..)
-            | Operand::Mem(..)
-            | Operand::Group(_)
-            | Operand::Offset(..) => Ok(vec![self.dest(o)?]),
-        }
-    }
-
-    fn source_list(&mut self, o: &Operand, ty: Ty) -> Result<Vec<Reg>, Error> {
-        match o {
-            Operand::Vector(v) => v.iter().map(|x| self.source(x, ty)).collect(),
-            Operand::Word(_)
-            | Operand::Int(_)
-            | Operand::Float(_)
-            | Operand::Not(_)
-            | Operand::Pair(..)
-            | Operand::Mem(..)
-            | Operand::Group(_)
-            | Operand::Offset(..) => Ok(vec![self.source(o, ty)?]),
-        }
-    }
-
-    /// A predicate source, perhaps negated.
-    fn pred(&mut self, o: &Operand) -> Result<(Reg, bool), Error> {
-        match o {
-            Operand::Not(inner) => Ok((self.source(inner, Ty::Pred)?, true)),
-            Operand::Word(_)
-            | Operand::Int(_)
-            | Operand::Float(_)
-            | Operand::Pair(..)
-            | Operand::Vector(_)
-            | Operand::Mem(..)
-            | Operand::Group(_)
-            | Operand::Offset(..) => Ok((self.source(o, Ty::Pred)?, false)),
-        }
-    }
-
-    /// An address in brackets (or a bare register, which some instructions allow).
-    fn address(&mut self, o: &Operand) -> Result<Addr, Error> {
-        match o {
-            Operand::Mem(base, offset, _) => {
-                let base = self.source(base, Ty::B64)?;
-                Ok(Addr { base, offset: *offset })
-            }
-            Operand::Word(_) | Operand::Int(_) | Operand::Offset(..) => {
-                Ok(Addr { base: self.source(o, Ty::B64)?, offset: 0 })
-            }
-            Operand::Float(_) | Operand::Not(_) | Operand::Pair(..) | Operand::Vector(_) | Operand::Group(_) => {
-                self.parse_error("expected an address")
-            }
-        }
-    }
-
-    fn need(&self, o: &[Operand], least: usize) -> Result<(), Error> {
-        if o.len() < least {
-            self.parse_error(format!("`{}` has {} operands and needs {least}", self.name, o.len()))
-        } else {
-            Ok(())
-        }
     }
 }
 
 /// The type at the end of an instruction's name.
-fn last_type(p: &[&str]) -> Option<Ty> {
+fn last_type(p: Name<'_>) -> Option<Ty> {
     p.last().and_then(|s| Ty::parse(s))
 }
 
-fn class_of(p: &[&str]) -> Class {
+fn class_of(p: Name<'_>) -> Class {
     let float = matches!(p.last().copied(), Some("f32" | "f64" | "f16" | "bf16" | "f16x2" | "bf16x2"));
     match p[0] {
         "ld" | "ldu" | "ldmatrix" => Class::Load,

@@ -3,7 +3,7 @@
 use super::Decoder;
 use crate::Error;
 use crate::op::{Elem, Mma, NONE, Op, Wgmma};
-use crate::syntax::{Operand, Ty};
+use crate::syntax::{Name, Operand, Operands, Ty};
 
 fn elem(s: &str) -> Option<Elem> {
     Some(match s {
@@ -29,10 +29,9 @@ fn shape(s: &str) -> Option<(usize, usize, usize)> {
 }
 
 impl Decoder<'_> {
-    pub(super) fn tensor(&mut self, p: &[&str], o: &[Operand]) -> Result<bool, Error> {
+    pub(super) fn tensor(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         match p[0] {
             "ldmatrix" | "stmatrix" => {
-                self.need(o, 2)?;
                 if !matches!(p.last(), Some(&"b16" | &"b8"))
                     || !(p.contains(&"m8n8") || p.contains(&"m16n16") || p.contains(&"m16n8"))
                 {
@@ -66,7 +65,6 @@ impl Decoder<'_> {
                 }
             }
             "movmatrix" => {
-                self.need(o, 2)?;
                 let a = self.source(&o[1], Ty::B32)?;
                 let d = self.dest(&o[0])?;
                 self.emit(Op::Movmatrix { d, a });
@@ -75,10 +73,10 @@ impl Decoder<'_> {
             "wgmma" => match p.get(1).copied() {
                 Some("fence") => self.emit(Op::WgmmaFence),
                 Some("commit_group") => self.emit(Op::WgmmaCommit),
-                Some("wait_group") => match o.first() {
-                    Some(Operand::Int(n)) => self.emit(Op::WgmmaWait { pending: *n as u32 }),
-                    Some(_) | None => return self.parse_error("expected a literal"),
-                },
+                Some("wait_group") => {
+                    let pending = self.constant(&o[0])? as u32;
+                    self.emit(Op::WgmmaWait { pending });
+                }
                 Some("mma_async") => self.wgmma(p, o)?,
                 _ => return Ok(false),
             },
@@ -87,8 +85,7 @@ impl Decoder<'_> {
         Ok(true)
     }
 
-    fn mma(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 4)?;
+    fn mma(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         if p.iter().any(|s| {
             s.starts_with("sp")
                 || s.starts_with("block_scale")
@@ -132,8 +129,7 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    fn wgmma(&mut self, p: &[&str], o: &[Operand]) -> Result<(), Error> {
-        self.need(o, 4)?;
+    fn wgmma(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
         let Some((m, n, k)) = p.iter().find_map(|s| shape(s)) else { return self.unsupported("shape") };
         let types: Vec<Elem> = p.iter().filter_map(|s| elem(s)).collect();
         let [d_ty, a_ty, b_ty] = types[..] else { return self.unsupported("types") };
@@ -156,7 +152,7 @@ impl Decoder<'_> {
             d
         };
         let expected = if d_ty == Elem::F16 { n / 4 } else { n / 2 };
-        if d.len() != expected || d.contains(&NONE) {
+        if d.len() != expected {
             return self.parse_error(format!(
                 "`{}`: {} accumulator registers instead of {expected}",
                 self.name,
@@ -175,13 +171,7 @@ impl Decoder<'_> {
         if negated {
             return self.unsupported("negated scale-d");
         }
-        let mut rest = Vec::new();
-        for x in &o[4..] {
-            match x {
-                Operand::Int(v) => rest.push(*v as i64),
-                _ => return self.parse_error("expected literals after scale-d"),
-            }
-        }
+        let rest: Vec<i64> = o.after(4).iter().map(|x| self.constant(x).map(|v| v as i64)).collect::<Result<_, _>>()?;
         let sixteen = matches!(a_ty, Elem::Bf16 | Elem::F16);
         let integer = matches!(a_ty, Elem::S8 | Elem::U8);
         let wanted = if integer {

@@ -1,7 +1,8 @@
 //! Atomic operations and reductions on memory.
 
-use super::access::{Seen, Spot, Toucher, addresses, get, set, shifted, touch_of};
+use super::access::{Spot, Toucher, addresses, get, set, shifted, touch_of};
 use super::run::Flow;
+use super::seen::Seen;
 use super::state::{At, Flight, FlightKind, Warp};
 use super::{Agent, Cluster, lanes};
 use crate::clock::Touch;

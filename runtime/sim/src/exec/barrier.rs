@@ -1,12 +1,13 @@
 //! Barriers of the block, the cluster and the warp.
 
 use super::run::{Flow, arrives_only, blend};
-use super::state::{At, BarDone, State, Warp};
+use super::state::{At, BarDone, Group, State, Warp};
 use super::{Cluster, lanes};
 use crate::clock::Sync;
 use crate::op::{BarKind, Collective, Inst, NONE, Op};
 use crate::report::FindingKind;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 impl Cluster<'_> {
     pub(super) fn block_barrier(&mut self, at: At, warp: &mut Warp, gi: usize, inst: &Inst, m: u32) -> Flow {
@@ -157,9 +158,7 @@ impl Cluster<'_> {
         let inst = &self.env.code.insts[g.pc as usize];
         g.pc += 1;
         g.state = State::Ready;
-        if let Op::Bar { kind, d, .. } = &inst.op
-            && *d != NONE
-        {
+        if let Op::Bar { kind, d, .. } = &inst.op {
             let v = match kind {
                 BarKind::RedPopc => u64::from(done.popc),
                 BarKind::RedAnd => u64::from(done.all),
@@ -186,6 +185,10 @@ impl Cluster<'_> {
         self.complete_cluster(None);
         if self.blocks[at.block].warps.iter().all(|w| w.live == 0) {
             self.blocks[at.block].exited = true;
+            // The end of a block lets the next launch start, too.
+            if !self.blocks[at.block].awaited {
+                self.env.hasty.store(true, Ordering::Relaxed);
+            }
         }
     }
 
@@ -197,7 +200,13 @@ impl Cluster<'_> {
             for w in 0..self.blocks[b].warps.len() {
                 let mut warp = std::mem::take(&mut self.blocks[b].warps[w]);
                 let at = At { block: b, warp: w };
-                for gi in 0..warp.groups.len() {
+                // A lane that waits for something else may still come.
+                let may_come = |g: &Group| match g.state {
+                    State::Ready | State::Spin | State::Mbar { .. } => true,
+                    State::Gather | State::Barrier { .. } | State::Cluster { .. } | State::Wgmma => false,
+                };
+                let settled = !warp.groups.iter().any(may_come);
+                for gi in 0..if settled { warp.groups.len() } else { 0 } {
                     let g = warp.groups[gi].clone();
                     if g.state != State::Gather {
                         continue;

@@ -4,7 +4,7 @@ use super::access::set;
 use super::run::{Flow, blend};
 use super::state::{At, State, Warp};
 use super::{Cluster, lanes};
-use crate::op::{Collective, NONE, Reg, Rmw, ShflMode, Vote};
+use crate::op::{Collective, Reg, Rmw, ShflMode, Vote};
 use crate::report::FindingKind;
 use crate::syntax::Ty;
 
@@ -54,12 +54,8 @@ impl Cluster<'_> {
                     // The value of a lane that does not take part is undefined; its own stale value shows that.
                     out[l] = if members >> src & 1 == 1 { va[src] & 0xffff_ffff } else { !va[src] & 0xffff_ffff };
                 }
-                if *d != NONE {
-                    blend(&mut regs[*d as usize], &out, m);
-                }
-                if *p != NONE {
-                    blend(&mut regs[*p as usize], &ok, m);
-                }
+                blend(&mut regs[*d as usize], &out, m);
+                blend(&mut regs[*p as usize], &ok, m);
             }
             Collective::Vote { kind, d, a, negate } => {
                 let v = regs[*a as usize];
@@ -70,9 +66,7 @@ impl Cluster<'_> {
                     Vote::Uni => u64::from(set == members || set == 0),
                     Vote::Ballot => u64::from(set),
                 };
-                if *d != NONE {
-                    blend(&mut regs[*d as usize], &[r; 32], m);
-                }
+                blend(&mut regs[*d as usize], &[r; 32], m);
             }
             Collective::MatchAny { d, a, bits } => {
                 let v = regs[*a as usize].map(|x| if *bits == 32 { x & 0xffff_ffff } else { x });
@@ -85,30 +79,20 @@ impl Cluster<'_> {
                 let v = regs[*a as usize].map(|x| if *bits == 32 { x & 0xffff_ffff } else { x });
                 let first = v[members.trailing_zeros() as usize];
                 let all = lanes(members).all(|l| v[l] == first);
-                if *d != NONE {
-                    blend(&mut regs[*d as usize], &[if all { u64::from(members) } else { 0 }; 32], m);
-                }
-                if *p != NONE {
-                    blend(&mut regs[*p as usize], &[u64::from(all); 32], m);
-                }
+                blend(&mut regs[*d as usize], &[if all { u64::from(members) } else { 0 }; 32], m);
+                blend(&mut regs[*p as usize], &[u64::from(all); 32], m);
             }
             Collective::Redux { op, ty, d, a, abs, nan } => {
                 let v = regs[*a as usize];
                 let r = redux(*op, *ty, lanes(members).map(|l| v[l]), *abs, *nan);
-                if *d != NONE {
-                    blend(&mut regs[*d as usize], &[r; 32], m);
-                }
+                blend(&mut regs[*d as usize], &[r; 32], m);
             }
             Collective::Elect { d, p } => {
                 let leader = members.trailing_zeros();
-                if *d != NONE {
-                    blend(&mut regs[*d as usize], &[u64::from(leader); 32], m);
-                }
+                blend(&mut regs[*d as usize], &[u64::from(leader); 32], m);
                 let mut out = [0; 32];
                 out[leader as usize] = 1;
-                if *p != NONE {
-                    blend(&mut regs[*p as usize], &out, m);
-                }
+                blend(&mut regs[*p as usize], &out, m);
             }
         }
     }

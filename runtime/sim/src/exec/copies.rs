@@ -1,21 +1,20 @@
 //! Issue of asynchronous copies, and the waits for them.
 
-use super::access::{Spot, Toucher, addresses, get, shifted};
+use super::access::{Spot, Toucher, addresses, get};
 use super::run::Flow;
 use super::state::{At, CpAsync, Flight, FlightKind, Source, Warp};
 use super::{Agent, Cluster, lanes};
 use crate::clock::{Scope, Touch};
-use crate::op::{Addr, Bulk, BulkKind, Inst, NONE, Op, Where};
+use crate::op::{Bulk, BulkKind, Inst, NONE, Op, Where};
 use crate::report::FindingKind;
 use crate::syntax::Ty;
-use crate::tensormap::TensorMapDesc;
 
 impl Cluster<'_> {
     pub(super) fn copy_async(&mut self, at: At, warp: &mut Warp, frame: u32, inst: &Inst, m: u32, pc: u32) -> Flow {
         match &inst.op {
             Op::CpAsync { dst, src, size, src_size, ignore, .. } => {
                 let (to, from) = (addresses(warp, frame, *dst), addresses(warp, frame, *src));
-                let (mut wrote, mut read) = (super::access::Seen::default(), super::access::Seen::default());
+                let (mut wrote, mut read) = (super::seen::Seen::default(), super::seen::Seen::default());
                 for l in lanes(m) {
                     let mut valid =
                         if *src_size == NONE { *size } else { (get(warp, frame, *src_size, l) as u32).min(*size) };
@@ -49,6 +48,8 @@ impl Cluster<'_> {
                         let time = warp.copies[l].group_times[complete as usize - 1];
                         let view = &mut warp.views[l];
                         view.copied = view.copied.max(time);
+                        let own = view.threads + self.component(at, l);
+                        self.has_waited(own, time);
                     }
                     if *all {
                         // The wait for all takes no group of its own.
@@ -78,8 +79,8 @@ impl Cluster<'_> {
         (to, from): (u64, u64),
         size: u32,
         valid: u32,
-        wrote: &mut super::access::Seen,
-        read: &mut super::access::Seen,
+        wrote: &mut super::seen::Seen,
+        read: &mut super::seen::Seen,
     ) {
         let Some(dst) = self.resolve(Where::Shared, to, u64::from(size), warp, frame, at, l, pc) else { return };
         let Spot::Shared(_, offset) = dst else { return };
@@ -180,51 +181,26 @@ impl Cluster<'_> {
 
     pub(super) fn bulk(&mut self, at: At, warp: &mut Warp, frame: u32, b: &Bulk, m: u32, pc: u32) -> Flow {
         self.effects += 1;
+        // Lanes that store the same bytes to the same place change nothing for each other: one of them does it.
+        let mut stored: Vec<Vec<u64>> = Vec::new();
         for l in lanes(m) {
             match b.kind {
                 BulkKind::Prefetch => {}
                 BulkKind::Load => self.bulk_load(at, warp, frame, b, l, pc),
-                BulkKind::Store => self.bulk_store(at, warp, frame, b, l, pc),
+                BulkKind::Store if b.reduce.is_some() => self.bulk_store(at, warp, frame, b, l, pc),
+                BulkKind::Store => {
+                    let fixed = [b.shared.base, b.global.base, b.size];
+                    let operands = fixed.iter().chain(&b.coords).filter(|r| **r != NONE);
+                    let values = operands.map(|r| get(warp, frame, *r, l)).collect();
+                    if !stored.contains(&values) {
+                        self.bulk_store(at, warp, frame, b, l, pc);
+                        stored.push(values);
+                    }
+                }
                 BulkKind::Exchange => self.bulk_exchange(at, warp, frame, b, l, pc),
             }
         }
         Flow::Next
-    }
-
-    /// The tensor map at an address, with the coordinates of the copy.
-    fn tensor(
-        &mut self,
-        at: At,
-        warp: &Warp,
-        frame: u32,
-        b: &Bulk,
-        l: usize,
-        pc: u32,
-    ) -> Option<(TensorMapDesc, Vec<i64>)> {
-        let addr = addresses(warp, frame, b.global)[l];
-        let spot = self.resolve(Where::Generic, addr, 128, warp, frame, at, l, pc)?;
-        let t = Toucher { at, lane: l, pc, touch: Touch::Plain, agent: (0, 0) };
-        self.touch(warp, t, spot, 128, false, false);
-        let bytes: Vec<u8> =
-            (0..16).flat_map(|i| self.peek(warp, frame, l, shifted(spot, i * 8), 8).to_le_bytes()).collect();
-        let Some(map) = TensorMapDesc::decode(&bytes) else {
-            self.report(FindingKind::TensorMap, pc, at, l, Some(addr), "no tensor map at this address", None);
-            return None;
-        };
-        if map.dims.len() != b.coords.len() {
-            self.report(
-                FindingKind::TensorMap,
-                pc,
-                at,
-                l,
-                Some(addr),
-                format!("the map has {} dimensions, the copy {}", map.dims.len(), b.coords.len()),
-                None,
-            );
-            return None;
-        }
-        let coords = b.coords.iter().map(|r| i64::from(get(warp, frame, *r, l) as i32)).collect();
-        Some((map, coords))
     }
 
     /// The global side and the size of a copy.
@@ -460,73 +436,13 @@ impl Cluster<'_> {
                 let me = self.component(at, l);
                 let reads = self.thread_agent(Agent::BulkRead(me));
                 warp.views[l].learn(reads, complete);
+                self.has_waited(reads, complete);
                 if !read {
                     let writes = self.thread_agent(Agent::BulkWrite(me));
                     warp.views[l].learn(writes, complete);
+                    self.has_waited(writes, complete);
                 }
             }
-        }
-        Flow::Next
-    }
-
-    pub(super) fn replace_map(&mut self, at: At, warp: &mut Warp, frame: u32, inst: &Inst, m: u32, pc: u32) -> Flow {
-        let Op::TensormapReplace { place, addr, field, index, value, .. } = &inst.op else { return Flow::Next };
-        for l in lanes(m) {
-            let a = addresses(warp, frame, *addr)[l];
-            let Some(spot) = self.resolve(*place, a, 128, warp, frame, at, l, pc) else { continue };
-            let bytes: Vec<u8> =
-                (0..16).flat_map(|i| self.peek(warp, frame, l, shifted(spot, i * 8), 8).to_le_bytes()).collect();
-            // Addresses and strides have 64 bits, everything else 32.
-            let v = get(warp, frame, *value, l) & if matches!(field, 0 | 4) { u64::MAX } else { 0xffff_ffff };
-            let old = if bytes.iter().all(|b| *b == 0) {
-                Some(TensorMapDesc::blank())
-            } else {
-                TensorMapDesc::decode(&bytes)
-            };
-            let Some(map) = old.and_then(|map| map.replace(*field, *index, v)) else {
-                self.report(
-                    FindingKind::TensorMap,
-                    pc,
-                    at,
-                    l,
-                    Some(a),
-                    "no tensor map at this address, or a value it cannot take",
-                    None,
-                );
-                continue;
-            };
-            for (i, c) in map.raw().chunks_exact(8).enumerate() {
-                let v = c.iter().rev().fold(0, |x, b| x << 8 | u64::from(*b));
-                self.poke(warp, frame, l, shifted(spot, i as u64 * 8), 8, v);
-            }
-        }
-        Flow::Next
-    }
-
-    /// Copies a tensor map that a kernel has made to where copies read it. The first lane stands for the warp.
-    pub(super) fn copy_map(
-        &mut self,
-        at: At,
-        warp: &mut Warp,
-        frame: u32,
-        (to, from): (Addr, Addr),
-        m: u32,
-        pc: u32,
-    ) -> Flow {
-        let l = Self::first_lane(m);
-        let (to, from) = (addresses(warp, frame, to)[l], addresses(warp, frame, from)[l]);
-        let Some(src) = self.resolve(Where::Shared, from, 128, warp, frame, at, l, pc) else { return Flow::Next };
-        let Some(dst) = self.resolve(Where::Generic, to, 128, warp, frame, at, l, pc) else { return Flow::Next };
-        let t = Toucher { at, lane: l, pc, touch: Touch::Plain, agent: (0, 0) };
-        self.touch(warp, t, src, 128, false, false);
-        self.touch(warp, t, dst, 128, true, false);
-        for i in 0..16 {
-            let v = self.peek(warp, frame, l, shifted(src, i * 8), 8);
-            self.poke(warp, frame, l, shifted(dst, i * 8), 8, v);
-        }
-        self.effects += 1;
-        if self.env.check {
-            self.fence(at, warp, Scope::Gpu, m);
         }
         Flow::Next
     }

@@ -4,11 +4,12 @@
 //! do. Here their addresses are checked together and the detector is asked word by word without further dispatch. An
 //! access that is out of bounds, misaligned or strong is left to [`super::access`], lane by lane.
 
-use super::access::{Seen, Spot, Toucher, addresses, ones};
+use super::access::{Spot, Toucher, addresses, ones};
+use super::seen::Seen;
 use super::state::{At, Block, Warp};
 use super::{Cluster, PAGE_BYTES, lanes};
 use crate::clock::{Epoch, Touch};
-use crate::op::{Access, NONE, Where};
+use crate::op::{Access, Where};
 use crate::shadow::{self, Conflict, LINE, Shadow};
 use crate::space;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -77,6 +78,7 @@ impl Cluster<'_> {
         let smem = &*smem;
         let mut page: Option<(u64, MutexGuard<'_, Shadow>)> = None;
         let mut epoch = (0, Epoch::default());
+        let memo = shadow::Memo::default();
         // A line at a time where accesses cover lines, else a word.
         let unit = if total.is_multiple_of(LINE) { LINE } else { 4 };
         for l in lanes(m) {
@@ -95,6 +97,9 @@ impl Cluster<'_> {
                 agent: 0,
                 agent_time: 0,
                 pc,
+                memo: &memo,
+                independent: env.independent,
+                waited: &self.waited,
             };
             let o = offsets[l];
             // Whether the write changes nothing: asked only where it would be a race.
@@ -112,6 +117,12 @@ impl Cluster<'_> {
             };
             let write = stored.is_some();
             let mask = if total >= 4 { 0xf } else { ((1u8 << total) - 1) << (o % 4) };
+            if let Target::Global(i) = target
+                && env.too_early(view, i, o, total, write)
+            {
+                faults.push((l, o, Some(Conflict::Before)));
+                continue;
+            }
             for k in (0..total).step_by(unit as usize) {
                 let at = o + k;
                 let (shadow, offset) = match target {
@@ -190,7 +201,7 @@ impl Cluster<'_> {
         let extend = a.ty.signed() && a.reg_bits > a.ty.bits();
         let keep = if a.reg_bits >= 64 { u64::MAX } else { (1 << a.reg_bits) - 1 };
         let shift = 64 - a.ty.bits();
-        for (i, r) in a.regs.iter().enumerate().filter(|(_, r)| **r != NONE) {
+        for (i, r) in a.regs.iter().enumerate() {
             let out = &mut warp.frames[frame as usize].regs[*r as usize];
             let by = i as u64 * u64::from(size);
             match target {

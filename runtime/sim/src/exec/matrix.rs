@@ -3,8 +3,9 @@
 //! Products are exact in f32 for 16-bit and 8-bit floats; sums are formed in f64 and rounded to f32 once for each
 //! instruction. Hardware truncates in ways that are not documented, so kernels agree up to the usual tolerance.
 
-use super::access::{Seen, Spot, Toucher, addresses};
+use super::access::{Spot, Toucher, addresses};
 use super::run::Flow;
+use super::seen::Seen;
 use super::state::{At, Warp};
 use super::{Cluster, lanes};
 use crate::clock::Touch;
@@ -30,9 +31,7 @@ impl Cluster<'_> {
                         };
                         *o = if *trans { e(t, g) | e(t + 1, g) << 16 } else { e(g, t) | e(g, t + 1) << 16 };
                     }
-                    if *r != crate::op::NONE {
-                        super::run::blend(&mut warp.frames[frame as usize].regs[*r as usize], &out, m);
-                    }
+                    super::run::blend(&mut warp.frames[frame as usize].regs[*r as usize], &out, m);
                 }
                 Flow::Next
             }
@@ -241,9 +240,7 @@ fn mma(warp: &mut Warp, frame: u32, op: &Mma) {
         }
     }
     for (d, out) in op.d.iter().zip(results) {
-        if *d != crate::op::NONE {
-            regs[*d as usize] = out;
-        }
+        regs[*d as usize] = out;
     }
 }
 

@@ -274,6 +274,8 @@ impl Cluster<'_> {
                 && let Some(bar) = self.blocks[b].mbars.get(&(offset as u32))
             {
                 warp.views[l].acquire(&mut self.memo, &bar.done.0, &bar.done.1);
+                let (agent, time) = (bar.agent, bar.time - 1);
+                self.has_waited(agent, time);
             }
         }
         if gave_up && !any {
@@ -287,7 +289,7 @@ impl Cluster<'_> {
     }
 
     fn shared_of(&self, space: Where, addr: u64, at: At) -> Option<Spot> {
-        let addr = if space == Where::Generic { addr - crate::space::SHARED } else { addr };
+        let addr = if space == Where::Generic { addr.checked_sub(crate::space::SHARED)? } else { addr };
         self.shared_spot(at.block, addr & 0xffff_ffff, 8, true)
     }
 

@@ -13,21 +13,25 @@
 mod access;
 mod atomics;
 mod barrier;
+mod call;
 mod collective;
 mod copies;
 mod fast;
 mod flight;
+mod maps;
 mod matrix;
 mod mbar;
 mod run;
+mod schedule;
+mod seen;
 mod setup;
 pub(crate) mod state;
 mod sync;
 mod wgmma;
 
-use crate::clock::{Clock, Memo, Snapshot};
+use crate::clock::{BEFORE, Clock, Memo, Snapshot, View};
 use crate::launch::Lanes;
-use crate::memory::Memory;
+use crate::memory::{Memory, READ, WRITTEN};
 use crate::op::Code;
 use crate::report::{Counts, Finding, FindingKind, Findings};
 use crate::shadow::Shadow;
@@ -35,7 +39,7 @@ use state::{At, Block, Flight};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 /// Bytes of a page of the global shadow.
@@ -64,6 +68,13 @@ pub(crate) struct Env<'a> {
     pub(crate) shared_end: u64,
     pub(crate) dynamic_shared: u32,
     pub(crate) check: bool,
+    /// Blocks cannot learn of each other before the end of the launch.
+    pub(crate) independent: bool,
+    /// What launches have read and written that may still be under way, by the index of the allocation and the word;
+    /// empty when there are none.
+    pub(crate) before: Vec<Option<&'a [u8]>>,
+    /// A block lets the next launch start without having waited for those before.
+    pub(crate) hasty: AtomicBool,
     pub(crate) seed: u64,
     pub(crate) lanes: Lanes,
     pub(crate) max_instructions: u64,
@@ -78,6 +89,14 @@ impl Env<'_> {
     /// Components of the clock that a block takes.
     pub(crate) fn block_size(&self) -> u32 {
         self.threads().next_multiple_of(32)
+    }
+
+    /// Whether a launch that may not have ended has written these bytes, or has read what would be written.
+    pub(crate) fn too_early(&self, view: &View, alloc: usize, offset: u64, bytes: u64, write: bool) -> bool {
+        let Some(Some(marks)) = self.before.get(alloc) else { return false };
+        let wrong = if write { READ | WRITTEN } else { WRITTEN };
+        let words = (offset / 4) as usize..(offset + bytes).div_ceil(4) as usize;
+        !view.v.foreign.contains_key(&BEFORE) && marks[words].iter().any(|m| m & wrong != 0)
     }
 
     pub(crate) fn cluster_size(&self) -> u32 {
@@ -119,6 +138,8 @@ pub(crate) struct Cluster<'e> {
     memo: Memo,
     agents: BTreeMap<Agent, (u32, u32)>,
     next_component: u32,
+    /// Times of asynchronous components that some thread has waited for.
+    waited: Vec<u32>,
     sync: GlobalSync,
     cluster_bar: ClusterBar,
     pub(crate) findings: Findings,
@@ -132,6 +153,8 @@ pub(crate) struct Cluster<'e> {
     order: Vec<(usize, usize)>,
     idle: u32,
     empty: Rc<Clock>,
+    /// The end of the launches before.
+    before: Rc<Clock>,
 }
 
 /// The barrier of the cluster.
@@ -171,6 +194,22 @@ impl<'e> Cluster<'e> {
         self.next_component = (c + 1).min(crate::clock::MAX_COMPONENTS - 1);
         self.agents.insert(a, (c, 1));
         (c, 1)
+    }
+
+    /// Some thread has waited for the operations of a component up to a time.
+    fn has_waited(&mut self, component: u32, time: u32) {
+        let i = component as usize;
+        if self.waited.len() <= i {
+            self.waited.resize(i + 1, 0);
+        }
+        self.waited[i] = self.waited[i].max(time);
+    }
+
+    /// Lanes let the next launch start; they should know that those before have ended.
+    fn starts_next(&self, warp: &state::Warp, m: u32) {
+        if lanes(m).any(|l| !warp.views[l].v.foreign.contains_key(&BEFORE)) {
+            self.env.hasty.store(true, Ordering::Relaxed);
+        }
     }
 
     fn thread_index(&self, at: At, lane: usize) -> [u32; 3] {

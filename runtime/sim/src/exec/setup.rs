@@ -27,6 +27,8 @@ impl<'e> Cluster<'e> {
                 | 1,
             memo: Memo::default(),
             agents: BTreeMap::new(),
+            waited: Vec::new(),
+            before: Rc::new(Clock::after_launches()),
             next_component: 2 * n * env.block_size(),
             sync,
             cluster_bar: ClusterBar::default(),
@@ -69,6 +71,7 @@ impl<'e> Cluster<'e> {
             mbars: BTreeMap::new(),
             sync: BTreeMap::new(),
             exited: false,
+            awaited: false,
         };
         self.blocks.push(block);
         let b = self.blocks.len() - 1;

@@ -198,6 +198,8 @@ pub(crate) struct Block {
     /// Release clocks of shared locations.
     pub(crate) sync: BTreeMap<u64, Rc<Snapshot>>,
     pub(crate) exited: bool,
+    /// A thread has waited for the launches before.
+    pub(crate) awaited: bool,
 }
 
 /// A copy in flight.

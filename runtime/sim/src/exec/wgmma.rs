@@ -275,6 +275,7 @@ impl Cluster<'_> {
         q.a_regs.retain(|_, g| *g >= complete);
         if self.env.check {
             let agent = self.agent(Agent::Mma(at.block, at.warp / 4)).0;
+            self.has_waited(agent, complete);
             // Lanes of a warp mostly share their clocks; learning is done once for each.
             let mut memo: Vec<(Rc<_>, Rc<_>, View)> = Vec::new();
             for view in &mut warp.views {

@@ -217,6 +217,7 @@ impl Program for Product {
             block: grid.threads,
             cluster: grid.cluster,
             dynamic_shared: grid.shared,
+            dependent: false,
             args,
         };
         let report = moec_sim::launch(&module, &mut memory, &launch, &options).map_err(error)?;
