@@ -6,7 +6,6 @@
 mod published;
 
 use moec_plan::calibration::TrainCalibration;
-use std::collections::BTreeMap;
 
 fn main() {
     let verbose = std::env::args().any(|a| a == "rows");
@@ -15,7 +14,7 @@ fn main() {
         None => TrainCalibration::built_in().expect("calibration").clone(),
     };
     let (rows, skipped) = published::rows();
-    let mut groups: BTreeMap<(&str, &str), Vec<f64>> = BTreeMap::new();
+    let mut groups = published::Errors::new();
     let mut memory_wrong = Vec::new();
     let fit = published::fit_rows(&rows);
     for (row, fit) in rows.iter().zip(fit) {
@@ -76,24 +75,8 @@ fn main() {
             );
         }
     }
-    println!(
-        "{:<36} {:<9} {:>4} {:>8} {:>8} {:>10} {:>10}",
-        "group", "part", "rows", "mean", "worst", "within 15%", "bias"
-    );
-    for ((group, part), errors) in &groups {
-        let n = errors.len() as f64;
-        let mean = errors.iter().map(|e| e.abs()).sum::<f64>() / n;
-        let worst = errors.iter().map(|e| e.abs()).fold(0.0, f64::max);
-        let within = errors.iter().filter(|e| e.abs() <= 0.15).count() as f64 / n;
-        let bias = errors.iter().sum::<f64>() / n;
-        println!(
-            "{group:<36} {part:<9} {n:>4} {:>7.1}% {:>7.1}% {:>9.0}% {:>+9.1}%",
-            100.0 * mean,
-            100.0 * worst,
-            100.0 * within,
-            100.0 * bias
-        );
-    }
+    print!("{}", published::table(&groups));
+    print!("{}", published::best_mappings(&rows, &calibration));
     println!("memory verdict wrong: {}", memory_wrong.len());
     memory_wrong.iter().for_each(|m| println!("  {m}"));
     println!("rows not used: {}", skipped.len());

@@ -103,10 +103,7 @@ fn main() {
 }
 
 fn report(keys: &[String], file: &Value, points: &[Point], rows: bool) {
-    println!(
-        "{:<18} {:<9} {:>5} | TPOT {:>7} {:>7} {:>8} | TTFT {:>7} {:>7}",
-        "set", "part", "rows", "median", "mean", "in 20%", "median", "mean"
-    );
+    println!("{}", silicon::HEAD);
     let mut all = [[Vec::new(), Vec::new()], [Vec::new(), Vec::new()]];
     for key in keys {
         let p: ServeCalibration = serde_json::from_value(file["sets"][key.as_str()].clone()).expect("set");
@@ -135,24 +132,11 @@ fn report(keys: &[String], file: &Value, points: &[Point], rows: bool) {
                     );
                 }
             }
-            line(key, part, &tpot, &ttft);
+            println!("{}", silicon::line(key, part, &tpot, &ttft));
             all[usize::from(!fit)][0].extend(tpot);
             all[usize::from(!fit)][1].extend(ttft);
         }
     }
-    line("all", "fit", &all[0][0], &all[0][1]);
-    line("all", "held out", &all[1][0], &all[1][1]);
-}
-
-fn line(key: &str, part: &str, tpot: &[f64], ttft: &[f64]) {
-    let (a, b) = (silicon::summary(tpot), silicon::summary(ttft));
-    println!(
-        "{key:<18} {part:<9} {:>5} |      {:>6.1}% {:>6.1}% {:>7.0}% |      {:>6.1}% {:>6.1}%",
-        a.3,
-        100.0 * a.0,
-        100.0 * a.1,
-        100.0 * a.2,
-        100.0 * b.0,
-        100.0 * b.1
-    );
+    println!("{}", silicon::line("all", "fit", &all[0][0], &all[0][1]));
+    println!("{}", silicon::line("all", "held out", &all[1][0], &all[1][1]));
 }

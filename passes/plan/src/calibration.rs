@@ -62,6 +62,10 @@ pub struct Software {
     pub host_expert_us: f64,
     /// Share of the expert all-to-all hidden behind compute.
     pub all_to_all_overlap: f64,
+    /// Whether tensor-parallel collectives run in chunks beside the products they feed (user buffers).
+    pub tensor_overlap: bool,
+    /// Whether pipeline stages may hold chunks of different sizes, written by hand.
+    pub free_layouts: bool,
     /// Kernel quality relative to the best release, in (0, 1].
     pub kernels: f64,
     /// Whether a token crosses to a node once, not once per expert there (DeepEP, HybridEP).
@@ -115,6 +119,8 @@ pub struct TrainCalibration {
     pub fsdp_overlap: f64,
     /// Bytes of a gradient that fully sharded parameters reduce.
     pub fsdp_gradient_bytes: f64,
+    /// Share of a tensor-parallel collective hidden behind the product it feeds or empties, as far as that lasts.
+    pub tp_overlap: f64,
     /// Share of context-parallel exchange hidden behind attention.
     pub cp_overlap: f64,
     /// Synchronisation of one step of the context-parallel ring, microseconds.
@@ -168,6 +174,7 @@ impl TrainCalibration {
             ("links.nvlink", self.links.nvlink),
             ("links.network", self.links.network),
             ("links.network_all_to_all", self.links.network_all_to_all),
+            ("links.network_dispatch", self.links.network_dispatch),
         ];
         for g in generations {
             shares.push(("gemm_bf16", self.gemm_bf16.of(g)));
@@ -185,7 +192,7 @@ impl TrainCalibration {
                 ));
             }
         }
-        let overlaps = [self.dp_overlap, self.fsdp_overlap, self.cp_overlap, self.pp_exposed];
+        let overlaps = [self.dp_overlap, self.fsdp_overlap, self.tp_overlap, self.cp_overlap, self.pp_exposed];
         let overlaps = overlaps.into_iter().chain(self.software.values().map(|s| s.all_to_all_overlap));
         for overlap in overlaps {
             if !(0.0..=1.0).contains(&overlap) {

@@ -127,6 +127,8 @@ pub struct LinkEfficiency {
     pub network: f64,
     /// Share of the adapter rate that all-to-all reaches.
     pub network_all_to_all: f64,
+    /// Share of the adapter rate that expert dispatch reaches where a token crosses to a node once.
+    pub network_dispatch: f64,
 }
 
 /// Seconds of a collective over a group.
@@ -178,7 +180,8 @@ fn local_seconds(cluster: &Cluster, op: Collective, n: f64, bytes: f64) -> f64 {
 mod tests {
     use super::*;
 
-    const UNIT: LinkEfficiency = LinkEfficiency { nvlink: 1.0, network: 1.0, network_all_to_all: 0.87 };
+    const UNIT: LinkEfficiency =
+        LinkEfficiency { nvlink: 1.0, network: 1.0, network_all_to_all: 0.87, network_dispatch: 0.87 };
 
     #[test]
     fn spans_count_ranks_per_domain() {

@@ -10,13 +10,14 @@ use crate::{
     cluster::Cluster,
     error::PlanError,
     model::ModelShape,
-    plan::{Plan, PlanReport, operations},
+    plan::{PlanReport, operations},
+    table::{columns, legend, verdict},
 };
 use std::fmt::Write;
 
 const STYLE: &str = "body{font:14px/1.45 system-ui,sans-serif;color:#1c2733;max-width:70em;margin:2em auto;padding:0 1em}\
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}td,th{padding:.25em .7em;text-align:right;\
-border-bottom:1px solid #dde3ea}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}svg text{font:11px system-ui,sans-serif;\
+border-bottom:1px solid #dde3ea}td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}.why{text-align:left;white-space:normal}svg{max-width:100%;height:auto}svg text{font:11px system-ui,sans-serif;\
 fill:#1c2733}.note{color:#5b6b7b}";
 
 /// Text made safe for HTML.
@@ -53,6 +54,7 @@ pub fn html(
         let _ = write!(page, "<h2>Memory per GPU</h2>{}", chart::memory(&report.plans));
         if best.objective == Objective::Train {
             let ops = operations(model, cluster, request, best)?;
+            let _ = write!(page, "<h2>Timeline of a layer</h2>{}", chart::layer_timeline(&ops));
             let _ = write!(page, "<h2>Roofline</h2>{}", chart::roofline(&ops, cluster, request.precision));
         }
     }
@@ -68,40 +70,13 @@ pub fn html(
 }
 
 fn table(report: &PlanReport) -> String {
-    let mut out = String::from(
-        "<table><tr><th>plan</th><th>attention tp cp dp pp</th><th>experts etp ep edp</th><th>micro-batch</th><th>vpp</th><th>recompute</th>\
-         <th>step ms</th><th>MFU</th><th>tokens/s/GPU</th><th>GiB</th><th>why not</th></tr>",
-    );
-    for (index, p) in report.plans.iter().enumerate() {
-        let (a, e) = (&p.attention, &p.experts);
-        let _ = write!(
-            out,
-            "<tr><td>{}</td><td>{} {} {} {}</td><td>{} {} {}</td><td>{}</td><td>{}</td><td>{}</td><td>{:.2}</td><td>{}</td><td>{:.0}</td><td>{:.1}</td><td>{}</td></tr>",
-            index + 1,
-            a.tp,
-            a.cp,
-            a.dp,
-            a.pp,
-            e.etp,
-            e.ep,
-            e.edp,
-            p.micro_batch,
-            p.vpp,
-            recompute(p),
-            p.step_ms,
-            p.mfu.map_or("–".to_owned(), |m| format!("{:.1}%", 100.0 * m)),
-            p.tokens_per_s_per_gpu,
-            p.memory_gib.total,
-            escape(p.why.as_deref().unwrap_or(if p.feasible { "best" } else { "does not fit" }))
-        );
+    let Some(best) = report.plans.first() else { return String::new() };
+    let columns = columns(best.objective);
+    let heads: String = columns.iter().map(|c| format!("<th>{}</th>", escape(c.head))).collect();
+    let mut out = format!("<table><tr><th>plan</th>{heads}<th class=\"why\">why not</th></tr>");
+    for (index, plan) in report.plans.iter().enumerate() {
+        let cells: String = columns.iter().map(|c| format!("<td>{}</td>", escape(&(c.cell)(plan)))).collect();
+        let _ = write!(out, "<tr><td>{}</td>{cells}<td class=\"why\">{}</td></tr>", index + 1, escape(verdict(plan)));
     }
-    out + "</table>"
-}
-
-fn recompute(plan: &Plan) -> &'static str {
-    match plan.recompute {
-        crate::Recompute::None => "none",
-        crate::Recompute::Selective => "selective",
-        crate::Recompute::Full => "full",
-    }
+    out + &format!("</table><p class=\"note\">{}</p>", escape(legend(best.objective)))
 }

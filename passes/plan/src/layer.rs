@@ -156,43 +156,44 @@ impl LayerCx<'_> {
         }
     }
 
-    fn gemm(&self, name: &'static str, rows: f64, columns: f64, depth: f64, sink: &mut impl Sink) {
-        self.quantize(rows, columns, depth, sink);
+    /// A dense product; gives the seconds of its forward pass.
+    fn gemm(&self, name: &'static str, rows: f64, columns: f64, depth: f64, sink: &mut impl Sink) -> f64 {
         let half = self.cal.gemm_half_width;
-        let share = self.cal.gemm_share(self.cluster.gpu.generation, self.precision)
-            * self.software.kernels
+        let share = self.software.kernels
             * saturation(rows, self.cal.gemm_half_rows)
             * saturation(columns, half)
             * saturation(depth, half);
-        let flops = 2.0 * rows * columns * depth;
-        let rate = self.cluster.peak_flops(self.precision) * share;
-        let bytes = 2.0 * (rows * depth + depth * columns + rows * columns);
-        let seconds = (flops / rate).max(self.memory_seconds(bytes));
-        sink.op(Op { name, kind: Kind::Gemm, backward: false, flops, bytes, seconds });
-        // Gradient of the input and of the weight; the latter adds into an fp32 buffer.
-        let bytes = 2.0 * bytes + 8.0 * depth * columns;
-        let seconds = (2.0 * flops / rate).max(self.memory_seconds(bytes));
-        sink.op(Op { name, kind: Kind::Gemm, backward: true, flops: 2.0 * flops, bytes, seconds });
+        self.product(name, Kind::Gemm, Product { rows, experts: 1.0, columns, depth, share }, sink)
     }
 
     fn grouped(&self, name: &'static str, rows: f64, experts: f64, columns: f64, depth: f64, sink: &mut impl Sink) {
-        self.quantize(rows, columns, depth, sink);
         let half = self.cal.grouped_half_width;
-        let share = self.cal.gemm_share(self.cluster.gpu.generation, self.precision)
-            * self.software.kernels
+        let share = self.software.kernels
             * self.cal.grouped
             * saturation(rows / experts, self.cal.grouped_half_rows)
             * saturation(columns, half)
             * saturation(depth, half);
-        let flops = 2.0 * rows * columns * depth;
-        let rate = self.cluster.peak_flops(self.precision) * share;
-        let weights = experts * depth * columns;
-        let bytes = 2.0 * (rows * depth + rows * columns + weights);
-        let seconds = (flops / rate).max(self.memory_seconds(bytes));
-        sink.op(Op { name, kind: Kind::Experts, backward: false, flops, bytes, seconds });
-        let bytes = 2.0 * bytes + 8.0 * weights;
-        let seconds = (2.0 * flops / rate).max(self.memory_seconds(bytes));
-        sink.op(Op { name, kind: Kind::Experts, backward: true, flops: 2.0 * flops, bytes, seconds });
+        self.product(name, Kind::Experts, Product { rows, experts, columns, depth, share }, sink);
+    }
+
+    /// Forward product, gradient of its input, and gradient of its weights, each under its own roofline.
+    fn product(&self, name: &'static str, kind: Kind, p: Product, sink: &mut impl Sink) -> f64 {
+        self.quantize(p.rows, p.columns, p.depth, sink);
+        let flops = 2.0 * p.rows * p.columns * p.depth;
+        let rate = self.cluster.peak_flops(self.precision)
+            * self.cal.gemm_share(self.cluster.gpu.generation, self.precision)
+            * p.share;
+        let weights = p.experts * p.depth * p.columns;
+        let ends = 2.0 * p.rows * (p.depth + p.columns);
+        let roof = |bytes: f64| (flops / rate).max(self.memory_seconds(bytes));
+        let bytes = ends + 2.0 * weights;
+        let forward = roof(bytes);
+        sink.op(Op { name, kind, backward: false, flops, bytes, seconds: forward });
+        // The gradient of the weights adds into an fp32 buffer: with few rows that traffic is what it costs.
+        let gradient = ends + 8.0 * weights;
+        let seconds = forward + roof(gradient);
+        sink.op(Op { name, kind, backward: true, flops: 2.0 * flops, bytes: bytes + gradient, seconds });
+        forward
     }
 
     /// Memory-limited work; the backward pass moves about one and a half times as much.
@@ -208,18 +209,24 @@ impl LayerCx<'_> {
         }
     }
 
-    /// Gather before and scatter after a tensor-parallel block, mirrored in the backward pass.
-    fn tensor_pair(&self, sink: &mut impl Sink) {
+    /// Gather before and scatter after a tensor-parallel block, mirrored in the backward pass. Each runs in
+    /// chunks beside the product that it feeds or empties, where the software does so; `gathered` and
+    /// `scattered` are the forward seconds of those products.
+    fn tensor_pair(&self, gathered: f64, scattered: f64, sink: &mut impl Sink) {
         if self.tp.ranks <= 1 {
             return;
         }
         let bytes = self.tokens * self.hidden * 2.0;
-        let gather = self.collective(Collective::AllGather, self.tp, bytes);
-        let scatter = self.collective(Collective::ReduceScatter, self.tp, bytes);
+        let overlap = if self.software.tensor_overlap { self.cal.tp_overlap } else { 0.0 };
+        let exposed = |op, product: f64| {
+            let seconds = self.collective(op, self.tp, bytes);
+            seconds - overlap * seconds.min(product)
+        };
+        let seconds = exposed(Collective::AllGather, gathered) + exposed(Collective::ReduceScatter, scattered);
         let wire = 2.0 * bytes * Collective::AllGather.wire_factor(self.tp.ranks as f64);
         let (name, kind) = ("tp all-gather + reduce-scatter", Kind::TensorComm);
-        sink.op(Op { name, kind, backward: false, flops: 0.0, bytes: wire, seconds: gather + scatter });
-        sink.op(Op { name, kind, backward: true, flops: 0.0, bytes: wire, seconds: gather + scatter });
+        sink.op(Op { name, kind, backward: false, flops: 0.0, bytes: wire, seconds });
+        sink.op(Op { name, kind, backward: true, flops: 0.0, bytes: wire, seconds });
     }
 
     fn collective(&self, op: Collective, span: Span, bytes: f64) -> f64 {
@@ -238,11 +245,20 @@ impl LayerCx<'_> {
         let nodes = ranks / self.ep.per_domain as f64;
         let visited = (nodes - 1.0) * (1.0 - (1.0 - 1.0 / nodes).powf(top_k));
         let remote = sent * visited * row;
-        let network = remote / (self.cluster.nic_gbps * 1e9 * self.cal.links.network_all_to_all);
+        let network = remote / (self.cluster.nic_gbps * 1e9 * self.cal.links.network_dispatch);
         let inside = Span { ranks: self.ep.per_domain, per_domain: self.ep.per_domain };
         let local = self.collective(Collective::AllToAll, inside, bytes);
         (network.max(local) + self.cluster.latency_us.network * 1e-6 * nodes.log2(), remote)
     }
+}
+
+/// A product of `rows` rows, spread over `experts` matrices of `depth x columns`, at a share of the peak.
+struct Product {
+    rows: f64,
+    experts: f64,
+    columns: f64,
+    depth: f64,
+    share: f64,
 }
 
 fn saturation(size: f64, half: f64) -> f64 {
@@ -266,13 +282,11 @@ pub(crate) fn layer_ops(cx: &LayerCx<'_>, layer: &Layer, sink: &mut impl Sink) {
     let own = t / cx.tp.ranks as f64;
     match layer.feed_forward {
         FeedForward::Dense { intermediate, gated } => {
-            cx.tensor_pair(sink);
             dense_ffn(cx, intermediate as f64 / cx.tp.ranks as f64, gated, sink);
         }
         FeedForward::Moe { experts, top_k, expert_intermediate, shared_intermediate, gated } => {
             let (e, k) = (experts as f64, top_k as f64);
             if shared_intermediate > 0 {
-                cx.tensor_pair(sink);
                 dense_ffn(cx, shared_intermediate as f64 / cx.tp.ranks as f64, gated, sink);
             }
             // Router scores in fp32, softmax and top-k: streamed, the product is small.
@@ -295,9 +309,10 @@ pub(crate) fn layer_ops(cx: &LayerCx<'_>, layer: &Layer, sink: &mut impl Sink) {
 }
 
 fn dense_ffn(cx: &LayerCx<'_>, width: f64, gated: bool, sink: &mut impl Sink) {
-    cx.gemm("ffn up", cx.tokens, width * (matrices(gated) - 1.0), cx.hidden, sink);
+    let up = cx.gemm("ffn up", cx.tokens, width * (matrices(gated) - 1.0), cx.hidden, sink);
     cx.stream("ffn activation", cx.tokens * width * 2.0 * matrices(gated), sink);
-    cx.gemm("ffn down", cx.tokens, cx.hidden, width, sink);
+    let down = cx.gemm("ffn down", cx.tokens, cx.hidden, width, sink);
+    cx.tensor_pair(up, down, sink);
 }
 
 fn expert_exchange(cx: &LayerCx<'_>, own: f64, top_k: f64, sink: &mut impl Sink) {
@@ -331,42 +346,42 @@ fn expert_exchange(cx: &LayerCx<'_>, own: f64, top_k: f64, sink: &mut impl Sink)
 
 fn attention_ops(cx: &LayerCx<'_>, layer: &Layer, sink: &mut impl Sink) {
     let (h, t, tp) = (cx.hidden, cx.tokens, cx.tp.ranks as f64);
-    cx.tensor_pair(sink);
     // Bytes of keys and values of a token, which context parallelism passes around.
-    let kv_row = match layer.attention {
+    let (kv_row, gathered, scattered) = match layer.attention {
         Attention::Gqa { heads, kv_heads, head_dim, .. } => {
             let (q, kv) = ((heads * head_dim) as f64 / tp, (kv_heads * head_dim) as f64 / tp.min(kv_heads as f64));
-            cx.gemm("qkv", t, q + 2.0 * kv, h, sink);
+            let qkv = cx.gemm("qkv", t, q + 2.0 * kv, h, sink);
             cx.stream("rope", t * (q + kv) * 2.0 * 2.0, sink);
-            cx.gemm("attention out", t, h, q, sink);
-            4.0 * kv
+            let out = cx.gemm("attention out", t, h, q, sink);
+            (4.0 * kv, qkv, out)
         }
         Attention::Mla { heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim } => {
             let heads = heads as f64 / tp;
             let (nope, rope, v) = (qk_nope_head_dim as f64, qk_rope_head_dim as f64, v_head_dim as f64);
             let own = t / tp;
-            match q_lora_rank {
+            let query = match q_lora_rank {
                 0 => cx.gemm("query", t, heads * (nope + rope), h, sink),
                 rank => {
                     cx.gemm("query down", own, rank as f64, h, sink);
-                    cx.gemm("query up", t, heads * (nope + rope), rank as f64, sink);
+                    cx.gemm("query up", t, heads * (nope + rope), rank as f64, sink)
                 }
-            }
+            };
             let rank = kv_lora_rank as f64;
             cx.gemm("kv down", own, rank + rope, h, sink);
             cx.gemm("kv up", t, heads * (nope + v), rank, sink);
             cx.stream("rope", t * heads * (2.0 * (nope + rope) + v) * 2.0 * 2.0, sink);
-            cx.gemm("attention out", t, h, heads * v, sink);
-            2.0 * heads * (nope + rope + v)
+            let out = cx.gemm("attention out", t, h, heads * v, sink);
+            (2.0 * heads * (nope + rope + v), query, out)
         }
         Attention::Linear { key_heads, value_heads, key_dim, value_dim } => {
             let (keys, values) = ((key_heads * key_dim) as f64 / tp, (value_heads * value_dim) as f64 / tp);
-            cx.gemm("linear attention in", t, 2.0 * keys + 2.0 * values, h, sink);
+            let into = cx.gemm("linear attention in", t, 2.0 * keys + 2.0 * values, h, sink);
             cx.stream("convolution", t * (2.0 * keys + 2.0 * values) * 2.0 * 3.0, sink);
-            cx.gemm("linear attention out", t, h, values, sink);
-            0.0
+            let out = cx.gemm("linear attention out", t, h, values, sink);
+            (0.0, into, out)
         }
     };
+    cx.tensor_pair(gathered, scattered, sink);
     core_ops(cx, layer, kv_row, sink);
 }
 
@@ -374,9 +389,13 @@ fn core_ops(cx: &LayerCx<'_>, layer: &Layer, kv_row: f64, sink: &mut impl Sink) 
     let (t, tp) = (cx.tokens, cx.tp.ranks as f64);
     let context = layer.mean_context(cx.seq);
     let flops = t * (layer.core_flops_per_context() * context + layer.state_flops()) / tp;
-    // A context-parallel ring runs one kernel per pair of chunks.
-    let chunk = cx.seq / cx.cp.ranks as f64;
-    let (forward, backward) = cx.cal.attention_shares(cx.cluster.gpu.generation, chunk);
+    // A context-parallel ring runs one kernel per pair of chunks: on its own chunk a rank computes half of the
+    // scores, on the others all, which keeps a kernel as busy as a causal one of twice the length.
+    let (ranks, generation) = (cx.cp.ranks as f64, cx.cluster.gpu.generation);
+    let chunk = cx.seq / ranks;
+    let (own, others) = (cx.cal.attention_shares(generation, chunk), cx.cal.attention_shares(generation, 2.0 * chunk));
+    let mix = |own: f64, others: f64| 1.0 / (1.0 / (ranks * own) + (1.0 - 1.0 / ranks) / others);
+    let (forward, backward) = (mix(own.0, others.0), mix(own.1, others.1));
     // The measured heads are 192 wide for scores and 128 for values.
     let (width, half) = (layer.head_width(), cx.cal.attention_half_dim);
     let narrow = (saturation(width, half) / saturation(160.0, half)).min(1.0);
@@ -408,9 +427,10 @@ fn core_ops(cx: &LayerCx<'_>, layer: &Layer, kv_row: f64, sink: &mut impl Sink) 
         seconds: bwd,
     });
     if cx.cp.ranks > 1 && kv_row > 0.0 {
-        // Each step rescales the fp32 output collected so far.
+        // Every step's output is rescaled and added to the sum in 16 bits (two reads, one write); half of the steps
+        // touch half of the rows only, as causal chunks are dealt out from both ends.
         let width = layer.core_flops_per_context() / 4.0 / tp;
-        cx.stream("cp correction", t * width * 10.0 * (cx.cp.ranks - 1) as f64, sink);
+        cx.stream("cp correction", t * width * 6.0 * 0.75 * ranks, sink);
         let bytes = t * cx.cp.ranks as f64 * kv_row;
         let steps = (cx.cp.ranks - 1) as f64 * cx.cal.cp_step_us * 1e-6;
         let ring = cx.collective(Collective::AllGather, cx.cp, bytes);

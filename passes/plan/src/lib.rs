@@ -29,6 +29,8 @@ pub mod ranks;
 pub mod search;
 pub mod serve;
 mod serve_search;
+mod table;
+pub mod text;
 pub mod train;
 
 pub use choice::{Objective, Recompute, Request, Routing, Schedule, Sharding, Strategy};

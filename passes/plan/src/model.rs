@@ -231,6 +231,14 @@ impl Layer {
         }
     }
 
+    /// Experts that a token goes to; 1 for a dense layer.
+    pub fn top_k(&self) -> f64 {
+        match self.feed_forward {
+            FeedForward::Dense { .. } => 1.0,
+            FeedForward::Moe { top_k, .. } => top_k as f64,
+        }
+    }
+
     /// Parameters of the attention part with its two norms.
     pub fn attention_parameters(&self, hidden: u64) -> f64 {
         let h = hidden as f64;

@@ -87,19 +87,23 @@ fn axis(fixed: Option<u64>, all: &[u64], keep: impl Fn(u64) -> bool) -> Vec<u64>
     }
 }
 
-/// Virtual stages worth trying: one per number of layers in a chunk.
-fn virtual_stages(fixed: Option<u64>, depth: u64, pp: u64, micro_batches: u64) -> Vec<u64> {
-    if let Some(vpp) = fixed {
+/// Virtual stages worth trying: one per number of layers in a chunk. Chunks are equal where stages are, unless the
+/// software takes layouts written by hand (Megatron-Core asks that `pp x vpp` divides the layers).
+fn virtual_stages(cx: &TrainCx<'_>, pp: u64, micro_batches: u64) -> Vec<u64> {
+    if let Some(vpp) = cx.request.fixed.vpp {
         return vec![vpp];
     }
+    let depth = cx.depth();
     let mut all = vec![1];
     // Interleaving needs micro-batches in multiples of the stages (arXiv 2104.04473, section 2.2).
     if pp > 1 && micro_batches.is_multiple_of(pp) {
+        let equal = depth.is_multiple_of(pp) && !cx.software.free_layouts;
         let mut chunk = depth.div_ceil(pp);
         while chunk > 1 {
             chunk = if chunk > 8 { chunk.div_ceil(2) } else { chunk - 1 };
             let vpp = depth.div_ceil(pp * chunk);
-            if vpp > 1 && vpp * pp <= depth && !all.contains(&vpp) {
+            let divides = !equal || (depth / pp).is_multiple_of(chunk);
+            if vpp > 1 && vpp * pp <= depth && divides && !all.contains(&vpp) {
                 all.push(vpp);
             }
         }
@@ -261,7 +265,7 @@ impl<'a> Search<'a> {
                 self.found.pruned += 1;
                 continue;
             }
-            for vpp in virtual_stages(request.fixed.vpp, cx.depth(), mapping.pp, micro_batches) {
+            for vpp in virtual_stages(cx, mapping.pp, micro_batches) {
                 let choice = TrainChoice {
                     mapping,
                     dp,

@@ -199,6 +199,10 @@ impl ServeFile {
     }
 }
 
+/// Share of the adapter rate that expert dispatch and combine reach: DeepEP on 16 ranks, 43 of 50 GB/s
+/// (`hardware.json`).
+const DISPATCH_SHARE: f64 = 0.86;
+
 /// Prediction for an instance under a workload.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct ServeEstimate {
@@ -327,7 +331,7 @@ impl<'a> ServeCx<'a> {
                     overhead += p.moe_layer_us;
                 }
             }
-            parts[3] += n * self.collective_seconds(p, tokens);
+            parts[3] += n * self.collective_seconds(p, tokens, layer.top_k());
             parts[4] += n * overhead * 1e-6;
         }
         let head = h * self.model.vocab as f64 / tp;
@@ -373,8 +377,9 @@ impl<'a> ServeCx<'a> {
         }
     }
 
-    /// Two all-reduces over tensor ranks, or the exchange over attention data-parallel ranks.
-    fn collective_seconds(&self, p: &ServeCalibration, tokens: f64) -> f64 {
+    /// Two all-reduces over tensor ranks, or the exchange over attention data-parallel ranks: inside a domain
+    /// every rank gathers all tokens, beyond it a token crosses to a domain once, if one of its experts is there.
+    fn collective_seconds(&self, p: &ServeCalibration, tokens: f64, top_k: f64) -> f64 {
         let l = &self.layout;
         let bytes = tokens * self.model.hidden as f64 * 2.0;
         let domain = self.cluster.gpus_per_domain;
@@ -400,9 +405,18 @@ impl<'a> ServeCx<'a> {
         }
         if l.dp > 1 {
             let n = l.dp as f64;
-            let (rate, hops) = link(Span::new(l.dp, l.tp, domain));
+            let span = Span::new(l.dp, l.tp, domain);
+            let (rate, hops) = link(span);
             let latency = (p.exchange_us + p.collective_rank_us * n.log2() + hops) * 1e-6;
-            seconds += 2.0 * latency + 2.0 * bytes * n * Collective::AllGather.wire_factor(n) / rate;
+            let domains = l.gpus() as f64 / domain as f64;
+            let exchange = if span.is_local() || l.etp > domain {
+                bytes * n * Collective::AllGather.wire_factor(n) / rate
+            } else {
+                let remote = (domains - 1.0) * (1.0 - (1.0 - 1.0 / domains).powf(top_k));
+                let inside = bytes * top_k / (self.cluster.gpu.nvlink_gbps * 1e9 * p.link);
+                (bytes * remote / (self.cluster.nic_gbps * 1e9 * DISPATCH_SHARE)).max(inside)
+            };
+            seconds += 2.0 * (latency + exchange);
         }
         seconds
     }

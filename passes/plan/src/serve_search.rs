@@ -42,15 +42,15 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
         if capacity < 1.0 {
             continue;
         }
-        let best = batches(request, &layout, capacity)
-            .into_iter()
-            .map(|concurrency| {
-                evaluated += 1;
-                let load = Workload { input: request.seq as f64, output: request.output as f64, concurrency };
-                let estimate = cx.estimate(set, &load, 1.0);
-                Scored { layout, estimate, concurrency, feasible: within_bound(request, &estimate) }
-            })
-            .min_by(|a, b| order(request, a, b));
+        let mut scored_at = |concurrency: f64| {
+            evaluated += 1;
+            let load = Workload { input: request.seq as f64, output: request.output as f64, concurrency };
+            let estimate = cx.estimate(set, &load, 1.0);
+            Scored { layout, estimate, concurrency, feasible: within_bound(request, &estimate) }
+        };
+        let tried: Vec<Scored> = batches(request, &layout, capacity).into_iter().map(&mut scored_at).collect();
+        let refined = largest_within_bound(&tried, &layout, &mut scored_at);
+        let best = tried.into_iter().chain(refined).min_by(|a, b| order(request, a, b));
         scored.extend(best);
     }
     scored.sort_by(|a, b| order(request, a, b));
@@ -151,6 +151,8 @@ fn layouts(model: &ModelShape, request: &Request) -> Vec<ServeLayout> {
         Precision::Fp8 => WeightFormat::Fp8,
         Precision::Fp4 => WeightFormat::Fp4,
     };
+    // TensorRT-LLM gives a rank of an instance either whole requests or slices of heads (`enable_attention_dp`).
+    let mixes = request.software != "trtllm";
     let mut all = Vec::new();
     for gpus in divisors(request.gpus).into_iter().filter(|&n| n <= LARGEST_INSTANCE) {
         for tp in divisors(gpus).into_iter().filter(|&n| heads_divide(model, n)) {
@@ -163,7 +165,7 @@ fn layouts(model: &ModelShape, request: &Request) -> Vec<ServeLayout> {
                     && pinned(f.etp, etp)
                     && pinned(f.dp, request.gpus / tp)
                     && pinned(f.edp, request.gpus / gpus);
-                if wanted && divides(model, ep, etp) {
+                if wanted && divides(model, ep, etp) && (mixes || tp == 1 || dp == 1) {
                     all.push(ServeLayout { tp, dp, ep, etp, dense: format, experts: format });
                 }
             }
@@ -172,7 +174,7 @@ fn layouts(model: &ModelShape, request: &Request) -> Vec<ServeLayout> {
     all
 }
 
-/// Open requests per instance to try: what was asked, or powers of two up to the memory.
+/// Open requests per instance to try, ascending: what was asked, or powers of two up to the memory and what fills it.
 fn batches(request: &Request, layout: &ServeLayout, capacity: f64) -> Vec<f64> {
     let copies = request.gpus as f64 / layout.gpus() as f64;
     if request.global_batch > 0 {
@@ -187,7 +189,34 @@ fn batches(request: &Request, layout: &ServeLayout, capacity: f64) -> Vec<f64> {
         all.push(batch * layout.dp as f64);
         batch *= 2.0;
     }
+    if let Some(&last) = all.last() {
+        let full = capacity.min(4096.0) * layout.dp as f64;
+        all.extend((full > last).then_some(full));
+    }
     all
+}
+
+/// The largest batch that still meets the bound, between the last one tried that does and the first that does not.
+fn largest_within_bound(
+    tried: &[Scored],
+    layout: &ServeLayout,
+    scored_at: &mut impl FnMut(f64) -> Scored,
+) -> Option<Scored> {
+    let ranks = layout.dp as f64;
+    let last = tried.iter().rposition(|s| s.feasible)?;
+    let (mut low, mut high) = (tried[last].concurrency / ranks, tried.get(last + 1)?.concurrency / ranks);
+    let mut best = None;
+    while high - low > 1.0 {
+        let middle = ((low + high) / 2.0).floor();
+        let scored = scored_at(middle * ranks);
+        if scored.feasible {
+            low = middle;
+            best = Some(scored);
+        } else {
+            high = middle;
+        }
+    }
+    best
 }
 
 fn within_bound(request: &Request, e: &ServeEstimate) -> bool {
@@ -235,7 +264,8 @@ fn why(request: &Request, best: &Scored, other: &Scored) -> String {
         }
         Objective::Train | Objective::Decode => {
             let less = 1.0 - other.estimate.tokens_per_s_per_gpu / best.estimate.tokens_per_s_per_gpu;
-            format!("{:.1}% fewer tokens per second and GPU{worst}{bound}", 100.0 * less)
+            let much = if less < 5e-4 { "as many".to_owned() } else { format!("{:.1}% fewer", 100.0 * less) };
+            format!("{much} tokens per second and GPU{worst}{bound}")
         }
     }
 }

@@ -236,11 +236,34 @@ fn the_report_page_is_self_contained() {
     let request = Request::train(64, 4096, 256);
     let report = plan_report(&model, &h100(), &request).unwrap();
     let page = html(&report, &model, &h100(), &request).unwrap();
-    assert_eq!(page.matches("<svg").count(), 4);
+    assert_eq!(page.matches("<svg").count(), 5);
     assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
     for banned in ["http:", "https:", "<script", "<link", "<img", "url("] {
         assert!(!page.contains(banned), "{banned}");
     }
     assert!(page.contains("rank 63") && page.contains("experts up") && page.contains("activations"));
     assert_eq!(page, html(&report, &model, &h100(), &request).unwrap());
+}
+
+#[test]
+fn the_text_fits_a_terminal_and_has_the_columns_of_the_page() {
+    let jobs = [
+        ("deepseek-v3", "dgx-h100", Request::train(4096, 4096, 61440)),
+        ("mixtral-8x7b", "dgx-h100", Request::train(128, 131_072, 256)),
+        ("mixtral-8x7b", "dgx-h200", Request::serve(Objective::Decode, 32, 4000, 1000)),
+        ("deepseek-v3", "gb200-nvl72", Request::serve(Objective::Prefill, 72, 16_384, 1000)),
+    ];
+    for (name, cluster, request) in jobs {
+        let model = config(name);
+        let cluster = Cluster::preset(cluster).unwrap();
+        let report = plan_report(&model, &cluster, &request).unwrap();
+        let text = moec_plan::text::text(&report);
+        assert!(text.lines().all(|l| l.chars().count() <= 80), "{text}");
+        assert!(text.lines().count() > 15, "{text}");
+        let page = html(&report, &model, &cluster, &request).unwrap();
+        let head = page.split("<tr>").nth(1).unwrap().split("</tr>").next().unwrap();
+        for column in head.split("<th>").skip(2).map(|c| c.split('<').next().unwrap()) {
+            assert!(text.contains(column), "{column} in {text}");
+        }
+    }
 }

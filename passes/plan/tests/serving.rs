@@ -13,13 +13,20 @@ fn held_out_points_meet_the_accuracy_limits() {
     let file = ServeFile::built_in().unwrap();
     let points = silicon::points(&published::models());
     assert_eq!(points.len(), 1420);
+    println!("{}", silicon::HEAD);
     for fit in [true, false] {
+        let part = if fit { "fit" } else { "held out" };
         let (mut tpot, mut ttft) = (Vec::new(), Vec::new());
-        for point in points.iter().filter(|p| p.fit == fit) {
-            let e = silicon::predict(point, &file.sets[&point.set]);
-            tpot.push(e.tpot * 1e3 / point.tpot_ms - 1.0);
-            ttft.push(e.ttft * 1e3 / point.ttft_ms - 1.0);
+        for (key, set) in &file.sets {
+            let before = tpot.len();
+            for point in points.iter().filter(|p| p.fit == fit && p.set == *key) {
+                let e = silicon::predict(point, set);
+                tpot.push(e.tpot * 1e3 / point.tpot_ms - 1.0);
+                ttft.push(e.ttft * 1e3 / point.ttft_ms - 1.0);
+            }
+            println!("{}", silicon::line(key, part, &tpot[before..], &ttft[before..]));
         }
+        println!("{}", silicon::line("all", part, &tpot, &ttft));
         let (median, mean, within, rows) = silicon::summary(&tpot);
         assert!(rows > 600);
         assert!(median <= 0.12 && mean <= 0.18 && within >= 0.75, "TPOT median {median} mean {mean} within {within}");

@@ -1,8 +1,8 @@
 //! The training model against published measurements.
 //!
-//! Figures are those of `examples/accuracy.rs`; the limits pin what holds. Known not
-//! to hold: three of the seven published best mappings are more than 3% behind ours
-//! (see `published_best_mappings_rank_near_our_best`).
+//! Figures are those of `examples/accuracy.rs`; the limits pin what holds, and `--nocapture` prints
+//! the tables. Known not to hold: one of the seven published best mappings is more than 3% behind
+//! ours (see `published_best_mappings_rank_near_our_best`).
 
 #[path = "../examples/published/mod.rs"]
 mod published;
@@ -145,10 +145,21 @@ fn published_best_mappings_rank_near_our_best() {
     let rows: Vec<Row> = published::rows().0.into_iter().filter(|r| r.is_published_best).collect();
     let behind: Vec<f64> = rows.iter().map(|r| published::behind_best(r, calibration()).unwrap()).collect();
     assert_eq!(behind.len(), 7);
-    // FIXME: Qwen2-57B-A14B, Llama3-8x70B and Mixtral at 32K tokens are 4 to 7% behind: our best trades
-    // tensor for context parallelism at short sequences, whose cost the published rows do not determine.
-    assert!(behind.iter().filter(|b| **b <= 1.03).count() >= 4, "{behind:?}");
-    assert!(behind.iter().all(|b| *b <= 1.08), "{behind:?}");
+    // FIXME: Qwen2-57B-A14B is 4.6% behind: our best has two stages instead of four, since the slowest stage also
+    // computes the logits of a vocabulary of 152k, and fits by our count of memory (68 GiB).
+    assert!(behind.iter().filter(|b| **b <= 1.03).count() >= 6, "{behind:?}");
+    assert!(behind.iter().all(|b| *b <= 1.05), "{behind:?}");
+}
+
+/// The tables of both halves; what they must hold is asserted above.
+#[test]
+fn tables() {
+    let rows = published::rows().0;
+    let groups = published::errors(&rows, calibration()).unwrap();
+    println!("{}{}", published::table(&groups), published::best_mappings(&rows, calibration()));
+    let counted: usize = groups.iter().filter(|((_, part), _)| *part == "all").map(|(_, e)| e.len()).sum();
+    let measured = rows.iter().filter(|r| !matches!(r.measured, Measured::OutOfMemory)).count();
+    assert_eq!(counted, measured);
 }
 
 #[test]

@@ -8,14 +8,14 @@ use crate::{
 use moec::{
     ir::{Code, Diagnostic},
     plan::{
-        self, Cluster, Mapping, ModelShape, Objective, PlanError, PlanReport, Precision, Request, Routing, Schedule,
-        Sharding, Strategy,
+        self, Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Schedule, Sharding,
+        Strategy,
         calibration::{Software, TrainCalibration},
         choice::Recompute,
     },
 };
 use serde_json::Value;
-use std::{fmt::Write as _, path::Path};
+use std::path::Path;
 
 fn refused(error: PlanError) -> Failure {
     Failure::Refused(vec![Diagnostic::error(Code(error.code), error.message).help(error.help)])
@@ -101,7 +101,7 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
     match cx.format {
         Format::Json => cx.json(&serde_json::to_value(&report).map_err(|e| Failure::Bug(e.to_string()))?),
         Format::Html => cx.result(plan::html::html(&report, &model, &cluster, &request).map_err(refused)?),
-        Format::Text => cx.result(text(&report)),
+        Format::Text => cx.result(plan::text::text(&report)),
     }
 }
 
@@ -145,72 +145,4 @@ fn cluster(name: &str) -> Result<Cluster, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
     Cluster::from_json(&text).map_err(refused)
-}
-
-fn text(report: &PlanReport) -> String {
-    let mut out = format!(
-        "{} on {} x {}: {} choices evaluated, {} branches skipped by a bound\n",
-        report.model, report.gpus, report.cluster, report.evaluated, report.pruned
-    );
-    for (i, p) in report.plans.iter().enumerate() {
-        let (a, e) = (&p.attention, &p.experts);
-        let _ = write!(
-            out,
-            "\n{}. attention tp {} cp {} dp {} pp {}; experts etp {} ep {} edp {} pp {}\n   ",
-            i + 1,
-            a.tp,
-            a.cp,
-            a.dp,
-            a.pp,
-            e.etp,
-            e.ep,
-            e.edp,
-            e.pp
-        );
-        let recompute = match p.recompute {
-            Recompute::None => "nothing recomputed",
-            Recompute::Selective => "selective recomputation",
-            Recompute::Full => "full recomputation",
-        };
-        let _ = match p.objective {
-            Objective::Train => writeln!(
-                out,
-                "micro-batch {} x {}, virtual stages {}, {recompute}",
-                p.micro_batch, p.micro_batches, p.vpp
-            ),
-            Objective::Prefill | Objective::Decode => writeln!(out, "{} requests a rank", p.micro_batch),
-        };
-        let _ = write!(out, "   step {:.1} ms, {:.0} tokens/s a GPU", p.step_ms, p.tokens_per_s_per_gpu);
-        for (name, value) in [("MFU", p.mfu.map(|m| format!("{:.1} %", 100.0 * m)))].into_iter().chain([
-            ("first token", p.ttft_ms.map(|t| format!("{t:.1} ms"))),
-            ("a token", p.tpot_ms.map(|t| format!("{t:.2} ms"))),
-        ]) {
-            if let Some(value) = value {
-                let _ = write!(out, ", {name} {value}");
-            }
-        }
-        let memory = serde_json::to_value(p.memory_gib).unwrap_or(Value::Null);
-        let _ = writeln!(out, "{}", if p.feasible { "" } else { " (does not fit)" });
-        let _ = writeln!(out, "   memory GiB: {}", numbers(&memory));
-        let times: Vec<String> =
-            p.time_ms.iter().filter(|(_, t)| **t > 0.0).map(|(n, t)| format!("{n} {t:.1}")).collect();
-        let _ = writeln!(out, "   time ms: {}", times.join(", "));
-        if let Some(why) = &p.why {
-            let _ = writeln!(out, "   {why}");
-        }
-    }
-    if !report.sensitivity.is_empty() {
-        out.push_str("\nchanging one size of the first:\n");
-        for s in &report.sensitivity {
-            let _ = writeln!(out, "  {}", s.text);
-        }
-    }
-    out
-}
-
-/// Members of an object of numbers, those that are not zero.
-fn numbers(value: &Value) -> String {
-    let members = value.as_object().into_iter().flatten();
-    let shown = members.filter_map(|(name, v)| Some((name, v.as_f64()?))).filter(|(_, v)| *v != 0.0);
-    shown.map(|(name, v)| format!("{name} {v:.1}")).collect::<Vec<_>>().join(", ")
 }

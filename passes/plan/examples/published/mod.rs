@@ -9,7 +9,7 @@ use moec_plan::{
     search::{Candidate, search_training},
 };
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 pub(crate) const FOLDING: &str = include_str!("../../data/parallel-folding.json");
 pub(crate) const MODELS: &str = include_str!("../../data/models.json");
@@ -58,15 +58,20 @@ impl Row {
     }
 }
 
-/// Time of the published mapping over the time of the best mapping of the same job, micro-batch and sharding.
-pub(crate) fn behind_best(row: &Row, calibration: &TrainCalibration) -> Result<f64, PlanError> {
+/// The published mapping, and the best one of the same job, micro-batch and sharding.
+pub(crate) fn both_best(row: &Row, calibration: &TrainCalibration) -> Result<(Candidate, Candidate), PlanError> {
     let published = predict(row, calibration)?;
     let mut request = row.request.clone();
     request.fixed = Fixed { mbs: request.fixed.mbs, ..Fixed::default() };
     request.sharding = Some(moec_plan::Sharding::Optimizer);
     let found = search_training(&row.model, &row.cluster, calibration, &request, 1)?;
     let best = found.best.first().ok_or_else(|| PlanError::no_plan("nothing fits", "check the row"))?;
-    Ok(published.candidate.estimate.times.total() / best.estimate.times.total())
+    Ok((published.candidate, *best))
+}
+
+/// Time of the published mapping over that of the best.
+pub(crate) fn behind_best(row: &Row, calibration: &TrainCalibration) -> Result<f64, PlanError> {
+    both_best(row, calibration).map(|(published, best)| published.estimate.times.total() / best.estimate.times.total())
 }
 
 /// A row that is not used, with the reason.
@@ -343,6 +348,84 @@ pub(crate) fn error(row: &Row, predicted: &Predicted) -> Option<f64> {
         Measured::Mfu(m) | Measured::Tokens(m) | Measured::Seconds(m) => Some(predicted.value / m - 1.0),
         Measured::OutOfMemory => None,
     }
+}
+
+/// Relative errors by group of rows and part of the data.
+pub(crate) type Errors = BTreeMap<(&'static str, &'static str), Vec<f64>>;
+
+/// Errors as a table, a line per group and part.
+pub(crate) fn table(groups: &Errors) -> String {
+    let mut out = format!(
+        "{:<36} {:<9} {:>4} {:>8} {:>8} {:>10} {:>10}\n",
+        "group", "part", "rows", "mean", "worst", "within 15%", "bias"
+    );
+    for ((group, part), errors) in groups {
+        let n = errors.len() as f64;
+        let mean = errors.iter().map(|e| e.abs()).sum::<f64>() / n;
+        let worst = errors.iter().map(|e| e.abs()).fold(0.0, f64::max);
+        let within = errors.iter().filter(|e| e.abs() <= 0.15).count() as f64 / n;
+        let bias = errors.iter().sum::<f64>() / n;
+        let _ = writeln!(
+            out,
+            "{group:<36} {part:<9} {n:>4} {:>7.1}% {:>7.1}% {:>9.0}% {:>+9.1}%",
+            100.0 * mean,
+            100.0 * worst,
+            100.0 * within,
+            100.0 * bias
+        );
+    }
+    out
+}
+
+/// Errors of all rows, by group, for each half and for both.
+pub(crate) fn errors(rows: &[Row], calibration: &TrainCalibration) -> Result<Errors, PlanError> {
+    let mut groups = Errors::new();
+    for (row, fit) in rows.iter().zip(fit_rows(rows)) {
+        if let Some(error) = error(row, &predict(row, calibration)?) {
+            for part in [if fit { "fit" } else { "held out" }, "all"] {
+                groups.entry((row.group, part)).or_default().push(error);
+            }
+        }
+    }
+    Ok(groups)
+}
+
+/// How far the published best mappings are behind ours, with the causes of both steps.
+pub(crate) fn best_mappings(rows: &[Row], calibration: &TrainCalibration) -> String {
+    let mut out = String::new();
+    let fit = fit_rows(rows);
+    for (row, fit) in rows.iter().zip(fit).filter(|(r, _)| r.is_published_best) {
+        let (published, best) = both_best(row, calibration).expect("a plan");
+        let behind = 100.0 * (published.estimate.times.total() / best.estimate.times.total() - 1.0);
+        let part = if fit { "fit" } else { "held out" };
+        let _ = writeln!(out, "{} {} ({part}): {behind:+.1}% behind our best", row.id, row.model_name);
+        for (name, c) in [("published", &published), ("ours", &best)] {
+            let (t, m) = (&c.estimate.times, &c.choice.mapping);
+            let _ = write!(
+                out,
+                "  {name:<9} tp {} cp {} pp {} ep {} etp {} vpp {} {:?} {:.1} GiB: {:.0} ms:",
+                m.tp,
+                m.cp,
+                m.pp,
+                m.ep,
+                m.etp,
+                c.choice.vpp,
+                c.choice.recompute,
+                c.estimate.memory.total() / 1_073_741_824.0,
+                1e3 * t.total()
+            );
+            for kind in moec_plan::layer::Kind::ALL {
+                let _ = write!(out, " {} {:.0},", kind.name(), 1e3 * t.kinds[kind as usize]);
+            }
+            let rest = [t.bubble, t.pipeline_comm, t.data_comm, t.optimizer, t.straggler].map(|s| 1e3 * s);
+            let _ = writeln!(
+                out,
+                " bubble {:.0}, pipeline {:.0}, data {:.0}, optimizer {:.0}, straggler {:.0}",
+                rest[0], rest[1], rest[2], rest[3], rest[4]
+            );
+        }
+    }
+    out
 }
 
 /// Which rows the fit may see: every other one within each table, release, model and machine.

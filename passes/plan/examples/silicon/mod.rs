@@ -137,3 +137,21 @@ pub(crate) fn summary(errors: &[f64]) -> (f64, f64, f64, usize) {
     let median = if e.is_empty() { 0.0 } else { e[e.len() / 2] };
     (median, e.iter().sum::<f64>() / n as f64, e.iter().filter(|x| **x <= 0.2).count() as f64 / n as f64, e.len())
 }
+
+/// Head of the table of [`line`].
+pub(crate) const HEAD: &str =
+    "set                part       rows | TPOT  median    mean   in 20% | TTFT  median    mean";
+
+/// Errors of one parameter set on one part of the points.
+pub(crate) fn line(key: &str, part: &str, tpot: &[f64], ttft: &[f64]) -> String {
+    let (a, b) = (summary(tpot), summary(ttft));
+    format!(
+        "{key:<18} {part:<9} {:>5} |      {:>6.1}% {:>6.1}% {:>7.0}% |      {:>6.1}% {:>6.1}%",
+        a.3,
+        100.0 * a.0,
+        100.0 * a.1,
+        100.0 * a.2,
+        100.0 * b.0,
+        100.0 * b.1
+    )
+}
