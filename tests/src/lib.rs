@@ -6,6 +6,7 @@ pub mod catalog;
 pub mod forms;
 pub mod fuzz;
 pub mod gallery;
+pub mod hopper;
 pub mod layers;
 pub mod lowering;
 pub mod mutate;

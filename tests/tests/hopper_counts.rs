@@ -1,0 +1,95 @@
+//! What the expert products of five layers do on Hopper, pinned: `tests/hopper-counts.json`, and for readers
+//! `docs/hopper-counts.md`. `MOEC_BLESS=1 cargo test -p moec-tests --test hopper_counts` writes both anew.
+
+use moec_tests::hopper::{Cell, Choice, LAYERS, Sample, TOKENS};
+use std::{fmt::Write as _, fs, path::Path};
+
+const HEAD: &str = "\
+# What the expert products of a layer do on Hopper
+
+Gate, up and down products in bf16, shared experts included; router, sort and combine apart. Counted on the simulator on
+a sample of thread blocks (one of each tile height, at two depths and two numbers of rows) and scaled by the grid of one
+drawn routing. Nothing here was measured on a device. `MB` are the bytes that kernels ask for, `floor` what has to pass:
+weights of the experts hit, rows in, inner rows out and in, results of all routes. `us` is the least time of the unit
+that binds on an H200 (4.3 TB/s, 132 multiprocessors at 1.755 GHz), kernel after kernel, without latencies.
+
+A weight tile is asked for once for every 256 rows of its expert, and the rows of an expert once for every column tile:
+what exceeds the floor comes from the second-level cache. From 1024 tokens on that traffic is what binds (`cache`): a
+tile of 128 weight rows by 256 tokens does 85 operations for each byte that it asks for.
+
+`MOEC_BLESS=1 cargo test -p moec-tests --test hopper_counts` writes this page.
+";
+/// By how much a count may grow.
+const SLACK: f64 = 1.02;
+
+fn table() -> Vec<Cell> {
+    let mut sample = Sample::default();
+    let cells = [Choice::Uniform, Choice::Zipf].into_iter().flat_map(|choice| {
+        let cells = LAYERS.iter().flat_map(|layer| TOKENS.map(|tokens| (layer, tokens)));
+        cells.map(|(layer, tokens)| sample.cell(layer, tokens, choice)).collect::<Vec<_>>()
+    });
+    cells.collect()
+}
+
+fn page(cells: &[Cell]) -> String {
+    let mut text = HEAD.to_owned();
+    for (choice, title) in [(Choice::Uniform, "Uniform routing"), (Choice::Zipf, "Zipf routing, exponent 1")] {
+        let _ = writeln!(text, "\n## {title}\n");
+        text += "| layer | T | experts | Minstr | tensor Gflop | MB | floor MB | MB / floor | conflicts | us | bound by |\n";
+        text += "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
+        for c in cells.iter().filter(|c| c.choice == choice) {
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} | {:.2} | {:.2} | {:.1} | {:.1} | {:.3} | {} | {:.1} | {} |",
+                c.layer,
+                c.tokens,
+                c.experts_hit,
+                c.instructions as f64 / 1e6,
+                c.tensor_flops as f64 / 1e9,
+                c.global_bytes as f64 / 1e6,
+                c.floor_bytes as f64 / 1e6,
+                c.global_bytes as f64 / c.floor_bytes as f64,
+                c.bank_conflicts,
+                c.microseconds,
+                c.limit,
+            );
+        }
+    }
+    text
+}
+
+#[test]
+fn hopper_kernels_do_no_more_than_before() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let file = root.join("hopper-counts.json");
+    let now = table();
+    if std::env::var_os("MOEC_BLESS").is_some() {
+        fs::write(&file, serde_json::to_string_pretty(&now).expect("cells are JSON") + "\n").expect("writable");
+        fs::write(root.join("../docs/hopper-counts.md"), page(&now)).expect("writable");
+    }
+    let before = fs::read_to_string(&file).expect("run with MOEC_BLESS=1 first");
+    let before: Vec<Cell> = serde_json::from_str(&before).expect("the file has cells");
+    assert_eq!(now.len(), before.len());
+    let mut changed = Vec::new();
+    for (now, was) in now.iter().zip(&before) {
+        assert_eq!((&now.layer, now.tokens, now.choice), (&was.layer, was.tokens, was.choice));
+        let pairs = [
+            ("instructions", now.instructions, was.instructions),
+            ("tensor_flops", now.tensor_flops, was.tensor_flops),
+            ("global_bytes", now.global_bytes, was.global_bytes),
+        ];
+        for (name, now_is, was) in pairs {
+            if now_is as f64 > was as f64 * SLACK || was as f64 > now_is as f64 * SLACK {
+                changed
+                    .push(format!("{} T={} {:?}: {name} were {was}, are {now_is}", now.layer, now.tokens, now.choice));
+            }
+        }
+    }
+    assert!(changed.is_empty(), "kernels do something else:\n{}\nMOEC_BLESS=1 if this is meant", changed.join("\n"));
+    assert_eq!(page(&now), fs::read_to_string(root.join("../docs/hopper-counts.md")).expect("the page is there"));
+    for c in &now {
+        assert_eq!(c.bank_conflicts, 0, "{} T={}", c.layer, c.tokens);
+        // Few tokens: weights once, and little besides.
+        assert!(c.tokens > 16 || c.global_bytes as f64 <= 1.06 * c.floor_bytes as f64, "{} T={}", c.layer, c.tokens);
+    }
+}
