@@ -43,7 +43,9 @@ pub struct Row {
     pub gb_per_s: f64,
     /// Operations that have to be done, over the median.
     pub gflop_per_s: f64,
-    /// Least time that the limits of the machine allow, over the median.
+    /// What the machine could do in the same minute, if that can be measured.
+    pub limits: Option<Limits>,
+    /// Least time that these limits allow, over the median.
     pub floor_share: Option<f64>,
     /// Median of each kernel, in milliseconds.
     pub kernels: Vec<(String, f64)>,
@@ -164,6 +166,7 @@ pub fn measure(
         p95_ms: quantile(&mut times, 0.95),
         gb_per_s: bytes / median_ms * 1e-6,
         gflop_per_s: operations / median_ms * 1e-6,
+        limits,
         floor_share: floor.map(|f| f / median_ms),
         kernels: kernels.into_iter().map(|(name, mut all)| (name, quantile(&mut all, 0.5))).collect(),
     })

@@ -7,6 +7,7 @@ use moec_codegen::{
     mlir::{Builder, Keep, Session},
 };
 use moec_runtime::{Artefact, Device, InMemory, Layer, Model};
+use serde::Serialize;
 use std::{collections::BTreeMap, sync::Arc};
 
 /// Pieces of memory that are read: larger than caches.
@@ -17,7 +18,7 @@ const STEPS: u64 = 1 << 14;
 const ROUNDS: usize = 5;
 
 /// Limits of a device.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Limits {
     /// Bytes per second that all threads read from memory.
     pub read: f64,

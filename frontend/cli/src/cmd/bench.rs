@@ -9,8 +9,8 @@ use moec::{
     estimate::{self, Estimate},
     frontend::{Form, FormFacts},
     ir::Graph,
-    limits::{self, Limits},
-    peers::{self, Peer},
+    limits,
+    peers::{Peer, PeerRow},
     routing::Routing,
     run::{Input, Prepared},
     runtime::{Device, Sim},
@@ -104,64 +104,52 @@ fn measure(
     let facts = facts(&graph);
     let target = Target::from_name(&first.program()?.target);
     let on_cpu = on.device == "cpu";
-    let limits = match target {
-        Some(target) if on_cpu && bench::has_limits(target) => {
-            let narrow = first.layer().inputs()?.iter().any(|b| b.dtype == DType::Bf16);
-            // The matrix unit multiplies bf16 only.
-            let target = if target == Target::X86V4Amx && !narrow { Target::X86V4 } else { target };
-            Some(limits::measure(&loaded.device, target)?)
-        }
-        Some(_) | None => None,
+    let narrow = first.layer().inputs()?.iter().any(|b| b.dtype == DType::Bf16);
+    // The matrix unit multiplies bf16 only.
+    let target = if target == Some(Target::X86V4Amx) && !narrow { Some(Target::X86V4) } else { target };
+    // Machines have faster and slower minutes, so each row has limits, and a peer's time, of its own.
+    let limits = || match target {
+        Some(target) if on_cpu && bench::has_limits(target) => limits::measure(&loaded.device, target).map(Some),
+        Some(_) | None => Ok(None),
     };
     let copies = bench::copies(first.layer().weights_bytes());
     let mut layers = vec![first];
     while layers.len() < copies {
         layers.push(loaded.prepare(on)?);
     }
-    head(cx, &layers, limits);
-    let mut measured: Vec<Row> = Vec::new();
+    head(cx, &layers);
+    let mut peer = match &args.peers {
+        Some(_) => Some(Peer::torch(&facts, if narrow { "bf16" } else { "f32" }, &on.device, on.threads)?),
+        None => None,
+    };
     for &tokens in &args.tokens {
         let Some(first) = layers.first() else { continue };
         let (routing, tokens) = spread.of(first, tokens)?;
         let options = Options { tokens, routing, launches: args.reps, kernels_only: !on_cpu };
         let model = &loaded.artefact.manifest().model;
-        let mut row = bench::measure(model, &layers, &graph, &facts, &options, limits)?;
+        let mut row = bench::measure(model, &layers, &graph, &facts, &options, limits()?)?;
         row.device.clone_from(&on.device);
         row.routing.clone_from(&args.routing);
+        let timed = peer.as_mut().map(|peer| peer.time(tokens)).transpose()?;
+        let peer = peer.as_ref().zip(timed.as_ref());
         if !cx.is_json() {
-            cx.result(line(&row))?;
+            cx.result(line(&row, peer))?;
         }
-        measured.push(row);
+        rows.push(value(&row, peer)?);
         if matches!(spread, Spread::File(_)) {
             break;
         }
-    }
-    let peer = match &args.peers {
-        Some(_) => {
-            let tokens: Vec<u64> = measured.iter().map(|r| r.tokens).collect();
-            let dtype = measured.first().map_or("f32", |r| r.dtype.as_str());
-            Some(peers::torch(&facts, dtype, &on.device, on.threads, &tokens)?)
-        }
-        None => None,
-    };
-    if let (Some(peer), false) = (&peer, cx.is_json()) {
-        cx.result(peer_lines(peer, &measured))?;
-    }
-    for row in &measured {
-        rows.push(with_peer(row, peer.as_ref())?);
     }
     Ok(())
 }
 
 /// What is measured, and how.
-fn head(cx: &Context, layers: &[Prepared], limits: Option<Limits>) {
+fn head(cx: &Context, layers: &[Prepared]) {
     let Some(first) = layers.first() else { return };
-    let limits = limits
-        .map_or_else(String::new, |l| format!("; limits {:.1} GB/s read, {:.0} GFLOP/s", l.read * 1e-9, l.peak * 1e-9));
     cx.say(
         "Timing",
         &format!(
-            "layer {}: {}; weights {} x {}{limits}",
+            "layer {}: {}; weights {} x {}",
             first.layer().number(),
             first.layer().describe(),
             layers.len(),
@@ -170,34 +158,27 @@ fn head(cx: &Context, layers: &[Prepared], limits: Option<Limits>) {
     );
 }
 
-fn line(row: &Row) -> String {
-    let share = row.floor_share.map_or_else(String::new, |s| format!("  {:>4.0} % of the floor", 100.0 * s));
+fn line(row: &Row, peer: Option<(&Peer, &PeerRow)>) -> String {
+    let share = match (row.floor_share, row.limits) {
+        (Some(share), Some(l)) => {
+            format!("  {:>4.0} % of the floor ({:.1} GB/s, {:.0} GFLOP/s)", 100.0 * share, l.read * 1e-9, l.peak * 1e-9)
+        }
+        (_, _) => String::new(),
+    };
     let hit = row.experts_hit.map_or_else(String::new, |h| format!("  {h:.0} experts hit"));
+    let peer = peer.map_or_else(String::new, |(peer, timed)| {
+        let (ratio, name) = (timed.median_ms / row.median_ms, &peer.name);
+        format!("{:>21.3} ms  {name} {}, {} calls, ratio {ratio:.2}\n", timed.median_ms, peer.version, timed.launches)
+    });
     format!(
-        "{:>6} tokens  {:>9.3} ms  (p5 {:.3}, p95 {:.3}, {} launches)  {:>6.1} GB/s  {:>7.1} GFLOP/s{share}{hit}\n",
+        "{:>6} tokens  {:>9.3} ms  (p5 {:.3}, p95 {:.3}, {} launches)  {:>6.1} GB/s  {:>7.1} GFLOP/s{share}{hit}\n{peer}",
         row.tokens, row.median_ms, row.p5_ms, row.p95_ms, row.launches, row.gb_per_s, row.gflop_per_s
     )
 }
 
-fn peer_lines(peer: &Peer, rows: &[Row]) -> String {
-    let lines = peer.rows.iter().zip(rows).map(|(p, ours)| {
-        format!(
-            "{:>6} tokens  {:>9.3} ms  {} {}, {} calls, ratio {:.2}\n",
-            p.tokens,
-            p.median_ms,
-            peer.name,
-            peer.version,
-            p.launches,
-            p.median_ms / ours.median_ms
-        )
-    });
-    lines.collect()
-}
-
-fn with_peer(row: &Row, peer: Option<&Peer>) -> Result<Value, Failure> {
+fn value(row: &Row, peer: Option<(&Peer, &PeerRow)>) -> Result<Value, Failure> {
     let mut value = serde_json::to_value(row).map_err(|e| Failure::Bug(e.to_string()))?;
-    let found = peer.and_then(|p| Some((p, p.rows.iter().find(|r| r.tokens == row.tokens)?)));
-    if let (Some((peer, timed)), Some(members)) = (found, value.as_object_mut()) {
+    if let (Some((peer, timed)), Some(members)) = (peer, value.as_object_mut()) {
         members.insert(
             "peers".to_owned(),
             json!([{"name": peer.name, "version": peer.version, "median_ms": timed.median_ms,
