@@ -15,5 +15,6 @@ demo: build
 	@target/debug/moec compile tests/models/qwen3-30b-a3b/config.json -o $(OUT) --target cpu,sm_90a --outputs output,topk_indices
 	@target/debug/moec run $(OUT) --weights random:1 --input random:16 --compare
 
-test: setup
+test:
+	@./setup.sh test
 	cargo test --workspace --quiet

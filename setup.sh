@@ -1,8 +1,10 @@
 #!/bin/sh
 # Installs what building needs on Debian 12: a C compiler, LLVM and MLIR 22 with headers, and the
-# libraries they link. Quick when everything is there. Rust comes from rustup.
+# libraries they link; with `test`, also what only tests need: an emulator of Arm. Quick when everything is there.
+# Rust comes from rustup.
 set -eu
 packages="build-essential llvm-22-dev libmlir-22-dev libclang-22-dev libpolly-22-dev zlib1g-dev libzstd-dev"
+[ "${1:-}" != test ] || packages="$packages qemu-user"
 missing=""
 for package in $packages; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $package"

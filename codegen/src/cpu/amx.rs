@@ -7,16 +7,13 @@ use crate::mlir::V;
 const OPERAND: u8 = 4;
 const WEIGHTS: u8 = 6;
 
-/// Tiles of a chunk that share the fetching of the next unit.
-const FETCHING_TILES: u64 = 4;
-
 /// Which weights a tile fetches while it computes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fetch {
     /// Those that it needs soon itself: it is the only one of the chunk.
     Own,
-    /// Those of the next unit.
-    Ahead,
+    /// A share of those of the next unit, which so many tiles fetch together: 2 or 4.
+    Ahead(u64),
     /// None.
     None,
 }
@@ -55,20 +52,17 @@ impl<'c> Kernel<'_, 'c> {
         let b = self.b;
         let few = b.cmpi("sle", tile.rows, self.c(16));
         let alone = b.cmpi("sle", chunk.rows, self.c(32));
-        // The first tiles of a chunk fetch a share of the next unit each.
-        let early = b.cmpi("slt", tile.index, self.c(FETCHING_TILES));
+        // The first tiles of a chunk fetch the next unit, so that it is there when they are done.
+        let early = |tiles| b.cmpi("slt", tile.index, self.c(tiles));
+        let low = b.cmpi("sle", chunk.rows, self.c(96));
+        let fetch = |fetch| self.tile_sums(tile, 2, fetch);
         self.either(
             few,
             || self.tile_sums(tile, 1, Fetch::Own),
             || {
-                let many = || {
-                    self.either(
-                        early,
-                        || self.tile_sums(tile, 2, Fetch::Ahead),
-                        || self.tile_sums(tile, 2, Fetch::None),
-                    );
-                };
-                self.either(alone, || self.tile_sums(tile, 2, Fetch::Own), many);
+                let four = || self.either(early(4), || fetch(Fetch::Ahead(4)), || fetch(Fetch::None));
+                let shared = || self.either(b.andi(low, early(2)), || fetch(Fetch::Ahead(2)), four);
+                self.either(alone, || fetch(Fetch::Own), shared);
             },
         );
     }
@@ -112,14 +106,15 @@ impl<'c> Kernel<'_, 'c> {
             let continued = || sums(&|register, at, stride| self.load_tile(register, at, stride));
             self.either(tile.fresh, zero, continued);
         }
-        // Of the two panels' lines of each step: a half of the one or the other.
-        let half = b.mulc(b.andi(tile.index, self.c(1)), 512);
-        let beside = b.mulc(b.andi(b.shrui(tile.index, self.c(1)), self.c(1)), s.panel_bytes(self.spec).cast_signed());
-        let ahead = b.gep(tile.ahead, "i8", b.addi(half, beside));
+        // Of the two panels' lines of each step: those of one panel, or half of them.
+        let parts = if let Fetch::Ahead(tiles) = fetch { tiles / 2 } else { 1 };
+        let half = b.mulc(b.remui(tile.index, self.c(parts)), 512);
+        let panel = b.andi(b.divui(tile.index, self.c(parts)), self.c(1));
+        let ahead = b.gep(tile.ahead, "i8", b.addi(half, b.mulc(panel, s.panel_bytes(self.spec).cast_signed())));
         b.each(self.c(0), tile.steps, |step| {
             let skip = b.mulc(step, 1024);
-            if fetch == Fetch::Ahead {
-                for line in 0..32 / FETCHING_TILES {
+            if let Fetch::Ahead(tiles) = fetch {
+                for line in 0..32 / tiles {
                     self.fetch(self.at(b.gep(ahead, "i8", skip), line * 64), Level::Second);
                 }
             }

@@ -1,8 +1,8 @@
 //! One product with random operands, run through the kernel and in f64.
 
-use crate::harness::{Memory, Random, pack, run};
+use crate::harness::{Argument, Kernel, Memory, Random, pack, run};
 use half::bf16;
-use moec_abi::{CpuKernel, DType};
+use moec_abi::DType;
 use moec_codegen::{
     cpu::Schedule,
     grouped::{Epilogue, Grouped, RowScale, RowSource},
@@ -105,7 +105,7 @@ impl Case {
     }
 
     /// The result of the kernel, as bit patterns widened to f32.
-    pub(crate) fn run(&self, kernel: CpuKernel, schedule: &Schedule, threads: usize, grain: u64) -> Vec<f32> {
+    pub(crate) fn run(&self, kernel: &Kernel, schedule: &Schedule, threads: usize, grain: u64) -> Vec<f32> {
         let spec = &self.spec;
         let layout = schedule.layout(spec);
         let weight = |e: u64, m: u64, r: u64, c: u64| {
@@ -118,20 +118,20 @@ impl Case {
         let elements = if self.rows() == 0 { 0 } else { (self.rows() - 1) * spec.out_stride + spec.n };
         // An uncommon bit pattern shows places that must not be written.
         let out = Memory::new((elements * spec.out.bytes()) as usize, 0xa5);
-        let mut args = vec![a.address(), w.address()];
+        let mut args = vec![Argument::Read(&a), Argument::Read(&w)];
         if spec.bias {
-            args.push(bias.address());
+            args.push(Argument::Read(&bias));
         }
         if spec.rows != RowSource::Dense {
-            args.push(offsets.address());
+            args.push(Argument::Read(&offsets));
         }
         if spec.rows == RowSource::Gathered {
-            args.push(map.address());
+            args.push(Argument::Read(&map));
         }
         if spec.scale != RowScale::None {
-            args.push(scale.address());
+            args.push(Argument::Read(&scale));
         }
-        args.extend([out.address(), self.tokens]);
+        args.extend([Argument::Write(&out), Argument::Value(self.tokens)]);
         let grid = schedule.grid(spec);
         let scratch: Vec<_> = (0..threads).map(|_| Memory::new(grid.scratch as usize, 0xff)).collect();
         run(kernel, &args, grid.items.eval(self.tokens).expect("fits"), grain, &scratch);
@@ -143,7 +143,7 @@ impl Case {
     }
 
     /// Runs the kernel and holds every element against f64; places between rows must stay as they were.
-    pub(crate) fn check(&self, kernel: CpuKernel, schedule: &Schedule) -> Vec<f32> {
+    pub(crate) fn check(&self, kernel: &Kernel, schedule: &Schedule) -> Vec<f32> {
         let spec = &self.spec;
         let result = self.run(kernel, schedule, 2, 1);
         let untouched = if spec.out == DType::Bf16 { 0xa5a5_0000_u32 } else { 0xa5a5_a5a5 };

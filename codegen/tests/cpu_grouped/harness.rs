@@ -1,5 +1,6 @@
-//! Compiles CPU kernels into a shared library, loads it and runs items on threads.
+//! Compiles CPU kernels into a shared library, loads it and runs items on threads; or has them emulated.
 
+use crate::emulator::{self, Program};
 use moec_abi::{CpuKernel, Layout};
 use moec_codegen::{
     Target,
@@ -8,6 +9,7 @@ use moec_codegen::{
 use std::{
     ffi::{CString, c_char, c_int, c_long, c_void},
     process::Command,
+    rc::Rc,
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -22,7 +24,7 @@ unsafe extern "C" {
     fn syscall(number: c_long, ...) -> c_long;
 }
 
-/// Whether this machine runs code for `target`; asks for the matrix unit where that is needed.
+/// Whether this machine runs code for `target`, itself or in an emulator; asks for the matrix unit where that is needed.
 pub(crate) fn runs(target: Target) -> bool {
     #[cfg(target_arch = "x86_64")]
     {
@@ -34,7 +36,8 @@ pub(crate) fn runs(target: Target) -> bool {
             Target::X86V3 => v3,
             Target::X86V4 => v4,
             Target::X86V4Amx => tiles(),
-            Target::Aarch64 | Target::Sm80 | Target::Sm89 | Target::Sm90a => false,
+            Target::Aarch64 => emulator::is_here(),
+            Target::Sm80 | Target::Sm89 | Target::Sm90a => false,
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -43,39 +46,66 @@ pub(crate) fn runs(target: Target) -> bool {
     }
 }
 
-/// A loaded library; it stays loaded.
-pub(crate) struct Library(*mut c_void);
+/// A kernel that can be run.
+#[derive(Clone)]
+pub(crate) enum Kernel {
+    /// By this machine.
+    Native(CpuKernel),
+    /// By the emulator: the program, and the kernel's name.
+    Emulated(Rc<Program>, String),
+}
 
-impl Library {
-    /// Compiles what `build` makes.
-    pub(crate) fn new(target: Target, build: impl FnOnce(&Builder<'_>)) -> Self {
-        let compiled = Session::new().compile(&target, Keep::default(), build).expect("compiles");
-        let folder = tempfile::tempdir().expect("a folder");
-        let (object, library) = (folder.path().join("kernels.o"), folder.path().join("kernels.so"));
-        std::fs::write(&object, &compiled.code).expect("object written");
-        let linked = Command::new("cc")
-            .args(["-shared", "-Wl,-z,defs", "-o"])
-            .args([&library, &object])
-            .arg("-lm")
-            .status()
-            .expect("cc runs");
-        assert!(linked.success(), "kernels need symbols that are not there");
-        let name = CString::new(library.to_str().expect("UTF-8")).expect("no NUL");
-        // SAFETY: the library holds kernels only, without initialisers.
-        let handle = unsafe { dlopen(name.as_ptr(), 2) };
-        assert!(!handle.is_null(), "dlopen");
-        Self(handle)
+/// What a kernel is given.
+pub(crate) enum Argument<'m> {
+    Read(&'m Memory),
+    Write(&'m Memory),
+    Value(u64),
+}
+
+impl Argument<'_> {
+    fn value(&self) -> u64 {
+        match self {
+            Self::Read(memory) | Self::Write(memory) => memory.address(),
+            Self::Value(value) => *value,
+        }
     }
+}
 
-    /// The kernel of this name.
-    pub(crate) fn kernel(&self, name: &str) -> CpuKernel {
-        let symbol = CString::new(name).expect("no NUL");
-        // SAFETY: the library is loaded.
-        let address = unsafe { dlsym(self.0, symbol.as_ptr()) };
+/// Compiles what `build` makes, and gives the kernels of these names.
+pub(crate) fn kernels(target: Target, names: &[String], build: impl FnOnce(&Builder<'_>)) -> Vec<Kernel> {
+    let object = Session::new().compile(&target, Keep::default(), build).expect("compiles").code;
+    if target == Target::Aarch64 && cfg!(not(target_arch = "aarch64")) {
+        let program = Rc::new(Program::new(&object, names.to_vec()));
+        return names.iter().map(|name| Kernel::Emulated(Rc::clone(&program), name.clone())).collect();
+    }
+    let library = load(&object);
+    let native = names.iter().map(|name| {
+        let symbol = CString::new(name.as_str()).expect("no NUL");
+        // SAFETY: the library is loaded, and stays so.
+        let address = unsafe { dlsym(library, symbol.as_ptr()) };
         assert!(!address.is_null(), "{name}");
         // SAFETY: emitters give kernels this type.
-        unsafe { std::mem::transmute::<*mut c_void, CpuKernel>(address) }
-    }
+        Kernel::Native(unsafe { std::mem::transmute::<*mut c_void, CpuKernel>(address) })
+    });
+    native.collect()
+}
+
+fn load(code: &[u8]) -> *mut c_void {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (object, library) = (folder.path().join("kernels.o"), folder.path().join("kernels.so"));
+    std::fs::write(&object, code).expect("object written");
+    let linked = Command::new("cc")
+        .args(["-shared", "-Wl,-z,defs", "-o"])
+        .args([&library, &object])
+        .arg("-lm")
+        .status()
+        .expect("cc runs");
+    assert!(linked.success(), "kernels need symbols that are not there");
+    let name = CString::new(library.to_str().expect("UTF-8")).expect("no NUL");
+    // SAFETY: the library holds kernels only, without initialisers.
+    let handle = unsafe { dlopen(name.as_ptr(), 2) };
+    assert!(!handle.is_null(), "dlopen");
+    handle
 }
 
 /// Memory that ends at a page that cannot be touched, after a page that cannot be touched.
@@ -131,6 +161,13 @@ impl Memory {
         unsafe { std::slice::from_raw_parts(self.start.cast(), self.bytes / size_of::<T>()) }
     }
 
+    /// Replaces the contents.
+    pub(crate) fn replace(&self, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.bytes);
+        // SAFETY: mapped and as long; results are read when the kernel that writes them is done.
+        unsafe { self.start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+
     /// The values.
     pub(crate) fn slice_mut<T: Copy>(&mut self) -> &mut [T] {
         // SAFETY: as above, and `self` is borrowed exclusively.
@@ -145,8 +182,13 @@ impl Drop for Memory {
     }
 }
 
-/// Runs all items on threads that take `grain` at a time.
-pub(crate) fn run(kernel: CpuKernel, args: &[u64], items: u64, grain: u64, scratch: &[Memory]) {
+/// Runs all items on threads that take `grain` at a time; an emulator has one.
+pub(crate) fn run(kernel: &Kernel, args: &[Argument<'_>], items: u64, grain: u64, scratch: &[Memory]) {
+    let kernel = match kernel {
+        Kernel::Native(kernel) => *kernel,
+        Kernel::Emulated(program, name) => return program.run(name, args, items, grain, &scratch[0]),
+    };
+    let args: Vec<_> = args.iter().map(Argument::value).collect();
     let next = AtomicU64::new(0);
     let work = |scratch: &Memory| {
         loop {
