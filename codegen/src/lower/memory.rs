@@ -89,7 +89,7 @@ pub(crate) fn dim(d: &Dim) -> Expr {
 }
 
 /// An element type of the graph in memory.
-pub(crate) const fn dtype(ty: moec_ir::DType) -> DType {
+pub const fn dtype(ty: moec_ir::DType) -> DType {
     match ty {
         moec_ir::DType::F64 => DType::F64,
         moec_ir::DType::F32 => DType::F32,

@@ -21,6 +21,7 @@ use crate::{
     rows::{InputPart, OutputPart, RowArg, RowKernel, type_of},
 };
 pub(crate) use memory::dim as extent;
+pub use memory::dtype;
 use memory::{Memory, Place, dim};
 use moec_abi::{Arg, Expr, Grid, Launch, Program};
 use moec_ir::{

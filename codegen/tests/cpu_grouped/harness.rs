@@ -73,39 +73,51 @@ impl Argument<'_> {
 
 /// Compiles what `build` makes, and gives the kernels of these names.
 pub(crate) fn kernels(target: Target, names: &[String], build: impl FnOnce(&Builder<'_>)) -> Vec<Kernel> {
-    let object = Session::new().compile(&target, Keep::default(), build).expect("compiles").code;
     if target == Target::Aarch64 && cfg!(not(target_arch = "aarch64")) {
-        let program = Rc::new(Program::new(&object, names.to_vec()));
+        let program = Rc::new(Program::new(&compile(target, build), names.to_vec()));
         return names.iter().map(|name| Kernel::Emulated(Rc::clone(&program), name.clone())).collect();
     }
-    let library = load(&object);
-    let native = names.iter().map(|name| {
-        let symbol = CString::new(name.as_str()).expect("no NUL");
-        // SAFETY: the library is loaded, and stays so.
-        let address = unsafe { dlsym(library, symbol.as_ptr()) };
-        assert!(!address.is_null(), "{name}");
-        // SAFETY: emitters give kernels this type.
-        Kernel::Native(unsafe { std::mem::transmute::<*mut c_void, CpuKernel>(address) })
-    });
-    native.collect()
+    let library = Library::new(target, build);
+    names.iter().map(|name| Kernel::Native(library.kernel(name))).collect()
 }
 
-fn load(code: &[u8]) -> *mut c_void {
-    let folder = tempfile::tempdir().expect("a folder");
-    let (object, library) = (folder.path().join("kernels.o"), folder.path().join("kernels.so"));
-    std::fs::write(&object, code).expect("object written");
-    let linked = Command::new("cc")
-        .args(["-shared", "-Wl,-z,defs", "-o"])
-        .args([&library, &object])
-        .arg("-lm")
-        .status()
-        .expect("cc runs");
-    assert!(linked.success(), "kernels need symbols that are not there");
-    let name = CString::new(library.to_str().expect("UTF-8")).expect("no NUL");
-    // SAFETY: the library holds kernels only, without initialisers.
-    let handle = unsafe { dlopen(name.as_ptr(), 2) };
-    assert!(!handle.is_null(), "dlopen");
-    handle
+fn compile(target: Target, build: impl FnOnce(&Builder<'_>)) -> Vec<u8> {
+    Session::new().compile(&target, Keep::default(), build).expect("compiles").code
+}
+
+/// A loaded library; it stays loaded.
+pub(crate) struct Library(*mut c_void);
+
+impl Library {
+    /// Compiles what `build` makes.
+    pub(crate) fn new(target: Target, build: impl FnOnce(&Builder<'_>)) -> Self {
+        let code = compile(target, build);
+        let folder = tempfile::tempdir().expect("a folder");
+        let (object, library) = (folder.path().join("kernels.o"), folder.path().join("kernels.so"));
+        std::fs::write(&object, &code).expect("object written");
+        let linked = Command::new("cc")
+            .args(["-shared", "-Wl,-z,defs", "-o"])
+            .args([&library, &object])
+            .arg("-lm")
+            .status()
+            .expect("cc runs");
+        assert!(linked.success(), "kernels need symbols that are not there");
+        let name = CString::new(library.to_str().expect("UTF-8")).expect("no NUL");
+        // SAFETY: the library holds kernels only, without initialisers.
+        let handle = unsafe { dlopen(name.as_ptr(), 2) };
+        assert!(!handle.is_null(), "dlopen");
+        Self(handle)
+    }
+
+    /// The kernel of this name.
+    pub(crate) fn kernel(&self, name: &str) -> CpuKernel {
+        let symbol = CString::new(name).expect("no NUL");
+        // SAFETY: the library is loaded.
+        let address = unsafe { dlsym(self.0, symbol.as_ptr()) };
+        assert!(!address.is_null(), "{name}");
+        // SAFETY: emitters give kernels this type.
+        unsafe { std::mem::transmute::<*mut c_void, CpuKernel>(address) }
+    }
 }
 
 /// Memory that ends at a page that cannot be touched, after a page that cannot be touched.

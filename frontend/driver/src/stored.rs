@@ -3,6 +3,7 @@
 use crate::Error;
 use indexmap::IndexMap;
 use moec_abi::{DType, Program};
+use moec_codegen::lower;
 use moec_frontend::Checkpoint;
 use moec_runtime::{Code, Content, Random, ReadAt, RuntimeError, TensorView, Tensors};
 use std::{
@@ -48,7 +49,8 @@ impl Opened {
         let checkpoint = Arc::new(Checkpoint::open(path).map_err(|d| Error::Input(vec![d]))?);
         let mut tensors = IndexMap::new();
         for (name, info) in checkpoint.tensors() {
-            let Some(dtype) = info.dtype.map(element).or_else(|| (info.type_name == "F8_E8M0").then_some(DType::U8))
+            let Some(dtype) =
+                info.dtype.map(lower::dtype).or_else(|| (info.type_name == "F8_E8M0").then_some(DType::U8))
             else {
                 continue;
             };
@@ -62,21 +64,6 @@ impl Opened {
             tensors.insert(name.to_owned(), reader);
         }
         Ok(Self(tensors))
-    }
-}
-
-const fn element(dtype: moec_ir::DType) -> DType {
-    match dtype {
-        moec_ir::DType::F64 => DType::F64,
-        moec_ir::DType::F32 => DType::F32,
-        moec_ir::DType::Bf16 => DType::Bf16,
-        moec_ir::DType::F16 => DType::F16,
-        moec_ir::DType::F8e4m3 => DType::F8e4m3,
-        moec_ir::DType::F8e5m2 => DType::F8e5m2,
-        moec_ir::DType::U8 => DType::U8,
-        moec_ir::DType::I8 => DType::I8,
-        moec_ir::DType::I32 => DType::I32,
-        moec_ir::DType::I64 => DType::I64,
     }
 }
 
