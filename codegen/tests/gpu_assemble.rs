@@ -1,4 +1,4 @@
-//! Every kernel form assembles for every GPU target, without spills.
+//! Every kernel form assembles for every GPU target, without spills, and with `wgmma` in flight side by side.
 
 use moec_abi::DType;
 use moec_codegen::{
@@ -93,4 +93,6 @@ fn assemble(session: &Session, spec: &Grouped, schedule: &gpu::Schedule, target:
     assert!(output.status.success(), "{name}: {text}");
     println!("{name}: {schedule}, dynamic shared {}: {text}", schedule.shared(spec));
     assert!(text.contains("0 bytes spill stores, 0 bytes spill loads"), "{name}: {text}");
+    // Said where products that should overlap would run one after the other.
+    assert!(!text.contains("Potential Performance Loss"), "{name}: {text}");
 }

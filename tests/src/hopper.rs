@@ -110,6 +110,9 @@ fn up(k: u64, n: u64) -> Grouped {
         rows: RowSource::Gathered,
         rows_per_token: 1,
         matrices: 2,
+        first: 0,
+        given: Vec::new(),
+        codes: None,
         k,
         n,
         a_stride: k,
@@ -156,7 +159,12 @@ fn run(module: &Module, spec: &Grouped, schedule: &gpu::Schedule, rows: u64) -> 
         gpu::Parameter::Map => Arg::U64(zeros(rows * 4)),
         gpu::Parameter::Out => Arg::U64(zeros(rows * spec.out_stride * 2)),
         gpu::Parameter::Tokens => Arg::U64(rows),
-        gpu::Parameter::Bias | gpu::Parameter::Scale => unreachable!("these products have neither"),
+        gpu::Parameter::Bias
+        | gpu::Parameter::Scale
+        | gpu::Parameter::Scales
+        | gpu::Parameter::Zeros
+        | gpu::Parameter::Given(_)
+        | gpu::Parameter::GivenMap(_) => unreachable!("these products have none"),
     });
     let args = args.collect();
     memory.write(offsets + 4, &(rows as u32).to_le_bytes()).expect("in bounds");
@@ -168,6 +176,7 @@ fn run(module: &Module, spec: &Grouped, schedule: &gpu::Schedule, rows: u64) -> 
         cluster: grid.cluster,
         dynamic_shared: grid.shared,
         args,
+        dependent: false,
     };
     let options = Options { check: false, ..Options::default() };
     numbers(&moec_sim::launch(module, &mut memory, &launch, &options).expect("launches").counts)
