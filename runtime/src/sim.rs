@@ -196,7 +196,7 @@ impl Device for Sim {
                     cluster: shape.cluster,
                     dynamic_shared: shape.shared,
                     args,
-                    dependent: false,
+                    dependent: shape.dependent,
                 };
                 let report = moec_sim::launch(&module.module, memory, &call, &self.options).map_err(|e| fault(&e))?;
                 tally.add(&launch.symbol, &report);

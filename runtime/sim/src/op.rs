@@ -552,6 +552,8 @@ pub(crate) struct Inst {
     pub(crate) negate: bool,
     pub(crate) line: u32,
     pub(crate) class: Class,
+    /// It uses or writes a register that is an accumulator or an operand of a wgmma, and is none itself.
+    pub(crate) matrix: bool,
 }
 
 /// A function in the code of a module.

@@ -301,6 +301,33 @@ fn a_peer_that_may_have_left_is_not_read_in_peace() -> Result<(), Error> {
 }
 
 #[test]
+fn registers_of_wgmma_are_fenced() -> Result<(), Error> {
+    let mma = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %rd1, %rd2, %p1, 1, 1, 0, 0;";
+    let done = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;";
+    let clear = "mov.f32 %f0, 0f00000000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;";
+    let fence = "wgmma.fence.sync.aligned;";
+    let cases = [
+        (format!("{clear} {fence} {mma} {mma} {done}"), true),
+        (format!("{clear} {mma} {done}"), false),
+        (format!("{fence} {clear} {mma} {done}"), false),
+        (format!("{clear} {fence} {mma} {done} add.f32 %f1, %f1, %f1; {mma} {done}"), false),
+        (format!("{clear} {fence} {mma} {done} add.f32 %f1, %f1, %f1; {fence} {mma} {done}"), true),
+    ];
+    for (body, fine) in cases {
+        // Rows of 16 bytes without a swizzle: all operands lie in the tile, which is cleared first.
+        let head = "mov.u32 %r5, tile; mad.lo.u32 %r7, %r0, 16, %r5; mov.u32 %r8, 0; st.shared.v4.u32 [%r7], {%r8, %r8, %r8, %r8};\n\
+             st.shared.v4.u32 [%r7+2048], {%r8, %r8, %r8, %r8}; fence.proxy.async.shared::cta; bar.sync 0;\n\
+             shr.u32 %r6, %r5, 4; cvt.u64.u32 %rd1, %r6; mov.u64 %rd3, 0x0000000800400000; or.b64 %rd1, %rd1, %rd3; mov.u64 %rd2, %rd1;\n\
+             setp.eq.u32 %p1, %r8, %r8;";
+        let bench = Bench { block: 128, words: 128, ..Bench::default() };
+        let (report, ..) = bench.run(&format!("{head}\n{body}\nmov.u32 %r9, 0; {STORE}"), 0)?;
+        let expected = if fine { vec![] } else { vec![FindingKind::Misuse] };
+        assert_eq!(kinds(&report), expected, "{body}: {:?}", report.findings);
+    }
+    Ok(())
+}
+
+#[test]
 fn registers_change_hands_between_warpgroups() -> Result<(), Error> {
     let bench = Bench { block: 256, words: 256, ..Bench::default() };
     let body = format!(

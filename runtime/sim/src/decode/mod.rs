@@ -24,7 +24,7 @@ pub(crate) use half_float::combine as combine_half;
 use crate::Error;
 use crate::op::{Class, Code, Func, Inst, NONE, Op, Reg, Slot, Variable};
 use crate::syntax::{Ast, Function, Instr, Name, Operand, Operands, Space, Stmt, Ty, Var};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Most bytes of the parameters of a function.
 const MAX_PARAMS: u32 = 1 << 20;
@@ -182,6 +182,7 @@ fn function(
         d.emit(Op::Ret);
     }
     d.patch()?;
+    d.mark_matrix(start as usize);
     let Decoder { slots, local_bytes, area_bytes, calls, indirect, shared_vars, .. } = d;
     Ok(Func {
         name: f.name.clone(),
@@ -294,6 +295,17 @@ impl Decoder<'_> {
         Ok(())
     }
 
+    /// Finds the instructions that touch registers of wgmma.
+    fn mark_matrix(&mut self, start: usize) {
+        let Code { insts, uses, defs, .. } = &mut *self.code;
+        let of_wgmma = insts[start..].iter().filter_map(|i| if let Op::Wgmma(w) = &i.op { Some(w) } else { None });
+        let registers: BTreeSet<Reg> = of_wgmma.flat_map(|w| w.d.iter().chain(&w.a).copied()).collect();
+        for (i, inst) in insts.iter_mut().enumerate().skip(start) {
+            let touches = || uses[i].iter().chain(&defs[i]).any(|r| registers.contains(r));
+            inst.matrix = !matches!(inst.op, Op::Wgmma(_)) && touches();
+        }
+    }
+
     fn parse_error<T>(&self, message: impl Into<String>) -> Result<T, Error> {
         Err(Error::Parse { line: self.line, message: message.into() })
     }
@@ -342,7 +354,14 @@ impl Decoder<'_> {
     fn emit(&mut self, op: Op) {
         let class = if self.emitted { Class::Hidden } else { self.class };
         self.emitted = true;
-        self.code.insts.push(Inst { op, guard: self.guard.0, negate: self.guard.1, line: self.line, class });
+        self.code.insts.push(Inst {
+            op,
+            guard: self.guard.0,
+            negate: self.guard.1,
+            line: self.line,
+            class,
+            matrix: false,
+        });
         let mut uses = self.uses.clone();
         uses.sort_unstable();
         uses.dedup();

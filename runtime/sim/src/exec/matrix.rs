@@ -72,7 +72,10 @@ impl Cluster<'_> {
                 Flow::Next
             }
             Op::Wgmma(op) => self.wgmma(at, warp, gi, op, m),
-            Op::WgmmaFence => Flow::Next,
+            Op::WgmmaFence => {
+                warp.wgmma.fenced = true;
+                Flow::Next
+            }
             Op::WgmmaCommit => {
                 warp.wgmma.committed += 1;
                 self.effects += 1;

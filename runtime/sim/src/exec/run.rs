@@ -58,6 +58,9 @@ impl Cluster<'_> {
             if watch && m != 0 {
                 self.watch_registers(at, warp, frame_id, pc);
             }
+            if inst.matrix && m != 0 {
+                warp.wgmma.fenced = false;
+            }
             let frame = &mut warp.frames[frame_id as usize];
             match &inst.op {
                 Op::Alu { k, d, a, b, c, imm } => {

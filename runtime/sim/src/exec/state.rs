@@ -98,6 +98,8 @@ pub(crate) struct WgmmaQueue {
     pub(crate) queue: VecDeque<PendingWgmma>,
     pub(crate) committed: u32,
     pub(crate) completed: u32,
+    /// A `wgmma.fence` stands between the registers' last other use and the next operation.
+    pub(crate) fenced: bool,
     /// Last group that writes (or, for A, reads) a register, by frame and register.
     pub(crate) acc: BTreeMap<(u32, u32), u32>,
     pub(crate) a_regs: BTreeMap<(u32, u32), u32>,

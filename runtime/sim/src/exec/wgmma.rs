@@ -143,6 +143,11 @@ impl Cluster<'_> {
     pub(super) fn wgmma(&mut self, at: At, warp: &mut Warp, gi: usize, op: &Wgmma, m: u32) -> Flow {
         let (pc, frame) = (warp.groups[gi].pc, warp.groups[gi].frame);
         let first = Self::first_lane(m);
+        if self.env.check && !warp.wgmma.fenced {
+            let text = "no wgmma.fence since its registers were last used otherwise, or at all";
+            self.report(FindingKind::Misuse, pc, at, first, None, text, None);
+            warp.wgmma.fenced = true;
+        }
         let regs = &warp.frames[frame as usize].regs;
         let same =
             |r: u32| r == NONE || (0..32).all(|l| m >> l & 1 == 0 || regs[r as usize][l] == regs[r as usize][first]);
