@@ -14,7 +14,7 @@ weights of the experts hit, rows in, inner rows out and in, results of all route
 that binds on an H200 (4.3 TB/s, 132 multiprocessors at 1.755 GHz), kernel after kernel, without latencies.
 
 A weight tile is asked for once for every 256 rows of its expert, and the rows of an expert once for every column tile:
-what exceeds the floor comes from the second-level cache. From 1024 tokens on that traffic is what binds (`cache`): a
+what exceeds the floor is left to the second-level cache. From 1024 tokens on that traffic is what binds (`cache`): a
 tile of 128 weight rows by 256 tokens does 85 operations for each byte that it asks for.
 
 `MOEC_BLESS=1 cargo test -p moec-tests --test hopper_counts` writes this page.

@@ -103,7 +103,7 @@ impl Program {
     pub(crate) fn run(&self, kernel: &str, args: &[Argument<'_>], items: u64, grain: u64, scratch: &Memory) {
         let mut image = vec![0_u8; (HEAD + 8 * args.len() as u64) as usize];
         let mut place = |memory: &Memory| {
-            // No two buffers share a line, and none starts at a multiple of more than it must.
+            // No two buffers share a line.
             image.resize(image.len().next_multiple_of(64) + 64, 0);
             let at = BASE + image.len() as u64;
             image.extend_from_slice(memory.slice::<u8>());
