@@ -1,26 +1,8 @@
 //! Layers drawn at random from every operation, rule, bank kind and weight form, with odd sizes.
 
+use crate::draw::Draw;
 use crate::forms::Form;
 use serde_json::{Map, Value, json};
-
-/// Numbers that look random; the draws must never change.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
-
-    fn of<T: Clone>(&mut self, list: &[T]) -> T {
-        list[usize::try_from(self.below(list.len() as u64)).expect("small")].clone()
-    }
-
-    /// One time in `n`.
-    fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-}
 
 /// A layer under construction.
 struct Any {

@@ -1,5 +1,6 @@
 //! Everything that reads what users give: whatever the bytes are, it answers and does not panic.
 
+use crate::draw::Draw;
 use moec_sim::{Arg, Launch, Memory, Module, Options};
 use std::{
     fs,
@@ -81,13 +82,13 @@ fn ptx(bytes: &[u8]) {
     }
 }
 
-/// Draws bytes that are nearly right.
-pub struct Draw {
-    state: u64,
+/// Makes bytes that are nearly right.
+pub struct Spoiler {
+    draw: Draw,
     seeds: Vec<Vec<u8>>,
 }
 
-impl Draw {
+impl Spoiler {
     /// Starts from the files of a target.
     pub fn new(target: &Target, seed: u64) -> Self {
         let mut files = Vec::new();
@@ -101,12 +102,7 @@ impl Draw {
             files.iter().filter(wanted).filter_map(|p| fs::read(p).ok()).map(target.part).collect();
         seeds.retain(|s| s.len() < 1 << 17);
         assert!(!seeds.is_empty(), "{} has no seeds", target.name);
-        Self { state: seed, seeds }
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.state >> 33) as usize % n.max(1)
+        Self { draw: Draw(seed), seeds }
     }
 
     /// The next bytes: a seed with one to four changes.
@@ -139,23 +135,23 @@ impl Draw {
             "\u{fffd}",
         ];
         let mut bytes = {
-            let i = self.below(self.seeds.len());
+            let i = self.draw.place(self.seeds.len());
             self.seeds[i].clone()
         };
-        for _ in 0..=self.below(4) {
-            let (at, len) = (self.below(bytes.len()), 1 + self.below(40));
+        for _ in 0..=self.draw.place(4) {
+            let (at, len) = (self.draw.place(bytes.len()), 1 + self.draw.place(40));
             let end = (at + len).min(bytes.len());
-            match self.below(6) {
-                0 if at < bytes.len() => bytes[at] ^= 1 << self.below(8),
+            match self.draw.place(6) {
+                0 if at < bytes.len() => bytes[at] ^= 1 << self.draw.place(8),
                 1 => drop(bytes.drain(at..end)),
                 2 => {
                     let part = bytes[at..end].to_vec();
-                    let to = self.below(bytes.len());
+                    let to = self.draw.place(bytes.len());
                     bytes.splice(to..to, part);
                 }
                 3 => {
-                    let other = self.below(self.seeds.len());
-                    let from = self.below(self.seeds[other].len());
+                    let other = self.draw.place(self.seeds.len());
+                    let from = self.draw.place(self.seeds[other].len());
                     let part: Vec<u8> = self.seeds[other].iter().skip(from).take(len * 4).copied().collect();
                     bytes.splice(at..end, part);
                 }
@@ -164,12 +160,12 @@ impl Draw {
                     let digit = bytes.iter().skip(at).position(u8::is_ascii_digit).map(|i| at + i);
                     if let Some(start) = digit {
                         let digits = bytes[start..].iter().take_while(|b| b.is_ascii_digit()).count();
-                        let word = WORDS[self.below(5)];
+                        let word = WORDS[self.draw.place(5)];
                         bytes.splice(start..start + digits, word.bytes());
                     }
                 }
                 _ => {
-                    let word = WORDS[self.below(WORDS.len())];
+                    let word = WORDS[self.draw.place(WORDS.len())];
                     bytes.splice(at..at, word.bytes());
                 }
             }
@@ -191,9 +187,9 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
 /// # Errors
 /// The input and what was said.
 pub fn run(target: &Target, seed: u64, count: usize) -> Result<(), String> {
-    let mut draw = Draw::new(target, seed);
+    let mut spoiler = Spoiler::new(target, seed);
     for i in 0..count {
-        let bytes = draw.bytes();
+        let bytes = spoiler.bytes();
         if std::panic::catch_unwind(|| (target.read)(&bytes)).is_err() {
             let place = std::env::temp_dir().join(format!("moec-fuzz-{}-{seed}-{i}", target.name));
             fs::write(&place, &bytes).map_err(|e| e.to_string())?;

@@ -3,6 +3,7 @@
 pub mod any;
 pub mod attributes;
 pub mod catalog;
+pub mod draw;
 pub mod forms;
 pub mod fuzz;
 pub mod gallery;

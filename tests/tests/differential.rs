@@ -9,6 +9,7 @@ use moec::{
     run::{Input, Tensor, Weights, prepare},
     runtime::{Cpu, Device},
 };
+use moec_tests::draw::Draw;
 use moec_tests::layers::Sample;
 use std::{
     fmt::Write as _,
@@ -24,20 +25,6 @@ const TOKENS: [u64; 11] = [0, 1, 2, 7, 16, 17, 63, 64, 65, 129, 1000];
 const LAUNCHES: usize = 5;
 /// Rows of a launch that are compared.
 const ROWS: u64 = 20;
-
-/// A generator of our own: the draws must never change.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
-
-    fn of<T: Copy>(&mut self, list: &[T]) -> T {
-        list[self.below(list.len() as u64) as usize]
-    }
-}
 
 /// A config of a small model.
 fn config(draw: &mut Draw) -> String {

@@ -11,6 +11,7 @@ use moec::{
     run::{Input, Weights, prepare},
     runtime::{Cpu, Device},
 };
+use moec_tests::draw::Draw;
 use serde_json::{Value, json};
 use std::{
     path::PathBuf,
@@ -21,20 +22,6 @@ use std::{
 };
 
 const MAPPINGS: u64 = 40;
-
-/// A generator of our own: the draws must never change.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
-
-    fn of<T: Copy>(&mut self, list: &[T]) -> T {
-        list[self.below(list.len() as u64) as usize]
-    }
-}
 
 /// Configs of real models with other sizes: gate and up apart, shared experts, biases and interleaved halves,
 /// weighted inputs, packed halves, identity experts.

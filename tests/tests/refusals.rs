@@ -5,6 +5,7 @@ use moec_ir::{
     json::{Signature, read_graph, read_value, write_graph},
     verify,
 };
+use moec_tests::draw::Draw;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -199,16 +200,6 @@ fn gallery() -> Vec<String> {
     files.into_iter().map(|f| std::fs::read_to_string(f).unwrap()).collect()
 }
 
-/// Numbers that look random.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % n.max(1)
-    }
-}
-
 /// Values that fit nowhere, or anywhere.
 fn odd(draw: &mut Draw) -> Value {
     let all = [
@@ -232,7 +223,7 @@ fn odd(draw: &mut Draw) -> Value {
         json!({}),
         json!({"mul": ["x", "x"], "group": []}),
     ];
-    all[draw.below(all.len())].clone()
+    all[draw.place(all.len())].clone()
 }
 
 /// Changes one value somewhere inside.
@@ -242,13 +233,13 @@ fn spoil(value: &mut Value, draw: &mut Draw) {
         Value::Object(map) => map.len(),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => 0,
     };
-    if count == 0 || draw.below(8) == 0 {
+    if count == 0 || draw.place(8) == 0 {
         *value = odd(draw);
         return;
     }
-    let at = draw.below(count);
+    let at = draw.place(count);
     match value {
-        Value::Array(items) => match draw.below(10) {
+        Value::Array(items) => match draw.place(10) {
             0 => {
                 items.remove(at);
             }
@@ -258,7 +249,7 @@ fn spoil(value: &mut Value, draw: &mut Draw) {
         },
         Value::Object(map) => {
             let key = map.keys().nth(at).unwrap().clone();
-            if draw.below(12) == 0 {
+            if draw.place(12) == 0 {
                 map.remove(&key);
             } else {
                 spoil(&mut map[&key], draw);
@@ -286,19 +277,19 @@ fn spoilt_files_are_refused_or_read_but_never_panic() {
         let whole: Value = serde_json::from_str(&text).unwrap();
         for _ in 0..rounds {
             let mut file = whole.clone();
-            for _ in 0..=draw.below(3) {
+            for _ in 0..=draw.place(3) {
                 spoil(&mut file, &mut draw);
             }
             survive(&file.to_string());
             let mut bytes = text.clone().into_bytes();
-            for _ in 0..=draw.below(4) {
-                let at = draw.below(bytes.len());
-                match draw.below(4) {
-                    0 => bytes[at] = draw.below(256) as u8,
+            for _ in 0..=draw.place(4) {
+                let at = draw.place(bytes.len());
+                match draw.place(4) {
+                    0 => bytes[at] = draw.place(256) as u8,
                     1 => {
                         bytes.remove(at);
                     }
-                    2 => bytes.insert(at, b"0123456789\"{}[],:-e."[draw.below(20)]),
+                    2 => bytes.insert(at, b"0123456789\"{}[],:-e."[draw.place(20)]),
                     _ => bytes.truncate(at.max(1)),
                 }
             }

@@ -73,6 +73,27 @@ pub struct BatchKernel<'g> {
 
 /// Threads of a block whose threads work alone.
 const THREADS: u32 = 128;
+
+/// The launch of `count` units: a thread each, or on a CPU `grain` at a time.
+fn units(target: Target, count: Expr, grain: u64) -> Grid {
+    if target.is_gpu() {
+        blocks(count.ceil_div(THREADS.into()), THREADS)
+    } else {
+        Grid::Cpu(CpuGrid { items: count, grain, scratch: 0 })
+    }
+}
+
+/// The launch of so many blocks on a GPU.
+fn blocks(count: Expr, threads: u32) -> Grid {
+    Grid::Gpu(GpuGrid {
+        blocks: [count, 1.into(), 1.into()],
+        threads: [threads, 1, 1],
+        cluster: [1, 1, 1],
+        shared: 0,
+        dependent: false,
+        tokens: moec_abi::ANY_TOKENS,
+    })
+}
 /// Threads of a team.
 const TEAM: u32 = 256;
 /// Units that a CPU thread takes at a time, where units are single elements.
@@ -177,25 +198,13 @@ impl<'g> BatchKernel<'g> {
 
     /// Extent of the launch, and the number of units.
     pub fn grid(&self, target: Target) -> (Grid, Expr) {
-        let units = self.units.as_ref().map_or(Expr::Const(1), extent);
+        let count = self.units.as_ref().map_or(Expr::Const(1), extent);
         let heavy = !is_element(&self.body.node(self.node).op);
-        let grid = if target.is_gpu() {
-            let (blocks, threads) = match self.units {
-                Some(_) => (units.clone().ceil_div(THREADS.into()), THREADS),
-                None => (1.into(), TEAM),
-            };
-            Grid::Gpu(GpuGrid {
-                blocks: [blocks, 1.into(), 1.into()],
-                threads: [threads, 1, 1],
-                cluster: [1, 1, 1],
-                shared: 0,
-                dependent: false,
-                tokens: moec_abi::ANY_TOKENS,
-            })
-        } else {
-            Grid::Cpu(CpuGrid { items: units.clone(), grain: if heavy { 1 } else { GRAIN }, scratch: 0 })
+        let grid = match self.units {
+            None if target.is_gpu() => blocks(1.into(), TEAM),
+            Some(_) | None => units(target, count.clone(), if heavy { 1 } else { GRAIN }),
         };
-        (grid, units)
+        (grid, count)
     }
 
     /// Appends the kernel to the module.

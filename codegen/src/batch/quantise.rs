@@ -3,12 +3,12 @@
 //! The values stay floats: `scale * (W codes)` and `W (scale * codes)` are the same number up to
 //! rounding, so every product kernel serves, and only this kernel knows of the codes.
 
-use super::{THREADS, cx::c, function};
+use super::{THREADS, cx::c, function, units};
 use crate::{
     Target, math,
     mlir::{Builder, V},
 };
-use moec_abi::{CpuGrid, DType, Expr, GpuGrid, Grid};
+use moec_abi::{DType, Expr, Grid};
 
 /// A kernel that rounds rows.
 ///
@@ -32,18 +32,7 @@ pub struct Quantise {
 impl Quantise {
     /// Extent of the launch for `rows` rows.
     pub fn grid(&self, target: Target, rows: Expr) -> Grid {
-        if target.is_gpu() {
-            Grid::Gpu(GpuGrid {
-                blocks: [rows.ceil_div(THREADS.into()), 1.into(), 1.into()],
-                threads: [THREADS, 1, 1],
-                cluster: [1, 1, 1],
-                shared: 0,
-                dependent: false,
-                tokens: moec_abi::ANY_TOKENS,
-            })
-        } else {
-            Grid::Cpu(CpuGrid { items: rows, grain: 1, scratch: 0 })
-        }
+        units(target, rows, 1)
     }
 
     /// Appends the kernel to the module.

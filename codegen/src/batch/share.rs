@@ -4,12 +4,12 @@
 //! routed like experts: [`Step::Pick`] makes their route, a plan kernel sorts it, and [`Step::Join`] says for each row
 //! in the order of experts which row in the order of groups it uses.
 
-use super::{THREADS, cx::c, function};
+use super::{THREADS, cx::c, function, units};
 use crate::{
     Target,
     mlir::{Builder, V},
 };
-use moec_abi::{CpuGrid, Expr, GpuGrid, Grid};
+use moec_abi::{Expr, Grid};
 
 /// Which of the two kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,18 +43,7 @@ pub struct Share {
 impl Share {
     /// Extent of the launch for `rows` rows (pick) or tokens (join).
     pub fn grid(&self, target: Target, rows: Expr) -> Grid {
-        if target.is_gpu() {
-            Grid::Gpu(GpuGrid {
-                blocks: [rows.ceil_div(THREADS.into()), 1.into(), 1.into()],
-                threads: [THREADS, 1, 1],
-                cluster: [1, 1, 1],
-                shared: 0,
-                dependent: false,
-                tokens: moec_abi::ANY_TOKENS,
-            })
-        } else {
-            Grid::Cpu(CpuGrid { items: rows, grain: 16, scratch: 0 })
-        }
+        units(target, rows, 16)
     }
 
     /// Appends the kernel to the module.
