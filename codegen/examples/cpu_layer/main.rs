@@ -10,9 +10,6 @@
 //! which other work on the machine changes least. `read` and `peak` are the shares of streaming reads
 //! (bytes of the weights of experts with rows) and of the arithmetic peak of the target in the same round.
 
-#[path = "../../tests/cpu_grouped/emulator.rs"]
-#[allow(dead_code, reason = "shared with the tests")]
-mod emulator;
 #[path = "../../tests/cpu_grouped/harness.rs"]
 #[allow(dead_code, reason = "shared with the tests")]
 mod harness;

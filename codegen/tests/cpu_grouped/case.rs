@@ -1,6 +1,9 @@
 //! One product with random operands, run through the kernel and in f64.
 
-use crate::harness::{Argument, Kernel, Memory, Random, pack, run};
+use crate::{
+    harness::{Memory, Random, pack},
+    kernel::{Argument, Kernel, run},
+};
 use half::bf16;
 use moec_abi::DType;
 use moec_codegen::{

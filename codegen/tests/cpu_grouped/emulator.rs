@@ -1,7 +1,7 @@
 //! Runs kernels of another architecture: a program without a library, linked once for all kernels, that reads the
 //! memory of a launch from its input, calls a kernel and writes the result, under `qemu-user`.
 
-use crate::harness::{Argument, Memory};
+use crate::{harness::Memory, kernel::Argument};
 use inkwell::{
     OptimizationLevel,
     context::Context,

@@ -1,6 +1,5 @@
-//! Compiles CPU kernels into a shared library, loads it and runs items on threads; or has them emulated.
+//! Compiles CPU kernels into a shared library and loads it; memory that ends at a guard; numbers.
 
-use crate::emulator::{self, Program};
 use moec_abi::{CpuKernel, Layout};
 use moec_codegen::{
     Target,
@@ -9,8 +8,6 @@ use moec_codegen::{
 use std::{
     ffi::{CString, c_char, c_int, c_long, c_void},
     process::Command,
-    rc::Rc,
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 unsafe extern "C" {
@@ -24,7 +21,7 @@ unsafe extern "C" {
     fn syscall(number: c_long, ...) -> c_long;
 }
 
-/// Whether this machine runs code for `target`, itself or in an emulator; asks for the matrix unit where that is needed.
+/// Whether this machine runs code for `target`; asks for the matrix unit where that is needed.
 pub(crate) fn runs(target: Target) -> bool {
     #[cfg(target_arch = "x86_64")]
     {
@@ -36,8 +33,7 @@ pub(crate) fn runs(target: Target) -> bool {
             Target::X86V3 => v3,
             Target::X86V4 => v4,
             Target::X86V4Amx => tiles(),
-            Target::Aarch64 => emulator::is_here(),
-            Target::Sm80 | Target::Sm89 | Target::Sm90a => false,
+            Target::Aarch64 | Target::Sm80 | Target::Sm89 | Target::Sm90a => false,
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -46,42 +42,8 @@ pub(crate) fn runs(target: Target) -> bool {
     }
 }
 
-/// A kernel that can be run.
-#[derive(Clone)]
-pub(crate) enum Kernel {
-    /// By this machine.
-    Native(CpuKernel),
-    /// By the emulator: the program, and the kernel's name.
-    Emulated(Rc<Program>, String),
-}
-
-/// What a kernel is given.
-pub(crate) enum Argument<'m> {
-    Read(&'m Memory),
-    Write(&'m Memory),
-    Value(u64),
-}
-
-impl Argument<'_> {
-    fn value(&self) -> u64 {
-        match self {
-            Self::Read(memory) | Self::Write(memory) => memory.address(),
-            Self::Value(value) => *value,
-        }
-    }
-}
-
-/// Compiles what `build` makes, and gives the kernels of these names.
-pub(crate) fn kernels(target: Target, names: &[String], build: impl FnOnce(&Builder<'_>)) -> Vec<Kernel> {
-    if target == Target::Aarch64 && cfg!(not(target_arch = "aarch64")) {
-        let program = Rc::new(Program::new(&compile(target, build), names.to_vec()));
-        return names.iter().map(|name| Kernel::Emulated(Rc::clone(&program), name.clone())).collect();
-    }
-    let library = Library::new(target, build);
-    names.iter().map(|name| Kernel::Native(library.kernel(name))).collect()
-}
-
-fn compile(target: Target, build: impl FnOnce(&Builder<'_>)) -> Vec<u8> {
+/// The object that `build` makes.
+pub(crate) fn compile(target: Target, build: impl FnOnce(&Builder<'_>)) -> Vec<u8> {
     Session::new().compile(&target, Keep::default(), build).expect("compiles").code
 }
 
@@ -192,33 +154,6 @@ impl Drop for Memory {
         // SAFETY: the mapping of `new`.
         unsafe { munmap(self.base, self.mapped) };
     }
-}
-
-/// Runs all items on threads that take `grain` at a time; an emulator has one.
-pub(crate) fn run(kernel: &Kernel, args: &[Argument<'_>], items: u64, grain: u64, scratch: &[Memory]) {
-    let kernel = match kernel {
-        Kernel::Native(kernel) => *kernel,
-        Kernel::Emulated(program, name) => return program.run(name, args, items, grain, &scratch[0]),
-    };
-    let args: Vec<_> = args.iter().map(Argument::value).collect();
-    let next = AtomicU64::new(0);
-    let work = |scratch: &Memory| {
-        loop {
-            let begin = next.fetch_add(grain, Ordering::Relaxed);
-            if begin >= items {
-                return;
-            }
-            let end = (begin + grain).min(items);
-            // SAFETY: the arguments are those that the kernel was emitted for; callers own the buffers.
-            unsafe { kernel(args.as_ptr(), begin, end, scratch.address() as *mut c_void) };
-        }
-    };
-    std::thread::scope(|scope| {
-        for other in &scratch[1..] {
-            scope.spawn(|| work(other));
-        }
-        work(&scratch[0]);
-    });
 }
 
 /// Places `value(e, m, r, c)` of `experts` x `matrices` matrices of `rows` x `columns` in the order of `layout`.

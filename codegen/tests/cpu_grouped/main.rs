@@ -3,9 +3,11 @@
 mod case;
 mod emulator;
 mod harness;
+mod kernel;
 
 use case::{Case, ROUTINGS, Routing};
-use harness::{Kernel, Random, kernels, runs};
+use harness::Random;
+use kernel::{Kernel, kernels, runs};
 use moec_abi::DType;
 use moec_codegen::{
     Target, cpu,
