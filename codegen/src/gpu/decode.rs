@@ -133,7 +133,7 @@ impl<'c> Kernel<'_, 'c> {
         carried.extend(ring.concat());
         let last = b.i32(int(i64::from(rounds) - 1));
         // Each step is multiplied, and its registers are filled with the step of the next round.
-        let carried = b.for_(b.i32(0), last, b.i32(1), &carried, |round, carried| {
+        let carried = b.rolled(b.i32(0), last, b.i32(1), &carried, |round, carried| {
             let (sums, ring) = carried.split_at(self.units() as usize * 4);
             let (mut sums, mut next) = (sums.to_vec(), Vec::new());
             let from = b.mulc(b.addc(round, 1), i64::from(depth));

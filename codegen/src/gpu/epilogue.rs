@@ -2,7 +2,7 @@
 
 use super::{
     Kernel,
-    device::{at, vector, wide},
+    device::{at, number, vector, wide},
     schedule::size,
     swizzle::Swizzle,
     tile::{Rows, int},
@@ -115,23 +115,45 @@ impl<'c> Kernel<'_, 'c> {
             _ => format!("vector<{piece}x{}>", self.element(spec.out)),
         };
         let bytes = piece * element;
-        let count = b.minsi(rows.count, b.i32(int(i64::from(part.rows))));
-        let total = b.mulc(count, per_row);
-        let threads = b.i32(int(i64::from(self.threads)));
-        b.for_(self.thread, total, threads, &[], |index, _| {
+        let total = b.mulc(b.minsi(rows.count, number(b, part.rows)), per_row);
+        // Where every tile is full of columns, so is every piece.
+        let full = spec.n.is_multiple_of(u64::from(self.mode.out_columns(spec)));
+        let copy = |index: V<'c>| {
             let per_row = b.i32(int(per_row));
             let (row, place) = (b.divui(index, per_row), b.remui(index, per_row));
             let column = b.addi(part.first_column, b.mulc(place, i64::from(piece)));
-            b.if_(b.cmpi("slt", column, b.i32(int(i64::try_from(spec.n).expect("columns fit in 32 bits")))), || {
+            let copy = || {
                 let from = part.address(b, row, b.mulc(place, i64::from(bytes)), element);
                 let value = b.load(from, &ty, bytes);
                 let stride = i64::try_from(spec.out_stride).expect("rows fit in memory");
                 let to = b.mulc(wide(b, b.addi(rows.first, row)), stride);
                 let to = b.gep(self.args.out, self.element(spec.out), b.addi(to, wide(b, column)));
                 b.store(value, to, bytes);
+            };
+            if full {
+                copy();
+            } else {
+                let n = i64::try_from(spec.n).expect("columns fit in 32 bits");
+                b.if_(b.cmpi("slt", column, b.i32(int(n))), copy);
+            }
+        };
+        // Pieces of a thread lie side by side in time: each waits for shared memory.
+        let each = (part.rows * (part.columns / piece)).div_ceil(self.threads);
+        let turn = each.min(4);
+        let some = |first: V<'c>| {
+            for i in 0..turn {
+                let index = b.addc(first, i64::from(i * self.threads));
+                b.if_(b.cmpi("slt", index, total), || copy(index));
+            }
+        };
+        if each == turn {
+            some(self.thread);
+        } else {
+            b.rolled(self.thread, total, number(b, turn * self.threads), &[], |first, _| {
+                some(first);
+                Vec::new()
             });
-            Vec::new()
-        });
+        }
     }
 }
 

@@ -85,7 +85,7 @@ impl<'c> Kernel<'_, 'c> {
         };
         let width = sums.len();
         let carried: Vec<_> = sums.into_iter().chain([b.i32(0), b.i32(ahead * stage)]).collect();
-        let mut result = b.for_(b.i32(0), b.i32(steps), b.i32(1), &carried, |i, carried| {
+        let mut result = b.rolled(b.i32(0), b.i32(steps), b.i32(1), &carried, |i, carried| {
             let (sums, places) = carried.split_at(width);
             // Step `i` has landed for this thread, and after the barrier for all; all are done with step `i - 1`,
             // whose stage is filled next.

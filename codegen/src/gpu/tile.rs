@@ -123,7 +123,7 @@ impl<'c> Kernel<'_, 'c> {
         let tiles = match self.spec.rows {
             RowSource::Dense => self.tiles(b.i32(0), narrow(b, self.args.tokens)),
             RowSource::Gathered | RowSource::Sorted => {
-                let own = b.for_(self.lane, self.experts(), b.i32(32), &[b.i32(0)], |e, sum| {
+                let own = b.rolled(self.lane, self.experts(), b.i32(32), &[b.i32(0)], |e, sum| {
                     vec![b.addi(sum[0], self.tiles(self.offset(e), self.offset(b.addc(e, 1))))]
                 });
                 shuffle(b, scan(b, own[0], self.lane), b.i32(31))
@@ -165,7 +165,7 @@ impl<'c> Kernel<'_, 'c> {
             }
             (sum, low)
         } else {
-            let result = b.for_(b.i32(1), b.i32(each + 1), b.i32(1), &[b.i32(0), first], |i, carried| {
+            let result = b.rolled(b.i32(1), b.i32(each + 1), b.i32(1), &[b.i32(0), first], |i, carried| {
                 let high = self.offset(b.addi(begin, i));
                 vec![b.addi(carried[0], self.tiles(carried[1], high)), high]
             });

@@ -183,7 +183,7 @@ impl<'c> Kernel<'_, 'c> {
         let table = at_const(b, self.full(b.i32(0)), u64::from(BARRIERS));
         let from = self.args.offsets.expect("grouped products have offsets");
         let count = b.i32(int(i64::try_from(self.spec.experts + 1).expect("experts fit in 32 bits")));
-        b.for_(self.thread, count, number(b, self.threads), &[], |i, _| {
+        b.rolled(self.thread, count, number(b, self.threads), &[], |i, _| {
             b.store(b.load(b.gep(from, "i32", i), "i32", 4), b.gep(table, "i32", i), 4);
             Vec::new()
         });
@@ -238,7 +238,7 @@ impl<'c> Team<'_, 'c> {
         tile: impl Fn(Rows<'c>, V<'c>, &[V<'c>]) -> Vec<V<'c>>,
     ) -> Vec<V<'c>> {
         let b = self.b;
-        b.for_(register(b, "ctaid.x"), pairs, register(b, "nctaid.x"), carried, |id, carried| {
+        b.rolled(register(b, "ctaid.x"), pairs, register(b, "nctaid.x"), carried, |id, carried| {
             let (row_tile, column_tile) = self.pair(id, pairs);
             tile(self.rows(row_tile), column_tile, carried)
         })
@@ -318,7 +318,7 @@ impl<'c> Team<'_, 'c> {
         let end = Copying::of(&end);
         wait_copies(b, 0);
         fence_async(b);
-        b.for_(b.i32(0), end.flying, b.i32(1), &[end.behind], |_, behind| {
+        b.rolled(b.i32(0), end.flying, b.i32(1), &[end.behind], |_, behind| {
             self.arrive(self.full(behind[0]));
             vec![self.after(behind[0])]
         });
@@ -365,7 +365,7 @@ impl<'c> Team<'_, 'c> {
         // So many steps are in flight before the first must have landed; the rest of the ring is the products' lead.
         let lag = b.shrui(self.stages, b.i32(1));
         let leader = b.cmpi("eq", self.thread, b.i32(0));
-        let end = b.for_(b.i32(0), b.i32(self.steps()), b.i32(1), &start.values(), |step, carried| {
+        let end = b.rolled(b.i32(0), b.i32(self.steps()), b.i32(1), &start.values(), |step, carried| {
             let Copying { next, behind, flying, ahead } = Copying::of(carried);
             self.wait(self.empty(next.stage), b.xori(next.parity, b.i32(1)));
             let due = b.cmpi("eq", ahead, b.i32(0));
@@ -441,7 +441,7 @@ impl<'c> Team<'_, 'c> {
         let nothing = b.op("llvm.mlir.poison", &[], "f32", &[]);
         // There is no step before the first whose stage could be freed, and no sums: the first products set them.
         let carried = [vec![start.stage, start.parity, self.nobody()], vec![nothing; sums(tile.rows)]].concat();
-        let mut end = b.for_(b.i32(0), b.i32(self.steps()), b.i32(1), &carried, |step, carried| {
+        let mut end = b.rolled(b.i32(0), b.i32(self.steps()), b.i32(1), &carried, |step, carried| {
             let position = Position { stage: carried[0], parity: carried[1] };
             self.wait(self.full(position.stage), position.parity);
             let along = wide(b, b.muli(position.stage, units));

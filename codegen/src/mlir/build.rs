@@ -398,6 +398,30 @@ impl<'c> Builder<'c> {
         init: &[V<'c>],
         body: impl FnOnce(V<'c>, &[V<'c>]) -> Vec<V<'c>>,
     ) -> Vec<V<'c>> {
+        self.counted([low, high, step], init, &[], body)
+    }
+
+    /// As [`for_`](Self::for_), for a loop that holds what is worth doing side by side already: no later compiler is to
+    /// repeat its body.
+    pub fn rolled(
+        &self,
+        low: V<'c>,
+        high: V<'c>,
+        step: V<'c>,
+        init: &[V<'c>],
+        body: impl FnOnce(V<'c>, &[V<'c>]) -> Vec<V<'c>>,
+    ) -> Vec<V<'c>> {
+        let attribute = ("loop_annotation", "#llvm.loop_annotation<unroll = <disable = true>>");
+        self.counted([low, high, step], init, &[attribute], body)
+    }
+
+    fn counted(
+        &self,
+        [low, high, step]: [V<'c>; 3],
+        init: &[V<'c>],
+        attributes: &[(&str, &str)],
+        body: impl FnOnce(V<'c>, &[V<'c>]) -> Vec<V<'c>>,
+    ) -> Vec<V<'c>> {
         let types: Vec<_> = init.iter().map(|v| v.r#type()).collect();
         let arguments: Vec<_> = std::iter::once(low.r#type()).chain(types.iter().copied()).collect();
         let region = self.region(&arguments, |a| {
@@ -405,7 +429,7 @@ impl<'c> Builder<'c> {
             self.op0("scf.yield", &next, &[]);
         });
         let operands: Vec<_> = [low, high, step].into_iter().chain(init.iter().copied()).collect();
-        self.append("scf.for", &operands, &types, &[], vec![region])
+        self.append("scf.for", &operands, &types, attributes, vec![region])
     }
 
     /// `for i in low..high` without carried values.

@@ -243,7 +243,7 @@ impl Clock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mlir::FuncKind;
+    use crate::mlir::{FuncKind, V};
 
     fn scale(b: &Builder<'_>, kind: FuncKind) {
         b.func("scale", kind, &[("!llvm.ptr", "{}"), ("i64", "{}")], |a| {
@@ -281,6 +281,32 @@ mod tests {
                 assert_eq!(&code[..4], b"\x7fELF");
             }
         }
+    }
+
+    #[test]
+    fn a_rolled_loop_stays_one() {
+        let session = Session::new();
+        fn count<'c>(b: &Builder<'c>, rolled: bool) {
+            let kind = FuncKind::Kernel { threads: 32, blocks: 1, cluster: 1 };
+            b.func("count", kind, &[("!llvm.ptr", "{}"), ("i32", "{}")], |a| {
+                let body = |i: V<'c>, _: &[V<'c>]| {
+                    b.store(i, b.gep(a[0], "i32", i), 4);
+                    Vec::new()
+                };
+                let (low, step) = (b.i32(0), b.i32(1));
+                if rolled {
+                    b.rolled(low, a[1], step, &[], body)
+                } else {
+                    b.for_(low, a[1], step, &[], body)
+                };
+            });
+        }
+        let compile = |rolled| {
+            let code = session.compile(&Target::Sm80, Keep::default(), |b| count(b, rolled));
+            String::from_utf8(code.expect("compiles").code).expect("PTX is text")
+        };
+        assert!(compile(true).contains(".pragma \"nounroll\""), "{}", compile(true));
+        assert!(!compile(false).contains(".pragma"), "{}", compile(false));
     }
 
     #[test]
