@@ -220,15 +220,15 @@ impl<'a, 'c> Exec<'a, 'c> {
                 self.single(|| body(Ix { at: b.i64(0), width: 1 }));
                 return;
             }
-            let (start, step) = match self.part {
-                Some((part, parts)) => (b.addi(lane, b.shli(part, b.i64(5))), 32 * i64::from(parts)),
-                None => (lane, 32),
-            };
-            b.for_(start, b.i64(count), b.i64(step), &[], |i, _| {
+            let body = |i, _: &[V<'c>]| {
                 body(Ix { at: i, width: 1 });
                 Vec::new()
-            });
-            if self.part.is_none() {
+            };
+            if let Some((part, parts)) = self.part {
+                let start = b.addi(lane, b.shli(part, b.i64(5)));
+                b.for_(start, b.i64(count), b.i64(32 * i64::from(parts)), &[], body);
+            } else {
+                self.turns(lane, count, &[], body);
                 self.sync();
             }
             return;
@@ -253,9 +253,9 @@ impl<'a, 'c> Exec<'a, 'c> {
         let identity = b.f32(fold.identity());
         self.together.set(true);
         if let Some(lane) = self.lane {
-            let part = b.for_(lane, b.i64(count), b.i64(32), &[identity], |i, acc| {
-                vec![fold.apply(b, acc[0], value(Ix { at: i, width: 1 }))]
-            })[0];
+            let part = self
+                .turns(lane, count, &[identity], |i, acc| vec![fold.apply(b, acc[0], value(Ix { at: i, width: 1 }))])
+                [0];
             return self.butterfly(part, |x, y| fold.apply(b, x, y));
         }
         let width = self.target.lanes();
@@ -286,11 +286,32 @@ impl<'a, 'c> Exec<'a, 'c> {
     /// Largest of `n` i64 keys of the row; every lane gets the result.
     pub(crate) fn largest_key(&self, n: u64, key: impl Fn(V<'c>) -> V<'c>) -> V<'c> {
         let b = self.b;
-        let count = b.i64(i64::try_from(n).unwrap_or(i64::MAX));
+        let count = i64::try_from(n).unwrap_or(i64::MAX);
         self.together.set(true);
-        let (start, step) = self.lane.map_or_else(|| (b.i64(0), 1), |lane| (lane, 32));
-        let part = b.for_(start, count, b.i64(step), &[b.i64(i64::MIN)], |i, acc| vec![b.maxsi(acc[0], key(i))])[0];
-        if self.is_warp() { self.butterfly(part, |x, y| b.maxsi(x, y)) } else { part }
+        let least = [b.i64(i64::MIN)];
+        let larger = |i, acc: &[V<'c>]| vec![b.maxsi(acc[0], key(i))];
+        match self.lane {
+            Some(lane) => self.butterfly(self.turns(lane, count, &least, larger)[0], |x, y| b.maxsi(x, y)),
+            None => b.for_(b.i64(0), b.i64(count), b.i64(1), &least, larger)[0],
+        }
+    }
+
+    /// A lane's turns through `count` elements, every 32nd of which is its own.
+    pub(crate) fn turns(
+        &self,
+        lane: V<'c>,
+        count: i64,
+        init: &[V<'c>],
+        body: impl FnOnce(V<'c>, &[V<'c>]) -> Vec<V<'c>>,
+    ) -> Vec<V<'c>> {
+        let b = self.b;
+        if count % 32 != 0 {
+            return b.for_(lane, b.i64(count), b.i64(32), init, body);
+        }
+        // The same number for every lane, so that a few turns become straight lines.
+        b.for_(b.i64(0), b.i64(count / 32), b.i64(1), init, |turn, carried| {
+            body(b.addi(lane, b.shli(turn, b.i64(5))), carried)
+        })
     }
 
     fn butterfly(&self, value: V<'c>, apply: impl Fn(V<'c>, V<'c>) -> V<'c>) -> V<'c> {

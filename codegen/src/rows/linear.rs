@@ -69,7 +69,7 @@ fn warp<'c>(x: &Exec<'_, 'c>, row: &Row<'c>, w: Matrix<'c>, outer: u64, shape: V
                 let starts: Vec<V<'c>> = columns.iter().map(|n| b.mulc(*n, c(w.k))).collect();
                 let zero = b.f32(0.0);
                 let init = vec![zero; starts.len()];
-                let sums = b.for_(lane, b.i64(c(w.k)), b.i64(32), &init, |k, acc| {
+                let sums = x.turns(lane, c(w.k), &init, |k, acc| {
                     let value = row.scalar(x, b.addi(base, k));
                     starts
                         .iter()
