@@ -265,8 +265,10 @@ pub(crate) enum Touch {
     Plain,
     /// An atomic, volatile or relaxed access: such accesses do not race with each other inside their scope.
     Strong(Scope),
-    /// `cp.async`: asynchronous, in the generic proxy.
+    /// `cp.async` and `st.async`: asynchronous, in the generic proxy.
     Copy,
+    /// `red.async`: as those, but such accesses do not race with each other.
+    Reduce,
     /// Bulk and tensor copies: asynchronous, in the async proxy.
     Bulk,
     /// Operands of wgmma: asynchronous reads of the async proxy.
@@ -277,7 +279,7 @@ impl Touch {
     pub(crate) fn is_async(self) -> bool {
         match self {
             Touch::Plain | Touch::Strong(_) => false,
-            Touch::Copy | Touch::Bulk | Touch::Mma => true,
+            Touch::Copy | Touch::Reduce | Touch::Bulk | Touch::Mma => true,
         }
     }
 
@@ -289,7 +291,7 @@ impl Touch {
     /// Whether the access goes through the async proxy.
     pub(crate) fn in_async_proxy(self) -> bool {
         match self {
-            Touch::Plain | Touch::Strong(_) | Touch::Copy => false,
+            Touch::Plain | Touch::Strong(_) | Touch::Copy | Touch::Reduce => false,
             Touch::Bulk | Touch::Mma => true,
         }
     }
@@ -309,6 +311,7 @@ impl Epoch {
             Touch::Copy => 4,
             Touch::Bulk => 5,
             Touch::Mma => 6,
+            Touch::Reduce => 7,
         };
         Epoch(
             code << 61
@@ -326,8 +329,14 @@ impl Epoch {
             3 => Touch::Strong(Scope::Gpu),
             4 => Touch::Copy,
             5 => Touch::Bulk,
-            _ => Touch::Mma,
+            6 => Touch::Mma,
+            _ => Touch::Reduce,
         }
+    }
+
+    /// The same at the next time.
+    pub(crate) fn later(self) -> Epoch {
+        Epoch::new(self.touch(), self.cluster(), self.component(), self.time() + 1)
     }
 
     pub(crate) fn cluster(self) -> u32 {

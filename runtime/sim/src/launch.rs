@@ -13,7 +13,7 @@ use crate::syntax::{Init, Space, Ty};
 use crate::{Error, Memory, Module, Report, TensorMapDesc};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 /// An argument of a kernel.
@@ -95,6 +95,8 @@ pub struct Options {
     pub max_instructions: u64,
     /// How the lanes of a warp go on where nothing keeps them together.
     pub lanes: Lanes,
+    /// Whether a launch ends at its first finding: that of the first cluster that has one.
+    pub first: bool,
 }
 
 /// How the lanes of a warp go on between two places where they must meet (warp barriers, shuffles, matrix operations).
@@ -112,7 +114,7 @@ pub enum Lanes {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { seed: 0, check: true, max_instructions: 4_000_000_000, lanes: Lanes::Together }
+        Options { seed: 0, check: true, max_instructions: 4_000_000_000, lanes: Lanes::Together, first: false }
     }
 }
 
@@ -197,6 +199,7 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
         hasty: AtomicBool::new(false),
         seed: options.seed,
         lanes: options.lanes,
+        found: options.first.then(|| AtomicU32::new(u32::MAX)),
         max_instructions: options.max_instructions,
         executed: AtomicU64::new(0),
     };
@@ -204,8 +207,11 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     let results = if env.independent { in_parallel(&env, clusters)? } else { in_turns(&env, clusters)? };
     let mut report = Report::default();
     let mut findings = Findings::default();
-    for (f, c) in results {
-        findings.merge(f);
+    let first = env.found.as_ref().map(|f| f.load(Ordering::Relaxed));
+    for (id, f, c) in results {
+        if first.is_none_or(|first| first == id) {
+            findings.merge(f);
+        }
         report.counts.add(&c);
     }
     report.counts.blocks = u64::from(clusters) * u64::from(cluster.iter().product::<u32>());
@@ -415,11 +421,12 @@ fn independent(code: &Code, reachable: &BTreeSet<usize>) -> bool {
     })
 }
 
-type Part = (Findings, Counts);
+/// A cluster with what was found in it and counted.
+type Part = (u32, Findings, Counts);
 
 fn finish(mut c: Cluster<'_>) -> Part {
     counts::summarise(&mut c);
-    (c.findings, c.counts)
+    (c.id, c.findings, c.counts)
 }
 
 fn in_parallel(env: &Env<'_>, clusters: u32) -> Result<Vec<Part>, Error> {

@@ -271,10 +271,12 @@ pub(crate) enum Mbar {
     CompleteTx {
         tx: Reg,
     },
-    TestWait {
+    /// `test_wait`, or `try_wait`, which may suspend the thread for a while before it fails.
+    Wait {
         d: Reg,
         state: Reg,
         parity: bool,
+        suspends: bool,
         order: Order,
     },
     PendingCount {
@@ -494,7 +496,7 @@ impl Op {
             | Op::WgmmaWait { .. }
             | Op::TensormapCopy { .. } => (true, false),
             Op::Brx { .. } | Op::Call(_) | Op::Ret | Op::Exit | Op::Trap | Op::BulkWait { .. } => (false, true),
-            Op::Mbar { op, .. } => (false, matches!(**op, Mbar::TestWait { .. })),
+            Op::Mbar { op, .. } => (false, matches!(**op, Mbar::Wait { .. })),
             Op::Alu { .. }
             | Op::Pack { .. }
             | Op::Unpack { .. }

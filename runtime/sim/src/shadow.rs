@@ -138,7 +138,8 @@ impl Access<'_> {
             return e.time() <= own;
         }
         if c == self.me + self.view.threads {
-            return e.time() <= copied;
+            // Its own wait, or an mbarrier that its copies arrive at.
+            return e.time() <= copied.max(clock.get(c));
         }
         clock.get(c) >= e.time()
     }
@@ -220,6 +221,9 @@ impl Access<'_> {
         }
         let with = c.wpc;
         if !self.ordered(c.w, 0) {
+            if (self.touch, c.w.touch()) == (Touch::Reduce, Touch::Reduce) {
+                return None;
+            }
             if c.w.touch().is_async() {
                 return Some(self.missing_wait(c.w, with));
             }
@@ -297,6 +301,26 @@ impl Shadow {
                     },
                 };
                 tell(line * 4 + w, mark);
+            }
+        }
+    }
+
+    /// Bytes written by an agent at `time` count as written at its next time: what completed was not their copy.
+    pub(crate) fn postpone(&mut self, from: u64, bytes: u64, agent: u32, time: u32) {
+        let late = |c: &mut Cell| {
+            if c.w.touch().is_async() && (c.w.component(), c.w.time()) == (agent, time) {
+                c.w = c.w.later();
+            }
+        };
+        for line in (from / LINE) as usize..(from + bytes).div_ceil(LINE) as usize {
+            late(&mut self.lines[line]);
+            let Some(parts) = self.split[line].checked_sub(1) else { continue };
+            for word in 0..4 {
+                let part = &mut self.parts.all[parts as usize];
+                late(&mut part.cells[word]);
+                if let Some(bytes) = part.split[word].checked_sub(1) {
+                    self.parts.all[bytes as usize].cells.iter_mut().for_each(late);
+                }
             }
         }
     }

@@ -215,8 +215,30 @@ fn st_async_reaches_the_peer_and_counts_its_bytes() -> Result<(), Error> {
         assert_eq!(kinds(&report), [], "{:?}", report.findings);
         assert_eq!((out[3], out[35]), (103, 3));
     }
-    let early = body.replace("W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra W;", "");
-    assert!(kinds(&run(&early, 2, 32, 2, 64, 0)?.0).contains(&FindingKind::MissingWait));
+    let wait = "W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra W;";
+    // A try has a time limit, so one without a loop around it is no wait, whatever the schedule.
+    for instead in ["", "mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0;"] {
+        let early = body.replace(wait, instead);
+        for seed in 0..4 {
+            let (report, _) = run(&early, 2, 32, 2, 64, seed)?;
+            assert!(kinds(&report).contains(&FindingKind::MissingWait), "{instead} {seed}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_launch_may_end_at_its_first_finding() -> Result<(), Error> {
+    // Each of four blocks has two races.
+    let body = format!(
+        "mov.u32 %r3, tile; st.shared.u32 [%r3], %r0; bar.sync 0; ld.shared.u32 %r9, [%r3]; bar.sync 0; st.shared.u32 [%r3], %r0;\n{STORE}"
+    );
+    let with =
+        |first| Ok::<_, Error>(run_with(&body, 4, 32, 1, 128, Options { first, ..Options::default() })?.0.findings);
+    let (all, first) = (with(false)?, with(true)?);
+    let times = |findings: &[moec_sim::Finding]| findings.iter().map(|f| f.times).sum::<u64>();
+    assert!(times(&all) > times(&first) && times(&first) > 0, "{all:?} {first:?}");
+    assert!(first.iter().all(|f| f.block == [0, 0, 0]), "{first:?}");
     Ok(())
 }
 
@@ -549,6 +571,83 @@ END:
                 }
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn red_async_adds_without_a_race_and_is_awaited() -> Result<(), Error> {
+    // Two threads of the peer add to each word.
+    let body = |wait: &str| {
+        format!(
+            "{}\n@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;\nmov.u32 %r3, tile; and.b32 %r7, %r0, 31; shl.b32 %r7, %r7, 2; add.u32 %r8, %r3, %r7;\n\
+             mov.u32 %r10, 0; setp.lt.u32 %p4, %r0, 32; @%p4 st.shared.u32 [%r8], %r10;\nbarrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n\
+             mov.u32 %r1, %cluster_ctarank; xor.b32 %r2, %r1, 1; mapa.shared::cluster.u32 %r4, %r8, %r2; mov.u32 %r5, bar; mapa.shared::cluster.u32 %r6, %r5, %r2;\n\
+             red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%r4], %r0, [%r6];\n{wait}\nld.shared.u32 %r9, [%r8];\n@!%p4 bra END; {STORE}\nEND:\n\
+             barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;",
+            init(1)
+        )
+    };
+    let wait = "W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra W;";
+    for seed in 0..4 {
+        let (report, out) = run(&body(wait), 2, 64, 2, 64, seed)?;
+        assert_eq!(kinds(&report), [], "{:?}", report.findings);
+        assert_eq!(out[3], 3 + 35);
+        assert!(kinds(&run(&body(""), 2, 64, 2, 64, seed)?.0).contains(&FindingKind::MissingWait));
+    }
+    Ok(())
+}
+
+#[test]
+fn bytes_that_nobody_expected_are_not_awaited() -> Result<(), Error> {
+    let body = |expected: u32| {
+        format!(
+            "{}\n@!%p0 bra W;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {expected};\nmov.u32 %r1, tile; add.u32 %r2, %r1, 64;\n\
+             cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd0], 64, [bar];\n\
+             cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%rd0], 64, [bar];\n\
+             W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra W;\nmov.u32 %r1, tile; mad.lo.u32 %r1, %r0, 4, %r1; ld.shared.u32 %r9, [%r1];\n\
+             mbarrier.arrive.shared::cta.b64 %rd1, [bar];",
+            init(1)
+        )
+    };
+    for seed in 0..8 {
+        assert_eq!(
+            kinds(&run(&body(128).replace("mbarrier.arrive.shared::cta.b64 %rd1, [bar];", ""), 1, 32, 1, 32, seed)?.0),
+            []
+        );
+        let few = kinds(&run(&body(64), 1, 32, 1, 32, seed)?.0);
+        assert!(few.contains(&FindingKind::MissingWait), "{seed} {few:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_carry_of_a_subtraction_is_set_where_nothing_is_borrowed() -> Result<(), Error> {
+    // 64-bit differences by halves, and the carry as an addition sees it.
+    let body = format!(
+        "mov.u32 %r1, 5; mov.u32 %r2, 9; sub.cc.u32 %r3, %r0, %r1; subc.cc.u32 %r4, %r2, 3; addc.u32 %r5, 0, 0;\n\
+         sub.cc.u32 %r6, %r0, %r1; addc.u32 %r6, 0, 0; mul.lo.u32 %r9, %r4, 100; mad.lo.u32 %r9, %r5, 10, %r9; add.u32 %r9, %r9, %r6;\n{STORE}"
+    );
+    let out = run(&body, 1, 32, 1, 32, 0)?.1;
+    assert_eq!((out[4], out[5], out[6]), (510, 611, 611));
+    Ok(())
+}
+
+#[test]
+fn a_copy_that_arrives_at_an_mbarrier_is_known_to_its_own_thread() -> Result<(), Error> {
+    // The same thread copies to the same place again, once the mbarrier has told it of the first copy.
+    let copy = "cp.async.ca.shared.global [%r1], [%rd0+128], 4; cp.async.mbarrier.arrive.noinc.shared::cta.b64 [bar];";
+    let body = |wait: &str| {
+        format!(
+            "{}\nmov.u32 %r1, tile; mad.lo.u32 %r1, %r0, 4, %r1; {copy}\n{wait}\n{copy}\n\
+             V: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 1; @!%p1 bra V; ld.shared.u32 %r9, [%r1]; {STORE}",
+            init(32)
+        )
+    };
+    let wait = "W: mbarrier.try_wait.parity.shared::cta.b64 %p1, [bar], 0; @!%p1 bra W;";
+    for seed in 0..4 {
+        assert_eq!(kinds(&run(&body(wait), 1, 32, 1, 64, seed)?.0), []);
+        assert!(kinds(&run(&body(""), 1, 32, 1, 64, seed)?.0).contains(&FindingKind::MissingWait));
     }
     Ok(())
 }

@@ -101,19 +101,19 @@ fn harmless(subject: &Subject, mutant: &Mutant) -> Option<&'static str> {
         Kind::ZeroFill => subject
             .gives_the_same(&mutant.unwritten(subject.ptx())?, Lanes::Together)
             .then_some("the zeros are not used: with NaN in their place the result is the same"),
-        Kind::Guard if mutant.now.is_empty() => {
-            let target = mutant.was.rsplit(char::is_whitespace).next()?.trim_end_matches(';');
-            let end = at + lines[at..].iter().position(|l| l.strip_suffix(':') == Some(target))?;
-            let stores = |l: &&str| {
-                let op = l.split_whitespace().next().unwrap_or("");
-                !["ld.", "atom", "red", "cp.", "mbarrier", "bra", "@", "bar", "call"].iter().any(|x| op.starts_with(x))
-            };
-            lines[at + 1..end].iter().all(|l| stores(&l)).then_some(
-                "every lane stores the same value to the same place: stores that differ would be races, others faults",
+        // A guard orders nothing: it means what memory holds afterwards, and what would be a fault or a race.
+        Kind::Guard => {
+            let ptx = mutant.apply(subject.ptx());
+            let all = [Lanes::Together, Lanes::Ascending, Lanes::Descending];
+            all.iter().all(|lanes| subject.gives_the_same(&ptx, *lanes)).then_some(
+                "what it holds back is neither a fault nor unordered, and no byte comes out other, whichever lane goes first",
             )
         }
-        Kind::Guard
-        | Kind::Barrier
+        // The fence orders what was initialised for the other blocks of a cluster; bar.sync does for the own block.
+        Kind::Fence if mutant.was.starts_with("fence.mbarrier_init") && subject.blocks_are_alone() => {
+            Some("there are no clusters: bar.sync stands between the initialisation and every use")
+        }
+        Kind::Barrier
         | Kind::Fence
         | Kind::CopyWait
         | Kind::MbarrierWait

@@ -54,6 +54,9 @@ type Outcome = Result<(Vec<u8>, u64), Fault>;
 
 trait Program: Send + Sync {
     fn run(&self, ptx: &str, tokens: u64, spread: Spread, options: moec_sim::Options) -> Outcome;
+
+    /// Blocks of the largest cluster of a launch.
+    fn cluster(&self) -> u32;
 }
 
 /// Emitted PTX and how to run it.
@@ -112,8 +115,14 @@ impl Subject {
 
     fn outcome(&self, ptx: &str, run: &Run) -> Outcome {
         let (seed, max_instructions) = (run.seed, run.limit);
-        let options = moec_sim::Options { seed, max_instructions, ..moec_sim::Options::default() };
+        let options = moec_sim::Options { seed, max_instructions, first: true, ..moec_sim::Options::default() };
         self.program.run(ptx, run.tokens, run.spread, options)
+    }
+
+    /// Whether no kernel runs in clusters of more than one block.
+    #[must_use]
+    pub fn blocks_are_alone(&self) -> bool {
+        self.program.cluster() == 1
     }
 
     /// Whether other PTX gives the right result with every shape, the lanes of a warp going as told. Nothing is checked
@@ -123,7 +132,7 @@ impl Subject {
         self.runs.iter().filter(|run| run.seed == 0).all(|run| {
             // Of lanes that go apart, each instruction of a warp is up to thirty-two.
             let max_instructions = run.limit.saturating_mul(40);
-            let options = moec_sim::Options { seed: 0, check: false, max_instructions, lanes };
+            let options = moec_sim::Options { seed: 0, check: false, max_instructions, lanes, first: true };
             self.program.run(ptx, run.tokens, run.spread, options).is_ok_and(|(out, _)| out == run.expected)
         })
     }

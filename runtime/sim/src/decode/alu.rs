@@ -251,7 +251,6 @@ impl Decoder<'_> {
         if bits != 32 && bits != 64 {
             return self.unsupported("type");
         }
-        let zero = self.literal(0);
         let (a, b) = if p[0].starts_with("mad") {
             let (x, y, z) = (self.source(&o[1], ty)?, self.source(&o[2], ty)?, self.source(&o[3], ty)?);
             let k = match p[1] {
@@ -266,16 +265,17 @@ impl Decoder<'_> {
         } else {
             (self.source(&o[1], ty)?, self.source(&o[2], ty)?)
         };
-        let c = if reads { cc } else { zero };
         let d = self.dest(&o[0])?;
         let subtract = p[0].starts_with("sub");
+        // A subtraction adds the complement and one: its carry is set where nothing is borrowed. The manual speaks of
+        // a borrow, but what nvcc emits for 128-bit division adds this carry after a subtraction.
+        let c = if reads { cc } else { self.literal(u64::from(subtract)) };
         let imm = u64::from(bits == 64) | u64::from(subtract) << 1;
         fn sum(x: u64, y: u64, c: u64, i: u64) -> (u64, u64) {
             let bits = if i & 1 == 1 { 64 } else { 32 };
             let mask = if bits == 64 { u64::MAX } else { 0xffff_ffff };
-            let (x, y, c) = (u128::from(x & mask), u128::from(y & mask), u128::from(c & 1));
-            // After a subtraction the carry is a borrow.
-            let r = if i & 2 == 0 { x + y + c } else { x.wrapping_sub(y).wrapping_sub(c) };
+            let y = if i & 2 == 0 { y } else { !y };
+            let r = u128::from(x & mask) + u128::from(y & mask) + u128::from(c & 1);
             (r as u64 & mask, (r >> bits) as u64 & 1)
         }
         let t = self.temp(Ty::B64);

@@ -217,7 +217,8 @@ impl Decoder<'_> {
                     self.source(hint, Ty::U32)?;
                 }
                 let d = self.dest(&o[0])?;
-                (self.address(&o[1])?, Mbar::TestWait { d, state, parity: has("parity"), order: wait_order })
+                let suspends = *name == "try_wait";
+                (self.address(&o[1])?, Mbar::Wait { d, state, parity: has("parity"), suspends, order: wait_order })
             }
             "pending_count" => {
                 let state = self.source(&o[1], Ty::B64)?;

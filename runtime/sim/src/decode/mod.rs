@@ -295,14 +295,15 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    /// Finds the instructions that touch registers of wgmma.
+    /// Finds the instructions that touch registers of wgmma. Moves do not count: they are how a compiler names the same
+    /// value anew, and the assembler places them.
     fn mark_matrix(&mut self, start: usize) {
         let Code { insts, uses, defs, .. } = &mut *self.code;
         let of_wgmma = insts[start..].iter().filter_map(|i| if let Op::Wgmma(w) = &i.op { Some(w) } else { None });
         let registers: BTreeSet<Reg> = of_wgmma.flat_map(|w| w.d.iter().chain(&w.a).copied()).collect();
         for (i, inst) in insts.iter_mut().enumerate().skip(start) {
             let touches = || uses[i].iter().chain(&defs[i]).any(|r| registers.contains(r));
-            inst.matrix = !matches!(inst.op, Op::Wgmma(_)) && touches();
+            inst.matrix = !matches!(inst.op, Op::Wgmma(_)) && inst.class != Class::Move && touches();
         }
     }
 

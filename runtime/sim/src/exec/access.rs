@@ -205,16 +205,20 @@ impl Cluster<'_> {
             Conflict::Race { with } => {
                 (FindingKind::Race, with, format!("{verb} is not ordered with an access of another thread"))
             }
-            Conflict::MissingWait { with, waited: true } => {
-                self.conflict(t, Conflict::MissingWait { with, waited: false }, addr, write);
-                let text = format!("{verb} is not ordered with the thread that waited for the asynchronous operation");
-                (FindingKind::Race, with, text)
+            Conflict::MissingWait { with, waited } => {
+                // What is not awaited by this thread may be by another one, or be about to be overwritten: a race too.
+                if waited || write {
+                    let what = if waited {
+                        "the thread that waited for the asynchronous operation"
+                    } else {
+                        "an asynchronous operation"
+                    };
+                    let text = format!("{verb} is not ordered with {what}");
+                    self.report(FindingKind::Race, t.pc, t.at, t.lane, Some(addr), text, Some(with));
+                }
+                let text = format!("{verb} before the asynchronous operation on these bytes is known to be complete");
+                (FindingKind::MissingWait, with, text)
             }
-            Conflict::MissingWait { with, waited: false } => (
-                FindingKind::MissingWait,
-                with,
-                format!("{verb} before the asynchronous operation on these bytes is known to be complete"),
-            ),
             Conflict::MissingFence { with } => (
                 FindingKind::MissingFence,
                 with,

@@ -108,7 +108,7 @@ impl Cluster<'_> {
             }
             let Some(agent) = self.mbar_agent(at, l, pc, mb, mo as u32) else { continue };
             let plain = a.op == Rmw::Exch;
-            let t = Toucher { at, lane: l, pc, touch: if plain { Touch::Copy } else { a.order.scope_touch() }, agent };
+            let t = Toucher { at, lane: l, pc, touch: if plain { Touch::Copy } else { Touch::Reduce }, agent };
             self.touch(warp, t, Spot::Shared(b, o), total as u32, true, false);
             let values = a.b.iter().map(|r| get(warp, frame, *r, l)).collect();
             let what = FlightKind::Remote { to: (b, o as u32), values, ty: a.ty, op: a.op, mbar: (mb, mo as u32) };
@@ -140,12 +140,6 @@ impl Cluster<'_> {
     /// Component of an agent of a thread.
     pub(super) fn thread_agent(&mut self, a: Agent) -> u32 {
         self.agent(a).0
-    }
-}
-
-impl crate::op::Order {
-    fn scope_touch(self) -> Touch {
-        Touch::Strong(self.scope)
     }
 }
 

@@ -35,7 +35,7 @@ impl Cluster<'_> {
             other => other,
         };
         let addrs = addresses(warp, frame, place.1);
-        if let Mbar::TestWait { .. } = op {
+        if let Mbar::Wait { .. } = op {
             return self.wait(at, warp, gi, space, &addrs, op, m);
         }
         self.effects += 1;
@@ -97,7 +97,8 @@ impl Cluster<'_> {
                 );
             }
             Mbar::Inval => {
-                self.touch(warp, init, spot, 8, true, false);
+                // The last of the threads that count themselves down does it, for whole warps at a time.
+                self.touch(warp, strong, spot, 8, true, false);
                 match self.blocks[b].mbars.remove(&offset) {
                     Some(m) => {
                         if let Some(a) = self.agents.get_mut(&Agent::Mbarrier(b, offset)) {
@@ -158,7 +159,7 @@ impl Cluster<'_> {
                 self.touch(warp, strong, spot, 8, true, false);
                 self.arrive_after_copies(at, warp, l, pc, key, *no_increment);
             }
-            Mbar::TestWait { .. } | Mbar::PendingCount { .. } => {}
+            Mbar::Wait { .. } | Mbar::PendingCount { .. } => {}
         }
     }
 
@@ -218,6 +219,14 @@ impl Cluster<'_> {
         if m.pending != 0 || m.tx != 0 {
             return;
         }
+        let phase = (m.agent, m.time);
+        // Copies that are still under way were not expected: the phase tells nothing of them.
+        for f in self.flights.iter().filter(|_| self.env.check) {
+            for (block, offset, bytes) in f.what.counted_by(key) {
+                self.blocks[block].shadow.postpone(u64::from(offset), u64::from(bytes), phase.0, phase.1);
+            }
+        }
+        let Some(m) = self.blocks[key.0].mbars.get_mut(&key.1) else { return };
         m.phase += 1;
         m.pending = i64::from(m.count);
         // The copies of this phase are complete for those who see it, and what was known stays known.
@@ -235,7 +244,7 @@ impl Cluster<'_> {
     #[expect(clippy::too_many_arguments, reason = "one wait of a warp")]
     fn wait(&mut self, at: At, warp: &mut Warp, gi: usize, space: Where, addrs: &[u64; 32], op: &Mbar, m: u32) -> Flow {
         let (pc, frame) = (warp.groups[gi].pc, warp.groups[gi].frame);
-        let Mbar::TestWait { d, state, parity, order, .. } = op else { return Flow::Next };
+        let Mbar::Wait { d, state, parity, suspends, order } = op else { return Flow::Next };
         let mut results = [false; 32];
         let mut blocked = None;
         for l in lanes(m) {
@@ -256,13 +265,15 @@ impl Cluster<'_> {
             }
         }
         let any = lanes(m).any(|l| results[l]);
-        if let Some((block, offset, phase)) = blocked
-            && !any
-            && !warp.groups[gi].give_up
-        {
-            return Flow::Stay(State::Mbar { block, offset, phase });
-        }
         let gave_up = std::mem::take(&mut warp.groups[gi].give_up);
+        let failed = blocked.filter(|_| !any);
+        if let Some((block, offset, phase)) = failed {
+            // The time limit of a try is for the system to choose: the first try always runs into it.
+            let again = warp.groups[gi].tried == Some((block, offset, phase));
+            if *suspends && again && !gave_up && (self.env.seed.is_multiple_of(4) || !self.random().is_multiple_of(4)) {
+                return Flow::Stay(State::Mbar { block, offset, phase });
+            }
+        }
         for l in lanes(m) {
             set(warp, frame, *d, l, u64::from(results[l]));
             let Some(Spot::Shared(b, offset)) = self.shared_of(space, addrs[l], at) else { continue };
@@ -278,12 +289,14 @@ impl Cluster<'_> {
                 self.has_waited(agent, time);
             }
         }
-        if gave_up && !any {
-            // The wait fails for once, so that a loop around it may do something else.
+        if failed.is_some() {
+            // A turn for the others, so that a loop around the wait goes round no more often than it must.
             warp.spin = (pc, 0, 0);
-            if let Some(g) = warp.groups.get_mut(gi) {
-                g.state = State::Spin;
-            }
+            let e = &mut self.executed[pc as usize];
+            e.0 -= 1;
+            e.1 -= u64::from(m.count_ones());
+            let g = &mut warp.groups[gi];
+            (g.tried, g.quiet, g.state) = (failed, true, State::Spin);
         }
         Flow::Next
     }

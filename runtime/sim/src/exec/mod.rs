@@ -39,7 +39,7 @@ use state::{At, Block, Flight};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 /// Bytes of a page of the global shadow.
@@ -77,6 +77,8 @@ pub(crate) struct Env<'a> {
     pub(crate) hasty: AtomicBool,
     pub(crate) seed: u64,
     pub(crate) lanes: Lanes,
+    /// The first cluster with a finding, when the launch ends there.
+    pub(crate) found: Option<AtomicU32>,
     pub(crate) max_instructions: u64,
     pub(crate) executed: AtomicU64,
 }
@@ -231,6 +233,9 @@ impl<'e> Cluster<'e> {
     ) {
         let env = self.env;
         let inst = &env.code.insts[pc as usize];
+        if let Some(found) = &env.found {
+            found.fetch_min(self.id, Ordering::Relaxed);
+        }
         self.findings.add(Finding {
             kind,
             kernel: env.code.funcs[env.entry].name.clone(),

@@ -42,6 +42,7 @@ impl Cluster<'_> {
             others.map(|(_, g)| g.pc).min().unwrap_or(u32::MAX)
         };
         let watch = env.check && !warp.wgmma.acc.is_empty();
+        let mut counts = u64::from(!warp.groups[gi].quiet);
         loop {
             if *left == 0 || pc >= stop || (apart && !insts[pc as usize].op.meets()) {
                 warp.groups[gi].pc = pc;
@@ -53,8 +54,8 @@ impl Cluster<'_> {
             let frame = &mut warp.frames[frame_id as usize];
             let m = active(inst, &frame.regs, mask);
             let e = &mut self.executed[pc as usize];
-            e.0 += 1;
-            e.1 += u64::from(m.count_ones());
+            e.0 += counts;
+            e.1 += counts * u64::from(m.count_ones());
             if watch && m != 0 {
                 self.watch_registers(at, warp, frame_id, pc);
             }
@@ -80,14 +81,7 @@ impl Cluster<'_> {
                     } else {
                         warp.groups[gi].mask = mask & !m;
                         warp.groups[gi].pc = pc + 1;
-                        warp.groups.push(Group {
-                            pc: *target,
-                            frame: frame_id,
-                            depth,
-                            mask: m,
-                            state: State::Ready,
-                            give_up: false,
-                        });
+                        warp.groups.push(Group::new(*target, frame_id, depth, m));
                         return false;
                     }
                     if alone {
@@ -107,17 +101,17 @@ impl Cluster<'_> {
                 continue;
             }
             warp.groups[gi].pc = pc;
+            if counts == 0 {
+                counts = 1;
+                warp.groups[gi].quiet = false;
+                let e = &mut self.executed[pc as usize];
+                e.0 += 1;
+                e.1 += u64::from(m.count_ones());
+            }
             if m != mask && inst.op.splits() {
                 // The lanes whose guard is false go on by themselves.
                 warp.groups[gi].mask = m;
-                warp.groups.push(Group {
-                    pc: pc + 1,
-                    frame: frame_id,
-                    depth,
-                    mask: mask & !m,
-                    state: State::Ready,
-                    give_up: false,
-                });
+                warp.groups.push(Group::new(pc + 1, frame_id, depth, mask & !m));
             }
             match self.step(at, warp, gi, inst, m) {
                 Flow::Next => {

@@ -20,7 +20,8 @@ impl Cluster<'_> {
     pub(crate) fn run(&mut self, rounds: u32) -> Result<Turn, Error> {
         let mut any = false;
         for _ in 0..rounds {
-            if self.finished() {
+            let over = self.env.found.as_ref().is_some_and(|f| f.load(Relaxed) <= self.id);
+            if over || self.finished() {
                 return Ok(Turn::Done);
             }
             let before = self.effects;
@@ -216,15 +217,19 @@ impl Cluster<'_> {
             }
         }
         for (at, g) in stuck {
+            let pc = self.waiting_pc(at, &g);
+            let phase = "waits for a phase of an mbarrier that never completes";
             let what = match g.state {
                 State::Barrier { id, .. } => format!("waits at barrier {id} of the block for threads that never come"),
                 State::Cluster { .. } => "waits at the barrier of the cluster for threads that never come".into(),
-                State::Mbar { .. } => "waits for a phase of an mbarrier that never completes".into(),
+                State::Mbar { .. } => phase.into(),
+                State::Ready | State::Spin if matches!(self.env.code.insts[pc as usize].op, Op::Mbar { .. }) => {
+                    phase.into()
+                }
                 State::Gather => "waits for lanes of its warp that never come".into(),
                 State::Wgmma => "waits for warps of its warpgroup that never come".into(),
                 State::Ready | State::Spin => "loops for a value that nobody writes".into(),
             };
-            let pc = self.waiting_pc(at, &g);
             self.report(FindingKind::Deadlock, pc, at, g.mask.trailing_zeros() as usize, None, what, None);
         }
     }
@@ -247,6 +252,7 @@ fn merge(warp: &mut Warp, order: Lanes) {
             if a.pc == b.pc && a.frame == b.frame && a.depth == b.depth && free(a) && free(b) {
                 let b = warp.groups.swap_remove(j);
                 warp.groups[i].mask |= b.mask;
+                warp.groups[i].quiet &= b.quiet;
                 warp.groups[i].state = State::Ready;
             } else {
                 j += 1;

@@ -1,6 +1,6 @@
 //! Making clusters, blocks, warps and frames.
 
-use super::state::{At, Bar, Block, Frame, Group, State, Warp};
+use super::state::{At, Bar, Block, Frame, Group, Warp};
 use super::{Cluster, ClusterBar, Env, GlobalSync};
 use crate::clock::{Clock, Memo, View};
 use crate::memory::Plain;
@@ -87,7 +87,7 @@ impl<'e> Cluster<'e> {
             };
             let frame = self.new_frame(At { block: b, warp: w }, &mut warp, env.entry, 0, 0, 0, mask);
             let start = env.code.funcs[env.entry].start;
-            warp.groups.push(Group { pc: start, frame, depth: 0, mask, state: State::Ready, give_up: false });
+            warp.groups.push(Group::new(start, frame, 0, mask));
             self.blocks[b].warps.push(warp);
         }
     }

@@ -55,6 +55,17 @@ pub(crate) struct Group {
     pub(crate) state: State,
     /// A wait that is to fail once, since nothing else can happen.
     pub(crate) give_up: bool,
+    /// The phase of an mbarrier (block, offset, phases completed) for which a wait has failed already.
+    pub(crate) tried: Option<(usize, u32, u64)>,
+    /// On the way back to a wait that has failed: how often that happens depends on the schedule, so it does not count.
+    pub(crate) quiet: bool,
+}
+
+impl Group {
+    /// Lanes that can go on at `pc`.
+    pub(crate) fn new(pc: u32, frame: u32, depth: u32, mask: u32) -> Group {
+        Group { pc, frame, depth, mask, state: State::Ready, give_up: false, tried: None, quiet: false }
+    }
 }
 
 /// An activation of a function by some lanes of a warp.
@@ -225,6 +236,23 @@ pub(crate) enum FlightKind {
     Store { from: (usize, u32), dest: Source, bytes: u32, group: u32, reduce: Option<(Rmw, Ty)>, data: Option<Vec<u8>> },
     /// `st.async` and `red.async`.
     Remote { to: (usize, u32), values: Vec<u64>, ty: Ty, op: Rmw, mbar: (usize, u32) },
+}
+
+impl FlightKind {
+    /// Block, offset and bytes of what it writes to shared memory and an mbarrier (block, offset) counts.
+    pub(crate) fn counted_by(&self, key: (usize, u32)) -> Vec<(usize, u32, u32)> {
+        match self {
+            FlightKind::Load { targets, mbar, bytes, .. } => {
+                let counted = targets.iter().zip(mbar).filter(|(_, m)| **m == key);
+                counted.map(|((block, offset), _)| (*block, *offset, *bytes)).collect()
+            }
+            FlightKind::Exchange { to, mbar, bytes, .. } if *mbar == key => vec![(to.0, to.1, *bytes)],
+            FlightKind::Remote { to, values, ty, mbar, .. } if *mbar == key => {
+                vec![(to.0, to.1, values.len() as u32 * ty.bytes())]
+            }
+            FlightKind::Exchange { .. } | FlightKind::Remote { .. } | FlightKind::Store { .. } => Vec::new(),
+        }
+    }
 }
 
 /// The global side of a copy.

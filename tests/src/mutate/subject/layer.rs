@@ -1,13 +1,14 @@
-//! Layers of small models.
+//! Layers of small models and of the gallery.
 
 use super::{Fault, Outcome, Program, Spread, Subject};
+use crate::gallery::{self, Compiled, data, tokens_of};
 use moec::{Compiler, Target};
-use moec_abi::{BufferKind, DType, Manifest};
-use moec_runtime::{Artefact, Model, Random, Sim};
-use std::{collections::BTreeMap, sync::Arc};
+use moec_abi::{BufferKind, DType, Expr, Grid, Manifest};
+use moec_runtime::{Artefact, Model, Random, Sim, Tensors};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 /// Configs of one layer: widths that no tile divides, and numbers of experts that no warp does.
-const CONFIGS: [(&str, &str); 4] = [
+const CONFIGS: [(&str, &str); 6] = [
     (
         "mixtral bf16",
         r#"{"model_type": "mixtral", "hidden_act": "silu", "hidden_size": 72, "intermediate_size": 40,
@@ -36,41 +37,124 @@ const CONFIGS: [(&str, &str); 4] = [
         "num_local_experts": 5, "num_experts_per_tok": 2, "num_hidden_layers": 1, "num_attention_heads": 8,
         "num_key_value_heads": 8, "vocab_size": 32, "rms_norm_eps": 1e-5, "torch_dtype": "float32"}"#,
     ),
+    (
+        "deepseek fp8",
+        r#"{"model_type": "deepseek_v3", "hidden_act": "silu", "hidden_size": 160, "intermediate_size": 144,
+        "moe_intermediate_size": 144, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": null,
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": true, "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 0, "moe_layer_freq": 1,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]}, "num_hidden_layers": 1, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "vocab_size": 32, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"}"#,
+    ),
+    (
+        "gpt_oss mxfp4",
+        r#"{"model_type": "gpt_oss", "hidden_act": "silu", "hidden_size": 160, "intermediate_size": 96,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "experts_per_token": 2, "swiglu_limit": 7.0,
+        "quantization_config": {"quant_method": "mxfp4"}, "num_hidden_layers": 1, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "vocab_size": 32, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}"#,
+    ),
 ];
 
+/// The kernels of a layer that are mutated.
+#[derive(Clone, Copy)]
+enum Part {
+    /// Gate, plan and weighted sum: products have subjects of their own.
+    Around,
+    /// Grouped products.
+    Products,
+}
+
+/// Which configs, for which target, and which of their kernels.
+const SUBJECTS: [(usize, Target, Part); 8] = [
+    (0, Target::Sm80, Part::Around),
+    (1, Target::Sm90a, Part::Around),
+    (2, Target::Sm90a, Part::Around),
+    (3, Target::Sm80, Part::Around),
+    (4, Target::Sm89, Part::Products),
+    (4, Target::Sm90a, Part::Products),
+    (5, Target::Sm80, Part::Products),
+    (5, Target::Sm90a, Part::Products),
+];
+
+/// Files of `models/systems`, for these targets.
+const FORMS: [(&str, Target); 6] = [
+    ("peer_product_key", Target::Sm80),
+    ("monet_horizontal", Target::Sm90a),
+    ("selective_sinkhorn", Target::Sm80),
+    ("mixture_of_depths", Target::Sm90a),
+    ("mote_ternary", Target::Sm80),
+    ("vmoe_priority", Target::Sm89),
+];
+
+/// A compiled layer with its weights, and what it is given.
 struct Layer {
     manifest: Manifest,
-    weights: Random,
+    weights: Box<dyn Tensors>,
+    inputs: Box<dyn Fn(u64) -> Vec<Vec<u8>> + Send + Sync>,
 }
-
-/// Which of them, for which target.
-const SUBJECTS: [(usize, Target); 4] = [(0, Target::Sm80), (1, Target::Sm90a), (2, Target::Sm90a), (3, Target::Sm80)];
 
 pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
-    let named =
-        SUBJECTS.iter().map(|&(i, target)| (format!("{} {}", CONFIGS[i].0, target.name()), CONFIGS[i].1, target));
-    named
-        .filter(|(name, ..)| name.contains(filter))
-        .map(|(name, config, target)| {
-            let mut subject = subject(&name, config, target, seeds);
-            // Products are subjects of their own.
-            subject.mutated = |entry| !entry.contains("_up") && !entry.contains("_down");
-            subject
-        })
-        .collect()
+    let mut all = Vec::new();
+    for (config, target, part) in SUBJECTS {
+        let (name, text) = CONFIGS[config];
+        let name = format!("{name} {}", target.name());
+        if name.contains(filter) {
+            all.push(of_config(&name, text, target, part, seeds));
+        }
+    }
+    for (file, target) in FORMS {
+        let name = format!("{file} {}", target.name());
+        if name.contains(filter) {
+            all.push(of_file(&name, file, target, seeds));
+        }
+    }
+    all
 }
 
-fn subject(name: &str, config: &str, target: Target, seeds: u64) -> Subject {
+fn is_product(entry: &str) -> bool {
+    entry.contains("_up") || entry.contains("_down")
+}
+
+fn of_config(name: &str, config: &str, target: Target, part: Part, seeds: u64) -> Subject {
     let model = moec_frontend::read_config(config, name).unwrap_or_else(|e| panic!("{name}: {e:?}"));
     let compiler = Compiler { targets: vec![target], ..Compiler::default() };
     let artefact = compiler.compile(&model).unwrap_or_else(|e| panic!("{name}: {e}"));
-    let program = artefact.manifest.programs.first().expect("a layer has a program");
+    let program = artefact.manifest.programs.first().expect("a layer has a program").clone();
     let prefix = program.prefixes.first().map_or("", String::as_str);
     let weights = Random::new(&program.slots, prefix, 7).unwrap_or_else(|e| panic!("{name}: {e}"));
     let ptx = String::from_utf8(artefact.files[&program.code].clone()).expect("PTX is text");
-    let layer = Layer { manifest: artefact.manifest.clone(), weights };
-    let shapes = [(3, Spread::Skewed), (19, Spread::Skewed)];
-    Subject::new(name, ptx, Box::new(layer), &shapes, seeds)
+    let inputs = move |tokens| {
+        let mut numbers = super::product::Numbers(tokens);
+        let given = program.buffers.iter().filter(|b| matches!(b.kind, BufferKind::Input { .. }));
+        given.map(|b| numbers.bytes(b.dtype, bytes(&b.shape, b.dtype, tokens) / b.dtype.bytes() as usize)).collect()
+    };
+    let layer = Layer { manifest: artefact.manifest.clone(), weights: Box::new(weights), inputs: Box::new(inputs) };
+    let mut subject = Subject::new(name, ptx, Box::new(layer), &[(1, Spread::Skewed), (19, Spread::Skewed)], seeds);
+    subject.mutated = match part {
+        Part::Around => |entry| !is_product(entry),
+        Part::Products => is_product,
+    };
+    subject
+}
+
+fn of_file(name: &str, file: &str, target: Target, seeds: u64) -> Subject {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/systems").join(file).with_extension("json");
+    let graph = gallery::graph(&path);
+    let sim = Arc::new(Sim::new(moec_sim::Options::default()));
+    let compiled = Compiled::new(&graph, target, sim).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let ptx = String::from_utf8(compiled.artefact.files[&compiled.program().code].clone()).expect("PTX is text");
+    let tokens = tokens_of(&graph, 7);
+    let of = move |tokens| data(&graph, tokens, 7, gallery::Numbers::Small);
+    let weights = Box::new(of(tokens).stored);
+    let inputs = Box::new(move |tokens| of(tokens).inputs);
+    let layer = Layer { manifest: compiled.artefact.manifest.clone(), weights, inputs };
+    Subject::new(name, ptx, Box::new(layer), &[(tokens, Spread::Skewed)], seeds)
+}
+
+fn bytes(shape: &[Expr], dtype: DType, tokens: u64) -> usize {
+    let elements: u64 = shape.iter().map(|d| d.eval(tokens).expect("shapes are small")).product();
+    usize::try_from(elements * dtype.bytes()).expect("shapes are small")
 }
 
 impl Program for Layer {
@@ -81,21 +165,11 @@ impl Program for Layer {
         let sim = Arc::new(Sim::new(options));
         let model = Model::new(Arc::new(artefact), Arc::clone(&sim) as _);
         let run = || {
-            let layer = model.layer(program.layers[0], &self.weights)?;
-            let bytes = |shape: &[moec_abi::Expr], dtype: DType| {
-                let elements: u64 = shape.iter().map(|d| d.eval(tokens).expect("shapes are small")).product();
-                usize::try_from(elements * dtype.bytes()).expect("shapes are small")
-            };
-            let mut numbers = super::product::Numbers(tokens);
-            let inputs: Vec<Vec<u8>> = layer
-                .inputs()?
-                .iter()
-                .map(|b| numbers.bytes(b.dtype, bytes(&b.shape, b.dtype) / b.dtype.bytes() as usize))
-                .collect();
-            let mut outputs: Vec<Vec<u8>> =
-                layer.outputs()?.iter().map(|b| vec![0xff; bytes(&b.shape, b.dtype)]).collect();
-            debug_assert!(layer.outputs()?.iter().all(|b| matches!(b.kind, BufferKind::Output { .. })));
+            let layer = model.layer(program.layers[0], &*self.weights)?;
+            let inputs = (self.inputs)(tokens);
             let inputs: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
+            let mut outputs: Vec<Vec<u8>> =
+                layer.outputs()?.iter().map(|b| vec![0xff; bytes(&b.shape, b.dtype, tokens)]).collect();
             // Twice, so that the first kernel has a launch before it, too.
             for _ in 0..2 {
                 layer.launch(tokens, &inputs, &mut outputs.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>())?;
@@ -106,5 +180,13 @@ impl Program for Layer {
             Ok(out) => Ok((out, sim.take_counts().total.warp_instructions)),
             Err(error) => Err(Fault::of(&sim.take_findings(), || error.message)),
         }
+    }
+
+    fn cluster(&self) -> u32 {
+        let blocks = |grid: &Grid| match grid {
+            Grid::Gpu(grid) => grid.cluster.iter().product(),
+            Grid::Cpu(_) => 1,
+        };
+        self.manifest.programs[0].launches.iter().map(|l| blocks(&l.grid)).max().unwrap_or(1)
     }
 }

@@ -59,14 +59,21 @@ pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
         all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80, 0), "simt", Target::Sm80, seeds, filter));
     }
     for spec in [up(DType::Bf16, 584), down(DType::Bf16, 584)] {
-        all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80, 0), "mma", Target::Sm80, seeds, filter));
-        let hopper = Target::Sm90a;
-        if let Some((schedule, _)) = gpu::decode(&spec, hopper) {
-            all.extend(modes(&spec, &schedule, "decode", hopper, seeds, filter));
+        for target in [Target::Sm80, Target::Sm89] {
+            all.extend(modes(&spec, &gpu::schedule(&spec, target, 0), "mma", target, seeds, filter));
         }
+        for target in [Target::Sm80, Target::Sm90a] {
+            if let Some((schedule, _)) = gpu::decode(&spec, target) {
+                all.extend(modes(&spec, &schedule, "decode", target, seeds, filter));
+            }
+        }
+    }
+    // Tiles of fewer steps than the ring has stages: warps of different tiles are under way at once.
+    for spec in [up(DType::Bf16, 200), down(DType::Bf16, 200)] {
+        let hopper = Target::Sm90a;
         if let Some(schedule) = gpu::specialised(&spec, hopper) {
-            // So few blocks walk from tile to tile.
-            let schedule = gpu::Schedule { walk: Some(5), ..schedule };
+            // One block walks through all tiles, so that its ring is filled again and again.
+            let schedule = gpu::Schedule { walk: Some(1), ..schedule };
             all.extend(modes(&spec, &schedule, "wgmma", hopper, seeds, filter));
         }
     }
@@ -143,6 +150,20 @@ impl Product {
         offsets
     }
 
+    /// Rows of the operand. Some start with an infinity: what reads past the end of the row before gets a NaN from it,
+    /// even where weights are zero.
+    fn operand(&self, numbers: &mut Numbers, rows: u64) -> Vec<u8> {
+        let spec = &self.spec;
+        let size = spec.a.bytes() as usize;
+        let mut out = numbers.bytes(spec.a, (rows * spec.a_stride) as usize);
+        // The upper bytes of an f32 are a bf16.
+        let infinity = &f32::INFINITY.to_le_bytes()[4 - size..];
+        for row in out.chunks_exact_mut(spec.a_stride as usize * size).skip(1).step_by(3) {
+            row[..size].copy_from_slice(infinity);
+        }
+        out
+    }
+
     /// Packed weights: padding is zero, as the runtime leaves it.
     fn weights(&self, numbers: &mut Numbers) -> Vec<u8> {
         let spec = &self.spec;
@@ -162,7 +183,49 @@ impl Product {
     }
 }
 
+/// A buffer that another launch of the program writes or reads.
+struct Shared {
+    address: u64,
+    bytes: u64,
+}
+
+/// A kernel that copies each pair of buffers, word by word, once the launches before have ended. Its parameters are
+/// the two addresses and the words of each pair.
+fn copying(pairs: usize) -> String {
+    let mut text = String::from(".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry copy(");
+    let parameters = (0..pairs).map(|i| format!(".param .u64 to{i}, .param .u64 from{i}, .param .u32 words{i}"));
+    text += &parameters.collect::<Vec<_>>().join(", ");
+    text += ")\n{\n.reg .pred %p;\n.reg .b32 %i, %n, %v;\n.reg .b64 %to, %from, %by, %a;\ngriddepcontrol.wait;\n";
+    for i in 0..pairs {
+        text += &format!(
+            "ld.param.u64 %to, [to{i}];\nld.param.u64 %from, [from{i}];\nld.param.u32 %n, [words{i}];\n\
+             mov.u32 %i, %tid.x;\nLOOP{i}:\nsetp.ge.u32 %p, %i, %n;\n@%p bra END{i};\nmul.wide.u32 %by, %i, 4;\n\
+             add.s64 %a, %from, %by;\nld.global.b32 %v, [%a];\nadd.s64 %a, %to, %by;\nst.global.b32 [%a], %v;\n\
+             add.u32 %i, %i, 256;\nbra LOOP{i};\nEND{i}:\n"
+        );
+    }
+    text + "griddepcontrol.launch_dependents;\nret;\n}\n"
+}
+
+/// Launches [`copying`] of buffers to others.
+fn copy(
+    memory: &mut Memory,
+    pairs: &[[&Shared; 2]],
+    dependent: bool,
+    options: &moec_sim::Options,
+) -> Result<moec_sim::Report, moec_sim::Error> {
+    let words = |s: &Shared| u32::try_from(s.bytes / 4).expect("buffers are small");
+    let args = pairs.iter().flat_map(|[to, from]| [Arg::U64(to.address), Arg::U64(from.address), Arg::U32(words(to))]);
+    let [grid, cluster] = [[1, 1, 1]; 2];
+    let args = args.collect();
+    let launch = Launch { entry: "copy", grid, block: [256, 1, 1], cluster, dynamic_shared: 0, dependent, args };
+    moec_sim::launch(&Module::parse(&copying(pairs.len()))?, memory, &launch, options)
+}
+
 impl Program for Product {
+    /// The product among other launches: two that write what the kernels before it write, and one that reads that and
+    /// its result. A product of sorted rows comes behind the one that made the rows, others come behind the sort.
+    /// Where the product may start early, so may its neighbours.
     fn run(&self, ptx: &str, tokens: u64, spread: Spread, options: moec_sim::Options) -> Outcome {
         let error = |e: moec_sim::Error| Fault::of(&[], || e.to_string());
         let module = Module::parse(ptx).map_err(error)?;
@@ -172,44 +235,48 @@ impl Program for Product {
         let rows = self.rows(tokens);
         let operand_rows = if spec.rows == RowSource::Gathered { tokens } else { rows };
         let words = |v: Vec<u32>| v.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
-        let mut put = |bytes: &[u8]| {
-            let address = memory.alloc(bytes.len() as u64, 256);
-            memory.write(address, bytes).map(|()| address)
-        };
+        let (mut given, mut made) = (Vec::new(), Vec::new());
         let mut args = Vec::new();
-        let mut out = None;
         for parameter in schedule.parameters(spec) {
-            args.push(match parameter {
-                gpu::Parameter::Operand => {
-                    let elements = operand_rows * spec.a_stride;
-                    Arg::U64(put(&numbers.bytes(spec.a, elements as usize)).map_err(error)?)
-                }
-                gpu::Parameter::Weights => Arg::U64(put(&self.weights(&mut numbers)).map_err(error)?),
-                gpu::Parameter::WeightMap => {
-                    let base = put(&self.weights(&mut numbers)).map_err(error)?;
-                    Arg::TensorMap(tensor_map(&schedule.weight_map(spec, 0), base))
+            let bytes = match parameter {
+                gpu::Parameter::Operand => self.operand(&mut numbers, operand_rows),
+                gpu::Parameter::Weights | gpu::Parameter::WeightMap => {
+                    let weights = self.weights(&mut numbers);
+                    let base = memory.alloc(weights.len() as u64, 256);
+                    memory.write(base, &weights).map_err(error)?;
+                    args.push(match parameter {
+                        gpu::Parameter::Weights => Arg::U64(base),
+                        _ => Arg::TensorMap(tensor_map(&schedule.weight_map(spec, 0), base)),
+                    });
+                    continue;
                 }
                 gpu::Parameter::Scales
                 | gpu::Parameter::Zeros
                 | gpu::Parameter::Bias
                 | gpu::Parameter::Given(_)
                 | gpu::Parameter::GivenMap(_) => unreachable!("these products have neither codes nor biases"),
-                gpu::Parameter::Offsets => Arg::U64(put(&words(self.offsets(tokens, spread))).map_err(error)?),
+                gpu::Parameter::Offsets => words(self.offsets(tokens, spread)),
                 gpu::Parameter::Map => {
-                    let map = (0..rows).map(|r| u32::try_from(r * 7 % tokens).expect("few tokens")).collect();
-                    Arg::U64(put(&words(map)).map_err(error)?)
+                    words((0..rows).map(|r| u32::try_from(r * 7 % tokens).expect("few tokens")).collect())
                 }
-                gpu::Parameter::Scale => Arg::U64(put(&numbers.bytes(DType::F32, rows as usize)).map_err(error)?),
-                gpu::Parameter::Out => {
-                    out = Some(args.len());
-                    Arg::U64(0)
+                gpu::Parameter::Scale => numbers.bytes(DType::F32, rows as usize),
+                gpu::Parameter::Out => Vec::new(),
+                gpu::Parameter::Tokens => {
+                    args.push(Arg::U64(tokens));
+                    continue;
                 }
-                gpu::Parameter::Tokens => Arg::U64(tokens),
-            });
+            };
+            let result = rows * spec.out_stride * spec.out.bytes();
+            let size = if parameter == gpu::Parameter::Out { result } else { bytes.len() as u64 };
+            let [place, copy] = [0, 1].map(|_| Shared { address: memory.alloc(size, 256), bytes: size });
+            args.push(Arg::U64(place.address));
+            if parameter == gpu::Parameter::Out {
+                made.push([copy, place]);
+            } else {
+                memory.write(copy.address, &bytes).map_err(error)?;
+                given.push((parameter, [place, copy]));
+            }
         }
-        let bytes = rows * spec.out_stride * spec.out.bytes();
-        let result = memory.alloc(bytes, 256);
-        args[out.expect("a product has a result")] = Arg::U64(result);
         let grid = schedule.grid(spec);
         let launch = Launch {
             entry: &spec.symbol,
@@ -217,14 +284,36 @@ impl Program for Product {
             block: grid.threads,
             cluster: grid.cluster,
             dynamic_shared: grid.shared,
-            dependent: false,
+            dependent: schedule.dependent,
             args,
         };
-        let report = moec_sim::launch(&module, &mut memory, &launch, &options).map_err(error)?;
-        if !report.findings.is_empty() {
-            return Err(Fault::of(&report.findings, String::new));
+        let fine = |report: &moec_sim::Report| match report.findings.as_slice() {
+            [] => Ok(()),
+            findings => Err(Fault::of(findings, String::new)),
+        };
+        let operand_last = spec.rows == RowSource::Sorted;
+        for last in [false, true] {
+            let now =
+                given.iter().filter(|(parameter, _)| (*parameter == gpu::Parameter::Operand) == (last == operand_last));
+            let now: Vec<_> = now.map(|(_, [place, copy])| [place, copy]).collect();
+            fine(&copy(&mut memory, &now, last && schedule.dependent, &options).map_err(error)?)?;
         }
-        Ok((memory.read(result, bytes).map_err(error)?, report.counts.warp_instructions))
+        let report = moec_sim::launch(&module, &mut memory, &launch, &options).map_err(error)?;
+        fine(&report)?;
+        let seen: Vec<Shared> =
+            given.iter().map(|(_, [place, _])| Shared { address: memory.alloc(place.bytes, 256), ..*place }).collect();
+        let read = seen.iter().zip(&given).map(|(to, (_, [from, _]))| [to, from]);
+        let after: Vec<_> = made.iter().map(|[to, from]| [to, from]).chain(read).collect();
+        fine(&copy(&mut memory, &after, schedule.dependent, &options).map_err(error)?)?;
+        let mut out = Vec::new();
+        for [to, _] in after {
+            out.extend(memory.read(to.address, to.bytes).map_err(error)?);
+        }
+        Ok((out, report.counts.warp_instructions))
+    }
+
+    fn cluster(&self) -> u32 {
+        self.schedule.grid(&self.spec).cluster.iter().product()
     }
 }
 
