@@ -87,7 +87,9 @@ impl<'c> Kernel<'_, 'c> {
             b.if_(b.cmpi("sgt", rows.count, b.i32(0)), || self.decode_tile(rows, column_tile));
         });
         // A block without rows must not end first either: the launch after relies on all before this one.
-        self.wait_for_predecessor();
+        if !self.spec.follows() {
+            self.wait_for_predecessor();
+        }
     }
 
     /// 16-row units of packed weights of the block.

@@ -14,6 +14,8 @@ use std::rc::Rc;
 /// One access, as the detector sees it.
 pub(crate) struct Access<'a> {
     pub(crate) view: &'a View,
+    /// The threads of the warp, where all of them do it together and know the same of others.
+    pub(crate) peers: Option<&'a [View]>,
     /// Cluster, component, block in the cluster and threads of a block of the issuing thread.
     pub(crate) cluster: u32,
     pub(crate) me: u32,
@@ -135,7 +137,7 @@ impl Access<'_> {
             return clock.foreign.get(&e.cluster()).is_some_and(|f| f.get(c as usize).is_some_and(|t| *t >= e.time()));
         }
         if c == self.me {
-            return e.time() <= own;
+            return e.time() <= own.max(clock.get(c));
         }
         if c == self.me + self.view.threads {
             // Its own wait, or an mbarrier that its copies arrive at.
@@ -144,11 +146,28 @@ impl Access<'_> {
         clock.get(c) >= e.time()
     }
 
+    /// The view of a thread of the own warp, where all of them take part, by its component or that of its `cp.async`.
+    fn peer(&self, e: Epoch, lane: u32) -> Option<(&View, bool)> {
+        let (peers, c) = (self.peers?, e.component() + lane);
+        if e.cluster() != self.cluster & 0x3f_ffff {
+            return None;
+        }
+        let of = |first: u32| c.checked_sub(first).and_then(|l| peers.get(l as usize));
+        of(self.warp).map(|v| (v, false)).or_else(|| Some((of(self.warp + self.view.threads)?, true)))
+    }
+
     fn ordered(&self, e: Epoch, lane: u32) -> bool {
+        if let Some((view, copies)) = self.peer(e, lane) {
+            return !copies || e.time() <= view.copied.max(self.view.v.get(e.component() + lane));
+        }
         self.known(&self.view.v, u32::MAX, self.view.copied, e, lane)
     }
 
     fn fenced(&self, e: Epoch) -> bool {
+        if let Some((view, copies)) = self.peer(e, 0) {
+            let own = if copies { view.p_copied } else { view.p_own };
+            return e.time() <= own.max(self.view.p.get(e.component()));
+        }
         self.known(&self.view.p, self.view.p_own, self.view.p_copied, e, 0)
     }
 
@@ -188,7 +207,8 @@ impl Access<'_> {
         }
     }
 
-    fn reader(&self) -> (Epoch, u32) {
+    /// As whom it is noted as a reader.
+    pub(crate) fn reader(&self) -> (Epoch, u32) {
         if self.touch.is_async() {
             (Epoch::new(self.touch, self.cluster, self.agent, self.agent_time), 1)
         } else {
@@ -521,6 +541,7 @@ mod tests {
         Access {
             memo,
             view,
+            peers: None,
             cluster: 0,
             me,
             warp: me & !31,

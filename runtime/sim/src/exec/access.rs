@@ -151,6 +151,7 @@ impl Cluster<'_> {
         }
         let access = shadow::Access {
             view: &warp.views[t.lane],
+            peers: None,
             cluster: self.id,
             me,
             warp: me - t.lane as u32,

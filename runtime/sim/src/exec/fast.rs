@@ -89,6 +89,7 @@ impl Cluster<'_> {
             let me = base + l as u32;
             let access = shadow::Access {
                 view,
+                peers: None,
                 cluster,
                 me,
                 warp: base,

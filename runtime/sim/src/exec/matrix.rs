@@ -10,7 +10,7 @@ use super::state::{At, Warp};
 use super::{Cluster, lanes};
 use crate::clock::Touch;
 use crate::num::{self, Round};
-use crate::op::{Elem, Inst, Mma, Op};
+use crate::op::{Elem, Inst, Mma, Op, V};
 use crate::report::FindingKind;
 
 impl Cluster<'_> {
@@ -167,19 +167,19 @@ fn place(lane: usize, reg: usize, per: usize, groups: usize) -> (usize, usize) {
     (lane / 4 + 8 * (reg % groups), lane % 4 * per + 4 * per * (reg / groups))
 }
 
-/// Largest rows, columns and depth of an operation.
+/// Rows and columns of the largest operations.
 const M: usize = 16;
 const N: usize = 8;
-const K: usize = 32;
 
-/// An operand as rows of values.
-fn fetch(list: &[u32], e: Elem, rows: usize, k: usize, regs: &[crate::op::V]) -> [f64; M * K] {
-    let mut out = [0f64; M * K];
+/// An operand of `groups` times eight rows, as rows of `K` values.
+#[inline(always)]
+fn fetch<const R: usize, const K: usize>(list: &[u32], e: Elem, groups: usize, regs: &[V]) -> [[f64; K]; R] {
+    let mut out = [[0f64; K]; R];
     let (bits, per) = (8 * e.bytes(), (4 / e.bytes() as usize).max(1));
     for (i, r) in list.iter().enumerate() {
         for (lane, v) in regs[*r as usize].iter().enumerate() {
-            let (row, col) = place(lane, i, per, rows / 8);
-            let to = &mut out[row * k + col..][..per];
+            let (row, col) = place(lane, i, per, groups);
+            let to = &mut out[row][col..][..per];
             match e {
                 Elem::Bf16 => {
                     to[0] = f64::from(f32::from_bits((*v as u32) << 16));
@@ -192,33 +192,55 @@ fn fetch(list: &[u32], e: Elem, rows: usize, k: usize, regs: &[crate::op::V]) ->
     out
 }
 
-/// `dots[i][j] = start[i][j] + sum over k of a[i][k] * b[j][k]`, in the order of k.
-fn products(a: &[f64; M * K], b: &[f64; M * K], (m, n, k): (usize, usize, usize), dots: &mut [[f64; N]; M]) {
+/// `dots[i][j] = sum over k of a[i][k] * b[j][k]`, in the order of k.
+#[inline(always)]
+fn products<const K: usize>(a: &[[f64; K]; M], b: &[[f64; K]; N]) -> [[f64; N]; M] {
     // B by columns, so that a row of results is one vector.
-    let mut columns = [[0f64; N]; K];
-    for (j, row) in b.chunks_exact(k).take(n).enumerate() {
-        row.iter().enumerate().for_each(|(x, v)| columns[x][j] = *v);
-    }
-    for (i, out) in dots.iter_mut().take(m).enumerate() {
-        for (x, column) in columns.iter().take(k).enumerate() {
-            let v = a[i * k + x];
+    let columns: [[f64; N]; K] = std::array::from_fn(|x| b.map(|row| row[x]));
+    a.map(|row| {
+        let mut out = [0f64; N];
+        for (v, column) in row.iter().zip(&columns) {
             out.iter_mut().zip(column).for_each(|(o, c)| *o += v * c);
         }
-    }
+        out
+    })
 }
 
 fn mma(warp: &mut Warp, frame: u32, op: &Mma) {
     let regs = &mut warp.frames[frame as usize].regs;
-    let (m, n, k) = (op.m, op.n, op.k);
-    let a = fetch(&op.a, op.a_ty, m, k, regs);
-    let b = fetch(&op.b, op.b_ty, n, k, regs);
-    let mut dots = [[0f64; N]; M];
-    if op.c_ty != Elem::F64 {
-        products(&a, &b, (m, n, k), &mut dots);
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has what the function was compiled for.
+        return unsafe { mma_512(regs, op) };
     }
+    mma_of_depth(regs, op);
+}
+
+/// With wider vectors. Products and sums stay apart, so that every width rounds alike.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn mma_512(regs: &mut [V], op: &Mma) {
+    mma_of_depth(regs, op);
+}
+
+#[inline(always)]
+fn mma_of_depth(regs: &mut [V], op: &Mma) {
+    match op.k {
+        0..=4 => mma_of::<4>(regs, op),
+        5..=8 => mma_of::<8>(regs, op),
+        9..=16 => mma_of::<16>(regs, op),
+        _ => mma_of::<32>(regs, op),
+    }
+}
+
+#[inline(always)]
+fn mma_of<const K: usize>(regs: &mut [V], op: &Mma) {
+    let a: [[f64; K]; M] = fetch(&op.a, op.a_ty, op.m / 8, regs);
+    let b: [[f64; K]; N] = fetch(&op.b, op.b_ty, 1, regs);
+    let dots = if op.c_ty == Elem::F64 { [[0.0; N]; M] } else { products(&a, &b) };
     // All of them before the first is written: a result may take the place of another's addend.
-    let mut results: Vec<crate::op::V> = vec![[0; 32]; op.d.len()];
-    for (i, out) in results.iter_mut().enumerate() {
+    let mut results = [[0; 32]; 4];
+    for (i, out) in results.iter_mut().enumerate().take(op.d.len()) {
         for (lane, o) in out.iter_mut().enumerate() {
             let c = regs[op.c[i] as usize][lane];
             let (g, t) = (lane / 4, lane % 4 * 2);
@@ -233,7 +255,7 @@ fn mma(warp: &mut Warp, frame: u32, op: &Mma) {
                     };
                     one(0) | one(1)
                 }
-                Elem::F64 => (0..k).fold(f64::from_bits(c), |s, x| a[row * k + x].mul_add(b[col * k + x], s)).to_bits(),
+                Elem::F64 => (0..K).fold(f64::from_bits(c), |s, x| a[row][x].mul_add(b[col][x], s)).to_bits(),
                 Elem::S32 => accumulate_int(c, dots[row][col] as i64, op.satfinite),
                 _ => {
                     let s = f64::from(f32::from_bits(c as u32)) + dots[row][col];

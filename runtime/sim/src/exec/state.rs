@@ -112,8 +112,40 @@ pub(crate) struct WgmmaQueue {
     /// A `wgmma.fence` stands between the registers' last other use and the next operation.
     pub(crate) fenced: bool,
     /// Last group that writes (or, for A, reads) a register, by frame and register.
-    pub(crate) acc: BTreeMap<(u32, u32), u32>,
-    pub(crate) a_regs: BTreeMap<(u32, u32), u32>,
+    pub(crate) acc: InFlight,
+    pub(crate) a_regs: InFlight,
+}
+
+/// For the registers of each frame, one more than the last group of matrix operations that uses them and has not been
+/// awaited; zero for the others.
+#[derive(Debug, Default)]
+pub(crate) struct InFlight(BTreeMap<u32, Vec<u32>>);
+
+impl InFlight {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn insert(&mut self, frame: u32, registers: &[u32], group: u32) {
+        let Some(last) = registers.iter().max() else { return };
+        let groups = self.0.entry(frame).or_default();
+        if groups.len() <= *last as usize {
+            groups.resize(*last as usize + 1, 0);
+        }
+        registers.iter().for_each(|r| groups[*r as usize] = group + 1);
+    }
+
+    pub(crate) fn contains(&self, frame: u32, register: u32) -> bool {
+        self.0.get(&frame).is_some_and(|groups| groups.get(register as usize).is_some_and(|g| *g != 0))
+    }
+
+    /// The first so many groups have been awaited.
+    pub(crate) fn complete(&mut self, groups: u32) {
+        self.0.retain(|_, of| {
+            of.iter_mut().for_each(|g| *g = if *g > groups { *g } else { 0 });
+            of.iter().any(|g| *g != 0)
+        });
+    }
 }
 
 /// A `wgmma` as issued.

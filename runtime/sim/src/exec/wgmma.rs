@@ -6,12 +6,13 @@
 use super::access::{Spot, Toucher};
 use super::matrix::{accumulate_int, value};
 use super::run::Flow;
-use super::state::{At, PendingWgmma, State, Warp};
+use super::state::{At, Block, PendingWgmma, State, Warp};
 use super::{Agent, Cluster};
 use crate::clock::{Sync, Touch, View};
 use crate::num::{self, Round};
 use crate::op::{Elem, NONE, Op, Wgmma};
 use crate::report::FindingKind;
+use crate::shadow::{self, LINE};
 use crate::tensormap::Swizzle;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -72,6 +73,10 @@ struct Operand {
 /// with nothing in between, multiply by the same ones.
 type Shared = BTreeMap<(u64, usize, u8, bool), Vec<f32>>;
 
+/// Largest depth and number of columns of an operation.
+const MOST_K: usize = 32;
+const MOST_N: usize = 256;
+
 fn table(e: Elem) -> Option<&'static [f32; 256]> {
     static E4M3: OnceLock<[f32; 256]> = OnceLock::new();
     static E5M2: OnceLock<[f32; 256]> = OnceLock::new();
@@ -125,11 +130,18 @@ impl Cluster<'_> {
             }
             let m = &self.blocks[block].smem;
             let words = [m.load(at, 8), m.load(at + 8, 8)];
-            for i in 0..per {
-                let bit = i * bytes as usize * 8;
-                let v = element(e, words[bit / 64] >> (bit % 64) & super::access::ones(bytes as u32));
+            let mut put = |i: usize, v: f32| {
                 let (mn, kk) = if mn_major { (mn + i, kk) } else { (mn, kk + i) };
                 out.values[kk * n + mn] = v;
+            };
+            if e == Elem::Bf16 {
+                (0..8).for_each(|i| put(i, f32::from_bits(((words[i / 4] >> (i % 4 * 16)) as u32) << 16)));
+            } else {
+                let ones = super::access::ones(bytes as u32);
+                for i in 0..per {
+                    let bit = i * bytes as usize * 8;
+                    put(i, element(e, words[bit / 64] >> (bit % 64) & ones));
+                }
             }
         };
         if mn_major {
@@ -190,12 +202,8 @@ impl Cluster<'_> {
         if self.env.check {
             self.check_operands(at, warp, pc, first, &pending);
         }
-        for r in &op.d {
-            warp.wgmma.acc.insert((frame, *r), pending.group);
-        }
-        for r in &op.a {
-            warp.wgmma.a_regs.insert((frame, *r), pending.group);
-        }
+        warp.wgmma.acc.insert(frame, &op.d, pending.group);
+        warp.wgmma.a_regs.insert(frame, &op.a, pending.group);
         warp.wgmma.queue.push_back(pending);
         if self.env.seed % 4 == 1 {
             self.run_wgmma(at, warp, u32::MAX, &mut Shared::default());
@@ -216,40 +224,61 @@ impl Cluster<'_> {
         if rank == 0 {
             parts.push(self.operand(at.block, w.b_desc, 0..op.n, op.k, op.b_ty, op.trans_b, false));
         }
+        let outside = parts.iter().find_map(|p| p.outside);
+        if outside.is_some() {
+            let text = "an operand of wgmma reaches outside shared memory";
+            self.report(FindingKind::OutOfBounds, pc, at, lane, outside, text, None);
+        }
         // The operation comes after everything that each of its threads has done.
-        let mut sync = Sync::default();
         let base = self.component(at, 0);
-        for l in super::lanes(warp.live) {
-            sync.add(base + l as u32, &warp.views[l]);
+        let view = &warp.views[lane];
+        let alike = |v: &View| Rc::ptr_eq(&v.v, &view.v) && Rc::ptr_eq(&v.p, &view.p);
+        let joined;
+        let (view, peers) = if super::lanes(warp.live).all(|l| alike(&warp.views[l])) {
+            (view, Some(&warp.views[..]))
+        } else {
+            let mut sync = Sync::default();
+            super::lanes(warp.live).for_each(|l| sync.add(base + l as u32, &warp.views[l]));
+            let (v, p) = sync.share();
+            joined = View { v, p, ..view.clone() };
+            (&joined, None)
+        };
+        let access = shadow::Access {
+            view,
+            peers,
+            cluster: self.id,
+            me: base + lane as u32,
+            warp: base,
+            block_size: self.env.block_size(),
+            touch: Touch::Mma,
+            agent: agent.0,
+            agent_time: agent.1,
+            pc,
+            memo: &shadow::Memo::default(),
+            independent: self.env.independent,
+            waited: &self.waited,
+        };
+        let (reader, mask) = access.reader();
+        let Block { smem, shadow, .. } = &mut self.blocks[at.block];
+        let mut faults = Vec::new();
+        for o in parts.iter().flat_map(|p| &p.chunks) {
+            let line = (*o / LINE) as usize;
+            if shadow.has_read_line(line, reader, mask) {
+                continue;
+            }
+            let conflict = shadow.touch_line(line, false, &|| false, &access);
+            if conflict.is_some() || !(smem.written(*o, 8, false) && smem.written(*o + 8, 8, false)) {
+                faults.push((*o, conflict));
+            }
         }
-        let (v, p) = sync.share();
-        let joined = View { v, p, ..warp.views[lane].clone() };
-        let old = std::mem::replace(&mut warp.views[lane], joined);
         let t = Toucher { at, lane, pc, touch: Touch::Mma, agent };
-        for part in parts {
-            if let Some(o) = part.outside {
-                self.report(
-                    FindingKind::OutOfBounds,
-                    pc,
-                    at,
-                    lane,
-                    Some(o),
-                    "an operand of wgmma reaches outside shared memory",
-                    None,
-                );
-            }
-            for o in part.chunks {
-                let spot = Spot::Shared(at.block, o);
-                if self.touch(warp, t, spot, 16, false, false) {
-                    for k in [0, 8] {
-                        if !self.initialised(t, Spot::Shared(at.block, o + k), 8, false) {
-                            break;
-                        }
-                    }
-                }
+        for (o, conflict) in faults {
+            let spot = Spot::Shared(at.block, o);
+            match conflict {
+                Some(c) => self.conflict(t, c, self.address_of(spot), false),
+                None => self.unwritten(t, spot),
             }
         }
-        warp.views[lane] = old;
     }
 
     pub(super) fn wgmma_wait(&mut self, at: At, warp: &mut Warp, pending: u32) -> Flow {
@@ -276,8 +305,8 @@ impl Cluster<'_> {
         self.effects += 1;
         let q = &mut warp.wgmma;
         q.completed = complete;
-        q.acc.retain(|_, g| *g >= complete);
-        q.a_regs.retain(|_, g| *g >= complete);
+        q.acc.complete(complete);
+        q.a_regs.complete(complete);
         if self.env.check {
             let agent = self.agent(Agent::Mma(at.block, at.warp / 4)).0;
             self.has_waited(agent, complete);
@@ -317,7 +346,8 @@ impl Cluster<'_> {
             .entry((w.b_desc, n, op.b_ty as u8, op.trans_b))
             .or_insert_with(|| self.operand(at.block, w.b_desc, 0..n, k, op.b_ty, op.trans_b, true).values);
         // A by rows: a[row * k + kk].
-        let mut a = vec![0f32; 16 * k];
+        let mut a = [0f32; 16 * MOST_K];
+        let a = &mut a[..16 * k];
         if op.a_desc == NONE {
             let per = 4 / op.a_ty.bytes() as usize;
             let bits = 8 * op.a_ty.bytes() as usize;
@@ -337,26 +367,32 @@ impl Cluster<'_> {
         if op.negate_a != op.negate_b {
             a.iter_mut().for_each(|x| *x = -*x);
         }
-        let mut dots = vec![0f32; 16 * n];
-        multiply(&a, b, &mut dots, n, k);
+        let mut dots = [0f32; 16 * MOST_N];
+        let dots = &mut dots[..16 * n];
+        multiply(a, b, dots, n, k);
         let regs = &mut warp.frames[w.frame as usize].regs;
         for (i, r) in op.d.iter().enumerate() {
             let out = &mut regs[*r as usize];
-            for (lane, o) in out.iter_mut().enumerate() {
-                let at = |i: usize| dots[(lane / 4 + 8 * (i / 2 % 2)) * n + i / 4 * 8 + lane % 4 * 2 + i % 2];
-                let c = if w.scale_d { *o } else { 0 };
-                *o = match op.d_ty {
-                    Elem::S32 => accumulate_int(c, at(i) as i64, op.satfinite),
-                    Elem::F16 => {
-                        let one = |h: usize| {
-                            let c = f64::from(num::f16_to_f32((c >> (16 * h)) as u16));
-                            u64::from(num::encode(c + f64::from(at(2 * i + h)), num::F16, Round::NearestEven, false))
-                                << (16 * h)
-                        };
-                        one(0) | one(1)
-                    }
-                    _ => u64::from(num::canon(f32::from_bits(c as u32) + at(i)).to_bits()),
-                };
+            if !w.scale_d {
+                *out = [0; 32];
+            }
+            // Element `e` of a lane: two columns side by side, then the rows eight below, then the next eight columns.
+            let start = |e: usize| 8 * (e / 2 % 2) * n + e / 4 * 8 + e % 2;
+            let places = |e: usize| (0..32).map(move |lane| start(e) + lane / 4 * n + lane % 4 * 2);
+            match op.d_ty {
+                Elem::S32 => out.iter_mut().zip(places(i)).for_each(|(o, at)| {
+                    *o = accumulate_int(*o, dots[at] as i64, op.satfinite);
+                }),
+                Elem::F16 => out.iter_mut().zip(places(2 * i).zip(places(2 * i + 1))).for_each(|(o, at)| {
+                    let one = |h: u32, at: usize| {
+                        let c = f64::from(num::f16_to_f32((*o >> (16 * h)) as u16));
+                        u64::from(num::encode(c + f64::from(dots[at]), num::F16, Round::NearestEven, false)) << (16 * h)
+                    };
+                    *o = one(0, at.0) | one(1, at.1);
+                }),
+                _ => out.iter_mut().zip(places(i)).for_each(|(o, at)| {
+                    *o = u64::from(num::canon(f32::from_bits(*o as u32) + dots[at]).to_bits());
+                }),
             }
         }
     }
@@ -364,16 +400,18 @@ impl Cluster<'_> {
     /// Registers of matrix operations in flight that an instruction touches.
     pub(super) fn watch_registers(&mut self, at: At, warp: &mut Warp, frame: u32, pc: u32) {
         let env = self.env;
-        let (uses, defs) = (&env.code.uses[pc as usize], &env.code.defs[pc as usize]);
-        let own: &[u32] = match &env.code.insts[pc as usize].op {
-            Op::Wgmma(w) => &w.d,
-            _ => &[],
-        };
         let q = &warp.wgmma;
-        let acc = uses.iter().chain(defs).find(|r| !own.contains(r) && q.acc.contains_key(&(frame, **r)));
-        let a = defs.iter().find(|r| !own.contains(r) && q.a_regs.contains_key(&(frame, **r)));
-        if acc.is_some() || a.is_some() {
-            let what = if acc.is_some() { "an accumulator" } else { "an operand" };
+        let in_acc = |r: &u32| q.acc.contains(frame, *r);
+        let (acc, a) = match &env.code.insts[pc as usize].op {
+            // Products in a row may share their accumulators.
+            Op::Wgmma(w) => (w.a.iter().chain(&[w.a_desc, w.b_desc, w.scale_d]).any(in_acc), false),
+            _ => {
+                let (uses, defs) = (&env.code.uses[pc as usize], &env.code.defs[pc as usize]);
+                (uses.iter().chain(defs).any(in_acc), defs.iter().any(|r| q.a_regs.contains(frame, *r)))
+            }
+        };
+        if acc || a {
+            let what = if acc { "an accumulator" } else { "an operand" };
             let lane = Self::first_lane(warp.live);
             self.report(
                 FindingKind::MissingWait,
@@ -420,17 +458,27 @@ fn multiply_256(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
 
 #[inline(always)]
 fn multiply_by_rows(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
-    // Eight columns at a time, whose sums stay in registers.
-    const W: usize = 8;
-    for (row, out) in dots.chunks_exact_mut(n).enumerate() {
-        for (c, sums) in out.chunks_exact_mut(W).enumerate() {
-            let mut s = [0f32; W];
+    if n.is_multiple_of(16) {
+        multiply_columns::<16>(a, b, dots, n, k);
+    } else {
+        multiply_columns::<8>(a, b, dots, n, k);
+    }
+}
+
+/// Four rows and `W` columns at a time, whose sums stay in registers.
+#[inline(always)]
+fn multiply_columns<const W: usize>(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
+    for (a, dots) in a.chunks_exact(4 * k).zip(dots.chunks_exact_mut(4 * n)) {
+        for c in (0..n).step_by(W) {
+            let mut sums = [[0f32; W]; 4];
             for kk in 0..k {
-                let x = a[row * k + kk];
-                let column = &b[kk * n + c * W..][..W];
-                s.iter_mut().zip(column).for_each(|(s, y)| *s += x * y);
+                let column = &b[kk * n + c..][..W];
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let x = a[row * k + kk];
+                    sums.iter_mut().zip(column).for_each(|(s, y)| *s += x * y);
+                }
             }
-            sums.copy_from_slice(&s);
+            sums.iter().enumerate().for_each(|(row, sums)| dots[row * n + c..][..W].copy_from_slice(sums));
         }
     }
 }
