@@ -13,7 +13,7 @@ fn main() -> std::io::Result<()> {
     let start = std::time::Instant::now();
     let (mut rows, mut all) = (Vec::new(), Vec::new());
     for subject in subjects(seeds, filter) {
-        let judged = judge_all(&subject);
+        let judged = judge_all(&subject, &subject.mutants());
         for j in judged.iter().filter(|j| matches!(j.fate, Fate::Missed | Fate::Equivalent(_))) {
             let m = &j.mutant;
             println!("{} {} line {}: {} -> {}: {:?}", j.subject, m.entry, m.line, m.was, m.now, j.fate);

@@ -112,7 +112,7 @@ impl Mode {
     }
 
     /// Bytes between rows of the result in shared memory. The gap keeps the rows that a warp writes in different banks.
-    fn staging_pitch(&self, spec: &Grouped) -> u32 {
+    pub(super) fn staging_pitch(&self, spec: &Grouped) -> u32 {
         (self.out_columns(spec) + GAP) * size(spec.out)
     }
 

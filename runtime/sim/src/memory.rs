@@ -214,11 +214,17 @@ impl Alloc {
         }
     }
 
-    /// Whether the bytes of a mask of a word are written, and not copies of unwritten memory.
+    /// What is known of the bytes of a word: which are written, and which of those are copies of unwritten memory.
     #[inline]
-    pub(crate) fn word_written(&self, word: usize, mask: u8) -> bool {
-        let f = self.init[word].load(Relaxed);
-        f & mask == mask && f >> 4 & mask == 0
+    pub(crate) fn marks(&self, word: usize) -> u8 {
+        self.init[word].load(Relaxed)
+    }
+
+    /// Whether all of sixteen bytes are written, and not copies of unwritten memory.
+    #[inline]
+    pub(crate) fn line_written(&self, at: u64) -> bool {
+        let word = (at / 4) as usize;
+        (word..word + 4).all(|w| self.marks(w) == 0xf)
     }
 
     /// Marks a byte as a copy of unwritten memory.
@@ -288,11 +294,10 @@ impl Plain {
         }
     }
 
-    /// Whether the bytes of a mask of a word are written, and not copies of unwritten memory.
+    /// What is known of the bytes of a word: which are written, and which of those are copies of unwritten memory.
     #[inline]
-    pub(crate) fn word_written(&self, word: usize, mask: u8) -> bool {
-        let f = self.init[word];
-        f & mask == mask && f >> 4 & mask == 0
+    pub(crate) fn marks(&self, word: usize) -> u8 {
+        self.init[word]
     }
 
     pub(crate) fn taint(&mut self, at: u64) {

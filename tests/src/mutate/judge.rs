@@ -25,10 +25,9 @@ pub enum Fate {
     Missed,
 }
 
-/// The fates of all mutants of a subject, in the order of their lines; found on all cores.
+/// The fates of mutants of a subject, in their order; found on all cores.
 #[must_use]
-pub fn judge_all(subject: &Subject) -> Vec<Judged> {
-    let mutants = subject.mutants();
+pub fn judge_all(subject: &Subject, mutants: &[Mutant]) -> Vec<Judged> {
     let (next, done) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     std::thread::scope(|scope| {

@@ -38,35 +38,25 @@ impl Row {
     fn line(&self) -> String {
         format!("| {} | `{}` | {} |", self.subject, self.digest, self.tally.cells())
     }
-
-    /// Whether a page that was written before has this very row, has it for another text, or does not have it.
-    #[must_use]
-    pub fn beside(&self, page: &str) -> Beside {
-        let start = format!("| {} | `", self.subject);
-        match page.lines().find(|l| l.starts_with(&start)) {
-            None => Beside::Missing,
-            Some(l) if l == self.line() => Beside::Same,
-            Some(l) if l.starts_with(&format!("{start}{}`", self.digest)) => Beside::Differs(l.to_owned()),
-            Some(_) => Beside::OtherText,
-        }
-    }
 }
 
-/// A row against a page.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Beside {
-    /// The page has it.
-    Same,
-    /// The page has other counts for the same text.
-    Differs(String),
-    /// The kernels have changed since the page was written.
-    OtherText,
-    /// The page does not have the program.
-    Missing,
+/// The row of a page whose first cell says this.
+#[must_use]
+pub fn row_of<'a>(page: &'a str, first: &str) -> Option<&'a str> {
+    let start = format!("| {first} | ");
+    page.lines().find(|l| l.starts_with(&start))
+}
+
+/// The rate in a row of a page, in percent; 100 where nothing was wrong.
+#[must_use]
+pub fn rate_of(page: &str, first: &str) -> Option<f64> {
+    let rate = row_of(page, first)?.split(" | ").nth(1)?;
+    if rate == "-" { Some(100.0) } else { rate.strip_suffix(" %")?.parse().ok() }
 }
 
 /// FNV-1a (Fowler, Noll and Vo), in hexadecimal.
-fn digest(text: &str) -> String {
+#[must_use]
+pub fn digest(text: &str) -> String {
     let fnv = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     format!("{fnv:016x}")
 }
@@ -148,51 +138,52 @@ pub fn page(rows: &[Row], all: &[Judged]) -> String {
     for (what, n) in &by {
         let _ = writeln!(out, "| {what} | {n} |");
     }
-    list(&mut out, "Missed", all, &|f| matches!(f, Fate::Missed).then_some(""));
-    list(&mut out, "Equivalent", all, &|f| if let Fate::Equivalent(why) = f { Some(*why) } else { None });
+    let _ = writeln!(out, "\n## Missed\n");
+    // The same mutant of several programs is one line.
+    let mut missed: BTreeMap<(Kind, String, String), Vec<&str>> = BTreeMap::new();
+    let mut correct: BTreeMap<(Kind, &str), u64> = BTreeMap::new();
+    for j in all {
+        let m = &j.mutant;
+        match &j.fate {
+            Fate::Missed => missed.entry((m.kind, shape(&m.was), shape(&m.now))).or_default().push(&j.subject),
+            Fate::Equivalent(why) => *correct.entry((m.kind, why)).or_default() += 1,
+            Fate::Caught(_) | Fate::Unreached | Fate::Idle => {}
+        }
+    }
+    if missed.is_empty() {
+        let _ = writeln!(out, "None.");
+    }
+    for ((kind, was, now), mut programs) in missed {
+        let n = programs.len();
+        programs.dedup();
+        let now = if now.is_empty() { "gone".to_owned() } else { format!("`{now}`") };
+        let _ = writeln!(out, "- {}: `{was}` -> {now}, {n} times ({})", kind.name(), programs.join(", "));
+    }
+    let _ = writeln!(out, "\n## Equivalent\n\n| kind | why | mutants |\n| --- | --- | --- |");
+    for ((kind, why), n) in correct {
+        let _ = writeln!(out, "| {} | {why} | {n} |", kind.name());
+    }
     out
 }
 
-fn list<'a>(out: &mut String, title: &str, all: &'a [Judged], of: &dyn Fn(&'a Fate) -> Option<&'static str>) {
-    let _ = writeln!(out, "\n## {title}\n");
-    // The same mutant of several programs is one line.
-    let mut lines: BTreeMap<(Kind, &str, &str, String), Vec<&str>> = BTreeMap::new();
-    for j in all {
-        if let Some(why) = of(&j.fate) {
-            let m = &j.mutant;
-            let now = if m.now.is_empty() { "gone".to_owned() } else { format!("`{}`", m.now) };
-            let programs = lines.entry((m.kind, shape(&m.was), why, shape(&now).to_owned())).or_default();
-            programs.push(&j.subject);
-        }
-    }
-    if lines.is_empty() {
-        let _ = writeln!(out, "None.");
-    }
-    for ((kind, was, why, now), mut programs) in lines {
-        let n = programs.len();
-        programs.dedup();
-        let why = if why.is_empty() { String::new() } else { format!(": {why}") };
-        let _ = writeln!(out, "- {} `{was}` -> {now}, {n} times ({}){why}", kind.name(), programs.join(", "));
-    }
-}
-
 /// The instruction without its operands, unless they say what it does.
-fn shape(text: &str) -> &str {
-    let waits = ["bar", "wait", "fence", "cp.async.w", "`"];
-    if waits.iter().any(|w| text.contains(w)) || !text.contains('%') {
-        return text;
-    }
-    text.split('[').next().unwrap_or(text).trim()
+fn shape(text: &str) -> String {
+    let (guard, rest) = super::guarded(text).map_or(("", text), |(_, rest)| ("@%p ", rest));
+    let words: Vec<&str> = rest.split_whitespace().collect();
+    let tells = ["bar", "wait", "fence"].iter().any(|w| rest.contains(w));
+    let shown = if tells { words.join(" ") } else { words.first().copied().unwrap_or("").to_owned() };
+    format!("{guard}{}", shown.trim_end_matches(';'))
 }
 
 const HEAD: &str = "# Mutants
 
 Every barrier, fence, wait, commit, arrival and mask of emitted PTX, taken away one at a time, and what the simulator
-says to it over shapes with tails and several seeds. Written by `cargo run --release -p moec-tests --example mutants`.
+says to it over shapes with tails, empty experts and one expert that has all rows, between the launches that stand before
+and behind the kernel. Written by `cargo run --release -p moec-tests --example mutants`.
 
 - caught: a finding, an error, or other bits than the kernel as emitted
 - missed: wrong, and nobody saw it
-- equivalent: correct all the same; the reason is below
+- equivalent: correct all the same, by a rule that is checked for each; the rules are at the end
 - idle: a guard that holds nothing back on these shapes, so that its loss cannot show
 - not run: the instruction does not run on these shapes (the same one runs in another program of the table)
 ";

@@ -14,14 +14,29 @@ impl Cluster<'_> {
         match &inst.op {
             Op::CpAsync { dst, src, size, src_size, ignore, .. } => {
                 let (to, from) = (addresses(warp, frame, *dst), addresses(warp, frame, *src));
+                let mut valid = [*size; 32];
+                for l in lanes(m) {
+                    if *src_size != NONE {
+                        valid[l] = (get(warp, frame, *src_size, l) as u32).min(*size);
+                    }
+                    if *ignore != NONE && get(warp, frame, *ignore, l) & 1 == 1 {
+                        valid[l] = 0;
+                    }
+                }
+                if let Some(offsets) = self.copy_warp(at, warp, pc, m, (&to, &from), *size, &valid) {
+                    for l in lanes(m) {
+                        self.in_flight(
+                            at,
+                            warp,
+                            l,
+                            CpAsync { dst: offsets[l] as u32, src: from[l], size: *size, valid: valid[l] },
+                        );
+                    }
+                    return Flow::Next;
+                }
                 let (mut wrote, mut read) = (super::seen::Seen::default(), super::seen::Seen::default());
                 for l in lanes(m) {
-                    let mut valid =
-                        if *src_size == NONE { *size } else { (get(warp, frame, *src_size, l) as u32).min(*size) };
-                    if *ignore != NONE && get(warp, frame, *ignore, l) & 1 == 1 {
-                        valid = 0;
-                    }
-                    self.issue_copy(at, warp, frame, l, pc, (to[l], from[l]), *size, valid, &mut wrote, &mut read);
+                    self.issue_copy(at, warp, frame, l, pc, (to[l], from[l]), *size, valid[l], &mut wrote, &mut read);
                 }
                 self.count(&wrote, *size, true, false);
                 self.count(&read, *size, false, false);
@@ -108,8 +123,12 @@ impl Cluster<'_> {
         let t = Toucher { at, lane: l, pc, touch: Touch::Copy, agent };
         self.touch(warp, t, dst, size, true, false);
         self.guard_mbarriers(t, at.block, offset, u64::from(size));
+        self.in_flight(at, warp, l, CpAsync { dst: offset as u32, src: from, size, valid });
+    }
+
+    fn in_flight(&mut self, at: At, warp: &mut Warp, l: usize, copy: CpAsync) {
         let group = warp.copies[l].committed;
-        warp.copies[l].queue.push_back((group, CpAsync { dst: offset as u32, src: from, size, valid }));
+        warp.copies[l].queue.push_back((group, copy));
         if self.env.seed % 4 == 1 && self.random().is_multiple_of(8) {
             self.land_copies(warp, at, l, group + 1);
         }
@@ -124,6 +143,16 @@ impl Cluster<'_> {
             warp.copies[l].queue.pop_front();
             self.effects += 1;
             let src = self.global_spot(c.src, u64::from(c.valid.max(1)));
+            if let Some(Spot::Global(i, o)) = src
+                && (c.size, c.valid) == (16, 16)
+                && self.env.memory.allocs[i].line_written(o)
+            {
+                let (a, smem) = (&self.env.memory.allocs[i], &mut self.blocks[at.block].smem);
+                for k in [0, 8] {
+                    smem.store(u64::from(c.dst) + k, 8, a.load(o + k, 8));
+                }
+                continue;
+            }
             let mut done = 0;
             while done < c.size {
                 let to = u64::from(c.dst + done);

@@ -21,6 +21,19 @@ enum Target {
     Global(usize),
 }
 
+/// What an access does.
+#[derive(Clone, Copy)]
+enum Use<'a> {
+    Load,
+    /// Rows of matrices.
+    Rows,
+    /// Of these registers of a frame, so many bytes each.
+    Store(&'a [u32], u32, u32),
+    /// `cp.async`.
+    CopyFrom,
+    CopyTo,
+}
+
 /// Something to report: lane, offset, and the conflict (or an unwritten word).
 type Fault = (usize, u64, Option<Conflict>);
 
@@ -57,7 +70,7 @@ impl Cluster<'_> {
         Some((target, offsets))
     }
 
-    /// Asks the detector about one access of each lane. For a write, `stored` has the registers whose values go there.
+    /// Asks the detector about one access of each lane.
     #[expect(clippy::too_many_arguments, reason = "one access of a warp")]
     fn touch_warp(
         &mut self,
@@ -68,8 +81,20 @@ impl Cluster<'_> {
         target: Target,
         offsets: &[u64; 32],
         total: u64,
-        stored: Option<(&[u32], u32, u32)>,
+        access: Use<'_>,
     ) -> Vec<Fault> {
+        let (write, stored) = match access {
+            Use::Load | Use::Rows | Use::CopyFrom => (false, None),
+            Use::Store(registers, frame, size) => (true, Some((registers, frame, size))),
+            Use::CopyTo => (true, None),
+        };
+        let touch = if matches!(access, Use::CopyTo) { Touch::Copy } else { Touch::Plain };
+        // A read for a copy carries the mark of unwritten bytes along, and so may rows whose use nobody knows.
+        let fine = |init: u8, mask: u8| match access {
+            Use::Load => init & mask == mask && init >> 4 & mask == 0,
+            Use::Rows => init & mask == mask,
+            Use::Store(..) | Use::CopyFrom | Use::CopyTo => true,
+        };
         let mut faults = Vec::new();
         let base = self.component(at, 0);
         let (cluster, block_size) = (self.id, self.env.block_size());
@@ -94,9 +119,10 @@ impl Cluster<'_> {
                 me,
                 warp: base,
                 block_size,
-                touch: Touch::Plain,
-                agent: 0,
-                agent_time: 0,
+                touch,
+                // Of a copy: that of the thread's own copies, up to the next commit.
+                agent: view.threads + me,
+                agent_time: warp.copies[l].time + 1,
                 pc,
                 memo: &memo,
                 independent: env.independent,
@@ -116,7 +142,6 @@ impl Cluster<'_> {
                     })
                 })
             };
-            let write = stored.is_some();
             let mask = if total >= 4 { 0xf } else { ((1u8 << total) - 1) << (o % 4) };
             if let Target::Global(i) = target
                 && env.too_early(view, i, o, total, write)
@@ -145,21 +170,19 @@ impl Cluster<'_> {
                     let known = !write && shadow.has_read_line(line, epoch.1, 1 << l);
                     let conflict = if known { None } else { shadow.touch_line(line, write, &same, &access) };
                     let first = (at / 4) as usize;
-                    let written = write
-                        || match target {
-                            Target::Shared => (first..first + 4).all(|w| smem.word_written(w, 0xf)),
-                            Target::Global(i) => (first..first + 4).all(|w| env.memory.allocs[i].word_written(w, 0xf)),
-                        };
+                    let written = match target {
+                        Target::Shared => (first..first + 4).all(|w| fine(smem.marks(w), 0xf)),
+                        Target::Global(i) => (first..first + 4).all(|w| fine(env.memory.allocs[i].marks(w), 0xf)),
+                    };
                     (conflict, written)
                 } else {
                     let word = (offset / 4) as usize;
                     let known = !write && shadow.has_read(word, epoch.1, 1 << l);
                     let conflict = if known { None } else { shadow.touch(word, mask, write, &same, &access) };
-                    let written = write
-                        || match target {
-                            Target::Shared => smem.word_written((at / 4) as usize, mask),
-                            Target::Global(i) => env.memory.allocs[i].word_written((at / 4) as usize, mask),
-                        };
+                    let written = match target {
+                        Target::Shared => fine(smem.marks((at / 4) as usize), mask),
+                        Target::Global(i) => fine(env.memory.allocs[i].marks((at / 4) as usize), mask),
+                    };
                     (conflict, written)
                 };
                 if conflict.is_some() || !written {
@@ -194,7 +217,7 @@ impl Cluster<'_> {
         let total = u64::from(size) * a.regs.len() as u64;
         let Some((target, offsets)) = self.target(warp, frame, a, m, total) else { return false };
         if self.env.check {
-            let faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, None);
+            let faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, Use::Load);
             if !faults.is_empty() {
                 self.report_faults(at, pc, target, faults, false);
             }
@@ -224,13 +247,95 @@ impl Cluster<'_> {
         true
     }
 
+    /// Offsets of `count` rows of 16 bytes, one for each of the first lanes, when reading them is ordinary.
+    pub(super) fn load_rows(
+        &mut self,
+        at: At,
+        warp: &Warp,
+        pc: u32,
+        addrs: &[u64; 32],
+        place: Where,
+        count: usize,
+    ) -> Option<[u64; 32]> {
+        let m = if count >= 32 { u32::MAX } else { (1 << count) - 1 };
+        let offsets = self.in_shared(addrs, place, m, 16)?;
+        if self.env.check {
+            let faults = self.touch_warp(at, warp, m, pc, Target::Shared, &offsets, 16, Use::Rows);
+            self.report_faults(at, pc, Target::Shared, faults, false);
+        }
+        self.count(&seen(Target::Shared, offsets, m), 16, false, false);
+        Some(offsets)
+    }
+
+    /// Offsets in the own block's shared memory, when all lanes stay in it and are aligned.
+    fn in_shared(&self, addrs: &[u64; 32], place: Where, m: u32, total: u64) -> Option<[u64; 32]> {
+        if place != Where::Shared {
+            return None;
+        }
+        let offsets = addrs.map(|a| a & 0xffff_ffff);
+        let (from, end) = (space::SHARED_BASE, self.env.shared_end);
+        lanes(m)
+            .all(|l| offsets[l] >= from && offsets[l] + total <= end && offsets[l] & (total - 1) == 0)
+            .then_some(offsets)
+    }
+
+    /// Registers the copies of a warp when all of them are whole and ordinary; gives where they go.
+    pub(super) fn copy_warp(
+        &mut self,
+        at: At,
+        warp: &Warp,
+        pc: u32,
+        m: u32,
+        (to, from): (&[u64; 32], &[u64; 32]),
+        size: u32,
+        valid: &[u32; 32],
+    ) -> Option<[u64; 32]> {
+        let total = u64::from(size);
+        let copied = lanes(m).filter(|l| valid[*l] > 0).fold(0u32, |x, l| x | 1 << l);
+        if lanes(copied).any(|l| valid[l] != size) {
+            return None;
+        }
+        let offsets = self.in_shared(to, Where::Shared, m, total)?;
+        let mut source = None;
+        if copied != 0 {
+            let first = from[copied.trailing_zeros() as usize];
+            let Some(Spot::Global(i, _)) = self.global_spot(first, total) else { return None };
+            let alloc = &self.env.memory.allocs[i];
+            let places = from.map(|a| a.wrapping_sub(alloc.base));
+            let inside = |l: usize| places[l] < alloc.bytes && places[l] + total <= alloc.bytes;
+            if !lanes(copied).all(|l| inside(l) && places[l] & (total - 1) == 0) {
+                return None;
+            }
+            source = Some((Target::Global(i), places));
+        }
+        if self.env.check {
+            if let Some((target, places)) = source {
+                let faults = self.touch_warp(at, warp, copied, pc, target, &places, total, Use::CopyFrom);
+                self.report_faults(at, pc, target, faults, false);
+            }
+            let faults = self.touch_warp(at, warp, m, pc, Target::Shared, &offsets, total, Use::CopyTo);
+            self.report_faults(at, pc, Target::Shared, faults, true);
+            if !self.blocks[at.block].mbars.is_empty() {
+                for l in lanes(m) {
+                    let t = Toucher { at, lane: l, pc, touch: Touch::Copy, agent: (0, 0) };
+                    self.guard_mbarriers(t, at.block, offsets[l], total);
+                }
+            }
+        }
+        self.count(&seen(Target::Shared, offsets, m), size, true, false);
+        if let Some((target, places)) = source {
+            self.count(&seen(target, places, copied), size, false, false);
+        }
+        Some(offsets)
+    }
+
     /// Does a store when all of it is ordinary; says whether it did.
     pub(super) fn store_warp(&mut self, at: At, warp: &mut Warp, frame: u32, a: &Access, m: u32, pc: u32) -> bool {
         let size = a.ty.bytes();
         let total = u64::from(size) * a.regs.len() as u64;
         let Some((target, offsets)) = self.target(warp, frame, a, m, total) else { return false };
         if self.env.check {
-            let stored = Some((&*a.regs, frame, size));
+            let stored = Use::Store(&a.regs, frame, size);
             let mut faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, stored);
             // Lanes that write the same value to the same place change nothing for each other.
             let regs = &warp.frames[frame as usize].regs;

@@ -4,6 +4,7 @@ use super::Cluster;
 use super::access::Spot;
 use super::atomics::combine;
 use super::state::{At, Flight, FlightKind, Source};
+use crate::memory::{Alloc, Plain};
 use crate::op::Rmw;
 use crate::syntax::Ty;
 
@@ -120,17 +121,8 @@ impl Cluster<'_> {
             Source::Linear(addr) => {
                 let Some(Spot::Global(i, at)) = self.global_spot(*addr, u64::from(bytes)) else { return };
                 let a = &self.env.memory.allocs[i];
-                for k in (0..u64::from(bytes)).step_by(4) {
-                    let (v, written) = (a.load(at + k, 4), a.written(at + k, 4, true));
-                    for (b, to) in targets {
-                        let to = u64::from(*to) + k;
-                        self.blocks[*b].smem.store(to, 4, v);
-                        if !written {
-                            (0..4)
-                                .filter(|j| !a.written(at + k + j, 1, true))
-                                .for_each(|j| self.blocks[*b].smem.taint(to + j));
-                        }
-                    }
+                for (b, to) in targets {
+                    copy_run(a, at, &mut self.blocks[*b].smem, u64::from(*to), u64::from(bytes), 4);
                 }
             }
             Source::Tensor(map, coords) => {
@@ -152,17 +144,11 @@ impl Cluster<'_> {
                     for (b, to) in targets {
                         let smem = &mut blocks[*b].smem;
                         let start = map.swizzle.apply(u64::from(*to) + o);
-                        for k in (0..n).step_by(size as usize) {
-                            let (v, written) = match from {
-                                None => (0, true),
-                                // Outside of every allocation, which was reported when the copy was issued.
-                                Some(None) => continue,
-                                Some(Some((a, at))) => (a.load(at + k, size), a.written(at + k, size, true)),
-                            };
-                            smem.store(start + k, size, v);
-                            if !written {
-                                (0..u64::from(size)).for_each(|j| smem.taint(start + k + j));
-                            }
+                        match from {
+                            None => (0..n).step_by(size as usize).for_each(|k| smem.store(start + k, size, 0)),
+                            // Outside of every allocation, which was reported when the copy was issued.
+                            Some(None) => {}
+                            Some(Some((a, at))) => copy_run(a, at, smem, start, n, size),
                         }
                     }
                 });
@@ -207,5 +193,24 @@ impl Cluster<'_> {
                 }
             }
         }
+    }
+}
+
+/// Copies a run of bytes, with the marks of those that nothing has written; places are multiples of `size`.
+fn copy_run(a: &Alloc, from: u64, smem: &mut Plain, to: u64, bytes: u64, size: u32) {
+    let mut k = 0;
+    while k < bytes {
+        if (from + k).is_multiple_of(8) && (to + k).is_multiple_of(8) && bytes - k >= 16 && a.line_written(from + k) {
+            smem.store(to + k, 8, a.load(from + k, 8));
+            smem.store(to + k + 8, 8, a.load(from + k + 8, 8));
+            k += 16;
+            continue;
+        }
+        smem.store(to + k, size, a.load(from + k, size));
+        if !a.written(from + k, size, true) {
+            let unwritten = (0..u64::from(size)).filter(|j| !a.written(from + k + j, 1, true));
+            unwritten.for_each(|j| smem.taint(to + k + j));
+        }
+        k += u64::from(size);
     }
 }

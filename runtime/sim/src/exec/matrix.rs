@@ -100,6 +100,10 @@ impl Cluster<'_> {
     ) -> Option<Vec<Option<(usize, u64)>>> {
         let addrs = addresses(warp, frame, place.0);
         let mut out = vec![None; count * 8];
+        if !write && let Some(offsets) = self.load_rows(at, warp, pc, &addrs, place.1, count * 8) {
+            out.iter_mut().zip(offsets).for_each(|(o, offset)| *o = Some((at.block, offset)));
+            return Some(out);
+        }
         let mut seen = Seen::default();
         for l in 0..count * 8 {
             let Some(spot) = self.resolve(place.1, addrs[l], 16, warp, frame, at, l, pc) else { continue };
@@ -171,10 +175,9 @@ fn place(lane: usize, reg: usize, per: usize, groups: usize) -> (usize, usize) {
 const M: usize = 16;
 const N: usize = 8;
 
-/// An operand of `groups` times eight rows, as rows of `K` values.
+/// Reads an operand of `groups` times eight rows into rows of `K` values.
 #[inline(always)]
-fn fetch<const R: usize, const K: usize>(list: &[u32], e: Elem, groups: usize, regs: &[V]) -> [[f64; K]; R] {
-    let mut out = [[0f64; K]; R];
+fn fetch<const K: usize>(list: &[u32], e: Elem, groups: usize, regs: &[V], out: &mut [[f64; K]]) {
     let (bits, per) = (8 * e.bytes(), (4 / e.bytes() as usize).max(1));
     for (i, r) in list.iter().enumerate() {
         for (lane, v) in regs[*r as usize].iter().enumerate() {
@@ -189,21 +192,27 @@ fn fetch<const R: usize, const K: usize>(list: &[u32], e: Elem, groups: usize, r
             }
         }
     }
-    out
 }
 
 /// `dots[i][j] = sum over k of a[i][k] * b[j][k]`, in the order of k.
 #[inline(always)]
-fn products<const K: usize>(a: &[[f64; K]; M], b: &[[f64; K]; N]) -> [[f64; N]; M] {
+fn products<const K: usize>(a: &[[f64; K]; M], b: &[[f64; K]; N], dots: &mut [[f64; N]; M]) {
     // B by columns, so that a row of results is one vector.
-    let columns: [[f64; N]; K] = std::array::from_fn(|x| b.map(|row| row[x]));
-    a.map(|row| {
-        let mut out = [0f64; N];
-        for (v, column) in row.iter().zip(&columns) {
-            out.iter_mut().zip(column).for_each(|(o, c)| *o += v * c);
+    let mut columns = [[0f64; N]; K];
+    for (j, row) in b.iter().enumerate() {
+        for (column, v) in columns.iter_mut().zip(row) {
+            column[j] = *v;
         }
-        out
-    })
+    }
+    for (row, out) in a.iter().zip(dots) {
+        let mut sums = [0f64; N];
+        for (v, column) in row.iter().zip(&columns) {
+            for (s, c) in sums.iter_mut().zip(column) {
+                *s += v * c;
+            }
+        }
+        *out = sums;
+    }
 }
 
 fn mma(warp: &mut Warp, frame: u32, op: &Mma) {
@@ -235,14 +244,25 @@ fn mma_of_depth(regs: &mut [V], op: &Mma) {
 
 #[inline(always)]
 fn mma_of<const K: usize>(regs: &mut [V], op: &Mma) {
-    let a: [[f64; K]; M] = fetch(&op.a, op.a_ty, op.m / 8, regs);
-    let b: [[f64; K]; N] = fetch(&op.b, op.b_ty, 1, regs);
-    let dots = if op.c_ty == Elem::F64 { [[0.0; N]; M] } else { products(&a, &b) };
+    let (mut a, mut b, mut dots) = ([[0f64; K]; M], [[0f64; K]; N], [[0f64; N]; M]);
+    fetch(&op.a, op.a_ty, op.m / 8, regs, &mut a);
+    fetch(&op.b, op.b_ty, 1, regs, &mut b);
+    if op.c_ty != Elem::F64 {
+        products(&a, &b, &mut dots);
+    }
     // All of them before the first is written: a result may take the place of another's addend.
     let mut results = [[0; 32]; 4];
     for (i, out) in results.iter_mut().enumerate().take(op.d.len()) {
+        let addends = &regs[op.c[i] as usize];
+        if op.c_ty == Elem::F32 {
+            for (lane, (o, c)) in out.iter_mut().zip(addends).enumerate() {
+                let s = f64::from(f32::from_bits(*c as u32)) + dots[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
+                *o = u64::from(num::canon(s as f32).to_bits());
+            }
+            continue;
+        }
         for (lane, o) in out.iter_mut().enumerate() {
-            let c = regs[op.c[i] as usize][lane];
+            let c = addends[lane];
             let (g, t) = (lane / 4, lane % 4 * 2);
             let (row, col) = (g + 8 * (i / 2), t + i % 2);
             *o = match op.c_ty {
@@ -257,15 +277,12 @@ fn mma_of<const K: usize>(regs: &mut [V], op: &Mma) {
                 }
                 Elem::F64 => (0..K).fold(f64::from_bits(c), |s, x| a[row][x].mul_add(b[col][x], s)).to_bits(),
                 Elem::S32 => accumulate_int(c, dots[row][col] as i64, op.satfinite),
-                _ => {
-                    let s = f64::from(f32::from_bits(c as u32)) + dots[row][col];
-                    u64::from(num::canon(s as f32).to_bits())
-                }
+                _ => 0,
             };
         }
     }
-    for (d, out) in op.d.iter().zip(results) {
-        regs[*d as usize] = out;
+    for (d, out) in op.d.iter().zip(&results) {
+        regs[*d as usize] = *out;
     }
 }
 

@@ -66,24 +66,20 @@ enum Part {
 }
 
 /// Which configs, for which target, and which of their kernels.
-const SUBJECTS: [(usize, Target, Part); 8] = [
+const SUBJECTS: [(usize, Target, Part); 6] = [
     (0, Target::Sm80, Part::Around),
     (1, Target::Sm90a, Part::Around),
     (2, Target::Sm90a, Part::Around),
     (3, Target::Sm80, Part::Around),
     (4, Target::Sm89, Part::Products),
-    (4, Target::Sm90a, Part::Products),
-    (5, Target::Sm80, Part::Products),
     (5, Target::Sm90a, Part::Products),
 ];
 
 /// Files of `models/systems`, for these targets.
-const FORMS: [(&str, Target); 6] = [
+const FORMS: [(&str, Target); 4] = [
     ("peer_product_key", Target::Sm80),
     ("monet_horizontal", Target::Sm90a),
     ("selective_sinkhorn", Target::Sm80),
-    ("mixture_of_depths", Target::Sm90a),
-    ("mote_ternary", Target::Sm80),
     ("vmoe_priority", Target::Sm89),
 ];
 
@@ -130,7 +126,7 @@ fn of_config(name: &str, config: &str, target: Target, part: Part, seeds: u64) -
         given.map(|b| numbers.bytes(b.dtype, bytes(&b.shape, b.dtype, tokens) / b.dtype.bytes() as usize)).collect()
     };
     let layer = Layer { manifest: artefact.manifest.clone(), weights: Box::new(weights), inputs: Box::new(inputs) };
-    let mut subject = Subject::new(name, ptx, Box::new(layer), &[(1, Spread::Skewed), (19, Spread::Skewed)], seeds);
+    let mut subject = Subject::new(name, ptx, Box::new(layer), &[(1, Spread::Skewed), (7, Spread::Skewed)], seeds);
     subject.mutated = match part {
         Part::Around => |entry| !is_product(entry),
         Part::Products => is_product,

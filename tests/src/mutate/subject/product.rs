@@ -59,10 +59,10 @@ pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
         all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80, 0), "simt", Target::Sm80, seeds, filter));
     }
     for spec in [up(DType::Bf16, 584), down(DType::Bf16, 584)] {
-        for target in [Target::Sm80, Target::Sm89] {
-            all.extend(modes(&spec, &gpu::schedule(&spec, target, 0), "mma", target, seeds, filter));
-        }
-        for target in [Target::Sm80, Target::Sm90a] {
+        // Kernels for Ada are those for Ampere.
+        let target = if spec.matrices == 1 { Target::Sm89 } else { Target::Sm80 };
+        all.extend(modes(&spec, &gpu::schedule(&spec, target, 0), "mma", target, seeds, filter));
+        for target in [target, Target::Sm90a] {
             if let Some((schedule, _)) = gpu::decode(&spec, target) {
                 all.extend(modes(&spec, &schedule, "decode", target, seeds, filter));
             }
