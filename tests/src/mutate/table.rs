@@ -182,7 +182,7 @@ says to it over shapes with tails, empty experts and one expert that has all row
 and behind the kernel. Written by `cargo run --release -p moec-tests --example mutants`.
 
 - caught: a finding, an error, or other bits than the kernel as emitted
-- missed: wrong, and nobody saw it
+- missed: nobody saw anything, and no rule says that it is correct
 - equivalent: correct all the same, by a rule that is checked for each; the rules are at the end
 - idle: a guard that holds nothing back on these shapes, so that its loss cannot show
 - not run: the instruction does not run on these shapes (the same one runs in another program of the table)
