@@ -37,6 +37,6 @@ fn a_sample_of_the_table_is_caught_again() {
     }
     let tally = total(&all);
     let missed: Vec<&Judged> = all.iter().filter(|j| j.fate == Fate::Missed).collect();
-    assert!(tally.caught > 20, "{tally:?}");
+    assert!(tally.caught > 15, "{tally:?}");
     assert!(100.0 * tally.rate() >= RATE, "{tally:?}\n{missed:#?}");
 }

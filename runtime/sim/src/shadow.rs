@@ -304,6 +304,33 @@ impl Shadow {
         }
     }
 
+    /// Every access that is remembered: who made it, the lanes of a reader, and the instruction.
+    pub(crate) fn accesses(&self, mut tell: impl FnMut(Epoch, u32, u32)) {
+        let mut cell = |c: &Cell| {
+            if !c.w.is_none() {
+                tell(c.w, 1, c.wpc);
+            }
+            match c.list {
+                0 if c.lanes != 0 => tell(c.r, c.lanes, c.rpc),
+                0 | CROWD => {}
+                list => self.lists.all[list as usize - 1].iter().for_each(|r| tell(r.e, r.lanes, r.pc)),
+            }
+        };
+        for (line, c) in self.lines.iter().enumerate() {
+            let Some(parts) = self.split[line].checked_sub(1) else {
+                cell(c);
+                continue;
+            };
+            let p = &self.parts.all[parts as usize];
+            for word in 0..4 {
+                match p.split[word].checked_sub(1) {
+                    None => cell(&p.cells[word]),
+                    Some(bytes) => self.parts.all[bytes as usize].cells.iter().for_each(&mut cell),
+                }
+            }
+        }
+    }
+
     /// Which words have been read and written, as [`READ`] and [`WRITTEN`].
     pub(crate) fn marks(&self, mut tell: impl FnMut(usize, u8)) {
         let of = |c: &Cell| {

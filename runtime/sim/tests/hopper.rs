@@ -297,6 +297,12 @@ fn a_peer_that_may_have_left_is_not_read_in_peace() -> Result<(), Error> {
     );
     let (report, ..) = bench.run(&body, 0)?;
     assert!(kinds(&report).contains(&FindingKind::Race), "{:?}", report.findings);
+    let sync = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;";
+    let first = body.replace("bar.sync 0;", sync);
+    for seed in 0..4 {
+        assert_eq!(kinds(&bench.run(&first, seed)?.0), [FindingKind::Race], "{seed}");
+        assert_eq!(kinds(&bench.run(&format!("{first} {sync}"), seed)?.0), [], "{seed}");
+    }
     Ok(())
 }
 

@@ -142,6 +142,14 @@ impl Cluster<'_> {
             return true;
         }
         let me = self.component(t.at, t.lane);
+        if let Spot::Shared(b, _) = spot
+            && self.blocks[b].exited
+            && t.touch == Touch::Plain
+        {
+            let address = Some(self.address_of(spot));
+            self.report(FindingKind::Race, t.pc, t.at, t.lane, address, super::barrier::OUTLIVED, None);
+            return false;
+        }
         if let Spot::Global(i, offset) = spot
             && self.env.too_early(&warp.views[t.lane], i, offset, u64::from(bytes), write)
         {
