@@ -5,6 +5,7 @@
 //! how many matrices, biases, scales, and the epilogue as an expression tree.
 
 use crate::{
+    codes::Codes,
     math,
     mlir::{Builder, V},
 };
@@ -31,41 +32,6 @@ pub enum RowScale {
     Input,
     /// The result after the epilogue (route weights, when they are not applied later).
     Output,
-}
-
-/// How weights are stored as codes that the kernel decodes: a weight is `(code - offset - zero) * scale`.
-///
-/// A byte holds `8 / bits` neighbouring inputs of an output, the first in its lowest bits. A scale (and a zero, if
-/// there are any) serves `group` neighbouring inputs of an output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Codes {
-    /// Bits of a code: 2, 4 or 8.
-    pub bits: u64,
-    /// The code that stands for zero, before `zero` is taken away too.
-    pub offset: u64,
-    /// Inputs that share a scale.
-    pub group: u64,
-    /// Whether there are zeros, one for each scale.
-    pub zero: bool,
-}
-
-impl Codes {
-    /// Codes in a byte.
-    pub const fn per_byte(&self) -> u64 {
-        8 / self.bits
-    }
-
-    /// Scales of one output whose sums run over `k` inputs.
-    pub const fn groups(&self, k: u64) -> u64 {
-        k.div_ceil(self.group)
-    }
-
-    /// `code`, an integer or a vector of integers in 32 bits, as a weight.
-    pub fn decode<'c>(&self, b: &Builder<'c>, code: V<'c>, floats: &str, scale: V<'c>, zero: Option<V<'c>>) -> V<'c> {
-        let value = b.cast("arith.uitofp", code, floats);
-        let value = b.subf(value, math::constant(b, value, self.offset as f32));
-        b.mulf(zero.map_or(value, |zero| b.subf(value, zero)), scale)
-    }
 }
 
 /// Numbers (f32, rows of as many elements as the product has outputs) that a sum starts from.
@@ -108,7 +74,7 @@ impl Epilogue {
 /// stored in different ways, are computed by several kernels in turn.
 ///
 /// # Arguments of the kernel, in this order (those that do not apply are left out)
-/// `a`, `w` (packed slot), the scales and the zeros of codes (f32 slots in the order of `w`), `bias` (f32
+/// `a`, `w` (packed slot), the scales and the zeros of codes (slots in the order of `w`), `bias` (f32
 /// `[experts][sums][n]`), `offsets` (i32 `[experts + 1]`, the first sorted row of each expert; the address is that of
 /// the part's first expert), `map` (i32, for [`RowSource::Gathered`]), `scale` (f32 by sorted row), for each of `given`
 /// the numbers and, if they are mapped, the map (i32 by sorted row), `out`, and the number of tokens (value).
@@ -139,9 +105,9 @@ pub struct Grouped {
     pub out_stride: u64,
     /// Type of the operand in memory: f32 or bf16.
     pub a: DType,
-    /// Type of the packed weights: f32 or bf16, u8 for codes.
+    /// Type of the weights as they are multiplied: f32 or bf16.
     pub w: DType,
-    /// How weights are decoded, if they are codes.
+    /// How weights are stored, if they are packed as codes and not as values.
     pub codes: Option<Codes>,
     /// Type of the result in memory: f32 or bf16.
     pub out: DType,
@@ -157,6 +123,11 @@ impl Grouped {
     /// Sums of a place: those of the matrices, and those that are given.
     pub fn sums(&self) -> usize {
         self.given.iter().map(|g| g.sum + 1).fold(self.first + self.matrices, usize::max)
+    }
+
+    /// Type of the elements of the packed weights.
+    pub fn packed(&self) -> DType {
+        if self.codes.is_some() { DType::U8 } else { self.w }
     }
 
     /// Bits of a weight.

@@ -1,6 +1,7 @@
 //! Kernel ops to machine code: schedule, MLIR, LLVM, object or PTX.
 
 pub mod batch;
+pub mod codes;
 pub mod cpu;
 mod error;
 pub mod gpu;

@@ -9,7 +9,7 @@
 use crate::{Changed, Pass, PassCx};
 use moec_ir::{
     Graph, NodeId, Op,
-    ops::{BankPart, Binary, BinaryFn, Experts, Film, LinearBank, PartKind},
+    ops::{BankPart, Binary, BinaryFn, Dispatch, Experts, Film, LinearBank, PartKind},
 };
 
 pub(crate) const PASS: Pass =
@@ -109,11 +109,12 @@ fn split(graph: &mut Graph, mixed: &Mixed) {
         return;
     };
     let binary = |function| Op::Binary(Binary { function, w: None, c: None });
-    let chain = |graph: &mut Graph, name: &str, experts: Experts| {
+    let through = |graph: &mut Graph, name: &str, experts: Experts, combine: &Op| {
         let moved = graph.add("", dispatch.clone(), &dispatched);
-        let through = graph.add(name, Op::Experts(experts), &[moved]);
-        graph.add("", combine.clone(), &[through, route])
+        let rows = graph.add(name, Op::Experts(experts), &[moved]);
+        graph.add("", combine.clone(), &[rows, route])
     };
+    let chain = |graph: &mut Graph, name: &str, experts: Experts| through(graph, name, experts, &combine);
     let mut sum = None;
     for own in &mixed.ways {
         let part = match own {
@@ -132,7 +133,13 @@ fn split(graph: &mut Graph, mixed: &Mixed) {
                 };
                 let mul = only(&op.bank, |kind| film(kind, |f| linear(&f.mul, &f.mul_bias)));
                 let add = only(&op.bank, |kind| film(kind, |f| linear(&f.add, &f.add_bias)));
-                let (mul, add) = (chain(graph, "mul", mul), chain(graph, "add", add));
+                // The factor meets the row as the expert sees it: weighted rows carry their weight once more.
+                let mut scaling = combine.clone();
+                if let (Op::Dispatch(Dispatch { weighted: true, .. }), Op::Combine(combine)) = (&dispatch, &mut scaling)
+                {
+                    combine.weighted = true;
+                }
+                let (mul, add) = (through(graph, "mul", mul, &scaling), chain(graph, "add", add));
                 let scaled = graph.add("", binary(BinaryFn::Mul), &[x, mul]);
                 graph.add("", binary(BinaryFn::Add), &[scaled, add])
             }

@@ -73,6 +73,24 @@ impl Random {
                     blocks.push(16);
                     put(name, DType::U8, blocks, Fill::Bytes);
                 }
+                Packing::Fp8Codes => put(name, DType::F8e4m3, shape, Fill::FiniteCodes),
+                Packing::Fp8Factors { rows, .. } => {
+                    let mut tiles = shape;
+                    if let [.., size, _] = tiles.as_mut_slice() {
+                        *size = size.div_ceil((*rows).max(1));
+                    }
+                    put(name, DType::F32, tiles, Fill::Constant(AMPLITUDE / 448.0));
+                }
+                Packing::Mxfp4Codes => {
+                    let mut blocks = shape;
+                    if let Some(last) = blocks.last_mut() {
+                        *last = last.div_ceil(16);
+                    }
+                    blocks.push(16);
+                    put(name, DType::U8, blocks, Fill::Bytes);
+                }
+                // As for the codes of `Mxfp4`.
+                Packing::Mxfp4Exponents => put(name, DType::U8, shape, Fill::Constant(120.0)),
                 // Its parts are listed in its place.
                 Packing::Composed(_) => {}
             }
@@ -104,7 +122,11 @@ fn add(shapes: &mut Shapes, source: &Source, size: (u64, u64), expert: u64, pref
     let name = expand(&source.tensor, prefix, expert);
     let known = shapes.get(&name).map(|(_, shape, _)| shape.clone());
     // A vector has one axis, unless a view needs two.
-    let forms = if size.1 == 1 { vec![vec![size.0], vec![size.0, 1]] } else { vec![vec![size.0, size.1]] };
+    let forms = if size.1 == 1 && source.packing == Packing::Plain {
+        vec![vec![size.0], vec![size.0, 1]]
+    } else {
+        vec![vec![size.0, size.1]]
+    };
     let shape = forms
         .into_iter()
         .find_map(|form| before(form, &source.view, expert))

@@ -42,9 +42,23 @@ pub fn materialize(
 
 /// How stored elements become numbers. Index 0 is element `base` of the decoded tensor.
 enum Codec<'a> {
-    Plain { dtype: DType, bytes: Cow<'a, [u8]> },
-    Fp8 { table: &'static number::Table, bytes: Cow<'a, [u8]>, tiles: Tiles },
-    Mxfp4 { blocks: Cow<'a, [u8]>, scales: Cow<'a, [u8]> },
+    Plain {
+        dtype: DType,
+        bytes: Cow<'a, [u8]>,
+    },
+    Fp8 {
+        table: &'static number::Table,
+        bytes: Cow<'a, [u8]>,
+        tiles: Tiles,
+    },
+    Mxfp4 {
+        blocks: Cow<'a, [u8]>,
+        scales: Cow<'a, [u8]>,
+    },
+    /// The factors of FP8 tiles themselves, for each row.
+    Factors {
+        tiles: Tiles,
+    },
 }
 
 /// Factors of FP8 tiles; the last two axes of a tensor are tiled.
@@ -104,7 +118,21 @@ impl<'a> Bound<'a> {
                 let shape = vec![dense.rows as u64, dense.columns as u64];
                 (Origin::Composed(dense), shape)
             }
-            Packing::Plain | Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } => {
+            Packing::Fp8Factors { of, .. } => {
+                let stored = find(tensors, &name)?;
+                let coded = find(tensors, &expand(of, prefix, expert))?;
+                let shape = match (stored.shape.as_slice(), coded.shape.as_slice()) {
+                    ([outer @ .., _, columns], [.., rows, _]) => [outer, &[*rows, *columns]].concat(),
+                    (_, _) => stored.shape.clone(),
+                };
+                (Origin::Stored(stored), shape)
+            }
+            Packing::Plain
+            | Packing::Fp8Block { .. }
+            | Packing::Mxfp4 { .. }
+            | Packing::Fp8Codes
+            | Packing::Mxfp4Codes
+            | Packing::Mxfp4Exponents => {
                 let stored = find(tensors, &name)?;
                 let shape = decoded_shape(&source.packing, &stored, &name)?;
                 (Origin::Stored(stored), shape)
@@ -153,7 +181,7 @@ impl<'a> Bound<'a> {
             {
                 Some((bytes, self.access))
             }
-            Codec::Plain { .. } | Codec::Fp8 { .. } | Codec::Mxfp4 { .. } => None,
+            Codec::Plain { .. } | Codec::Fp8 { .. } | Codec::Mxfp4 { .. } | Codec::Factors { .. } => None,
         }
     }
 
@@ -178,6 +206,7 @@ impl<'a> Bound<'a> {
                 let code = if index.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
                 f64::from(E2M1[usize::from(code)]) * f64::from(e8m0(scales[index as usize / 32]))
             }
+            Codec::Factors { tiles } => f64::from(tiles.factor(index)),
         };
         number::round(self.dtype, value)
     }
@@ -268,6 +297,11 @@ impl<'a> Bound<'a> {
                     *value = E2M1[usize::from(code)] * e8m0(scales[at(i) / 32]);
                 }
             }
+            Codec::Factors { tiles } => {
+                for (i, value) in out.iter_mut().enumerate() {
+                    *value = tiles.factor(at(i) as u64);
+                }
+            }
         }
         match (&self.codec, self.dtype) {
             // Nothing to round: the values are of this type already.
@@ -311,7 +345,15 @@ fn decoded_shape(packing: &Packing, stored: &TensorView<'_>, name: &str) -> Resu
         Err(RuntimeError::new(Code::TensorMismatch, message))
     };
     match packing {
-        Packing::Plain | Packing::Composed(_) => Ok(stored.shape.clone()),
+        Packing::Plain | Packing::Composed(_) | Packing::Fp8Factors { .. } => Ok(stored.shape.clone()),
+        Packing::Fp8Codes if stored.dtype == DType::F8e4m3 => Ok(stored.shape.clone()),
+        Packing::Fp8Codes => wrong("E4M3 numbers, which kernels decode"),
+        Packing::Mxfp4Exponents if stored.dtype == DType::U8 => Ok(stored.shape.clone()),
+        Packing::Mxfp4Exponents => wrong("bytes of exponents"),
+        Packing::Mxfp4Codes => match (stored.dtype, stored.shape.as_slice()) {
+            (DType::U8, [outer @ .., blocks, 16]) => Ok([outer, &[blocks.checked_mul(16).unwrap_or(0)]].concat()),
+            (_, _) => wrong("bytes of shape [.., blocks, 16]"),
+        },
         Packing::Fp8Block { block, .. } => match stored.dtype {
             DType::F8e4m3 | DType::F8e5m2 if stored.shape.len() >= 2 && !block.contains(&0) => Ok(stored.shape.clone()),
             DType::F8e4m3 | DType::F8e5m2 => wrong("a matrix of 8-bit floats in tiles"),
@@ -407,28 +449,34 @@ fn load<'a>(
             if factors.shape != needed {
                 return Err(mismatch(&name, &factors, &needed));
             }
-            let (matrix, tiles) = ((rows * columns).max(1), grid[0] * grid[1]);
-            let (first, last) = (start / matrix, end.div_ceil(matrix));
-            let size = factors.dtype.bytes();
-            let bytes = factors.read(first * tiles * size, last * tiles * size)?;
-            let factors = (0..((last - first) * tiles) as usize)
-                .map(|i| match factors.dtype {
-                    DType::U8 => e8m0(bytes[i]),
-                    DType::F64
-                    | DType::F32
-                    | DType::Bf16
-                    | DType::F16
-                    | DType::F8e4m3
-                    | DType::F8e5m2
-                    | DType::I8
-                    | DType::I32
-                    | DType::I64 => number::decode(factors.dtype, &bytes, i) as f32,
-                })
-                .collect();
+            let (factors, base) = factors_of(&factors, grid, (rows * columns).max(1), [start, end])?;
             let table = if stored.dtype == DType::F8e5m2 { &*E5M2 } else { &*E4M3 };
-            let tiles = Tiles { factors, base: start - first * matrix, rows, columns, block: *block };
+            let tiles = Tiles { factors, base, rows, columns, block: *block };
             Ok((Codec::Fp8 { table, bytes: stored.read(start, end)?, tiles }, start))
         }
+        Packing::Fp8Codes => {
+            let bytes = stored.read(start, end)?;
+            finite(bytes.iter().all(|code| code & 0x7f != 0x7f))?;
+            Ok((Codec::Plain { dtype: DType::U8, bytes }, start))
+        }
+        Packing::Mxfp4Exponents => {
+            let bytes = stored.read(start, end)?;
+            finite(!bytes.contains(&0xff))?;
+            Ok((Codec::Plain { dtype: DType::U8, bytes }, start))
+        }
+        Packing::Fp8Factors { of, rows: unit } => {
+            let (rows, columns) = match shape {
+                [.., rows, columns] => (*rows, *columns),
+                _ => (1, 1),
+            };
+            let needed = [rows.div_ceil((*unit).max(1)), columns];
+            if !stored.shape.ends_with(&needed) {
+                return Err(mismatch(&expand(of), stored, &needed));
+            }
+            let (factors, base) = factors_of(stored, needed, (rows * columns).max(1), [start, end])?;
+            Ok((Codec::Factors { tiles: Tiles { factors, base, rows, columns, block: [(*unit).max(1), 1] } }, start))
+        }
+        Packing::Mxfp4Codes => Ok((Codec::Plain { dtype: DType::U8, bytes: stored.read(start, end)? }, start)),
         Packing::Mxfp4 { scales } => {
             let name = expand(scales);
             let exponents = find(tensors, &name)?;
@@ -442,4 +490,35 @@ fn load<'a>(
             Ok((codec, first * 32))
         }
     }
+}
+
+/// Factors of the matrices of `size` elements that hold elements `start..end`, on a grid of tiles each, and the place of
+/// `start` in the first of them.
+fn factors_of(stored: &TensorView<'_>, grid: [u64; 2], size: u64, [start, end]: [u64; 2]) -> Result<(Vec<f32>, u64)> {
+    let tiles = grid[0] * grid[1];
+    let (first, last) = (start / size, end.div_ceil(size));
+    let width = stored.dtype.bytes();
+    let bytes = stored.read(first * tiles * width, last * tiles * width)?;
+    let factors = (0..((last - first) * tiles) as usize).map(|i| match stored.dtype {
+        DType::U8 => e8m0(bytes[i]),
+        DType::F64
+        | DType::F32
+        | DType::Bf16
+        | DType::F16
+        | DType::F8e4m3
+        | DType::F8e5m2
+        | DType::I8
+        | DType::I32
+        | DType::I64 => number::decode(stored.dtype, &bytes, i) as f32,
+    });
+    Ok((factors.collect(), start - first * size))
+}
+
+/// Kernels that decode codes have no value that is not a number.
+fn finite(holds: bool) -> Result<()> {
+    if holds {
+        return Ok(());
+    }
+    let message = "a code or a shared exponent of a weight stands for no number".to_owned();
+    Err(RuntimeError::new(Code::TensorMismatch, message).with_help("check the checkpoint"))
 }

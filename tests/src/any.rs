@@ -1,25 +1,71 @@
 //! Layers drawn at random from every operation, rule, bank kind and weight form, with odd sizes.
 
-use crate::draw::Draw;
-use crate::forms::Form;
+use crate::{
+    draw::Draw,
+    forms::Form,
+    gallery::{Compiled, Numbers, agree, data},
+};
+use moec::{Target, runtime::Device};
 use serde_json::{Map, Value, json};
+use std::sync::Arc;
+
+mod before;
+mod routes;
+
+/// A drawn layer.
+pub struct Layer {
+    /// Its graph.
+    pub form: Form,
+    /// How many tokens suit it.
+    pub tokens: u64,
+    /// Inputs of integers that are not 0 and 1.
+    pub ints: Vec<(String, Vec<i32>)>,
+}
 
 /// A layer under construction.
 struct Any {
     draw: Draw,
     form: Form,
     width: u64,
+    /// Width of what experts give.
+    out: u64,
     experts: u64,
+    /// Rows of the route: as a size, and their number.
+    rows: (Value, u64),
+    /// Passes of the loop that is under construction.
+    passes: Option<u64>,
+    ints: Vec<(String, Vec<i32>)>,
     /// Names are counted.
     count: usize,
+}
+
+/// Compiles the layer of a number, runs it and compares every result with the interpreter.
+///
+/// # Errors
+/// What differs.
+pub fn check(number: u64, target: Target, device: Arc<dyn Device>) -> Result<(), String> {
+    let Layer { form, tokens, ints } = layer(number);
+    let graph = form.graph();
+    let mut data = data(&graph, tokens, tokens, Numbers::Small);
+    for (name, values) in ints {
+        data.set_ints(&name, &values);
+    }
+    let expected = data.expected(&graph).map_err(|e| e.to_string())?;
+    // Sums that cancel have no digits to compare.
+    if expected["output"].iter().all(|v| v.abs() < 1e-6) {
+        return Ok(());
+    }
+    let compiled = Compiled::new(&graph, target, device).map_err(|e| e.to_string())?;
+    let found = compiled.run(&data).map_err(|e| e.to_string())?;
+    agree(&graph, &found, &expected).map_err(|e| format!("{e} ({tokens} tokens)"))
 }
 
 /// Functions of one number that are defined and tame everywhere.
 const ACTS: [&str; 12] =
     ["relu", "relu2", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "neg", "square", "softplus", "abs", "identity"];
 
-/// The layer of a number, and how many tokens suit it.
-pub fn layer(number: u64) -> (Form, u64) {
+/// The layer of a number.
+pub fn layer(number: u64) -> Layer {
     let mut draw = Draw(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     for _ in 0..4 {
         draw.below(2);
@@ -33,15 +79,17 @@ pub fn layer(number: u64) -> (Form, u64) {
     } else {
         Form::default().input("x", "f32", &json!([rows * repeat, width])).input("c", "f32", &json!([rows, width]))
     };
-    let mut any = Any { draw, form, width, experts, count: 0 };
+    let out = if draw.one_in(5) { draw.of(&[1, 4, 7, 16, 20]) } else { width };
+    let size = if repeat == 1 { json!("T") } else { json!(rows) };
+    let mut any = Any { draw, form, width, out, experts, rows: (size, rows), passes: None, ints: Vec::new(), count: 0 };
     any.build(if repeat == 1 { "x" } else { "c" }, repeat);
-    (any.form, rows * repeat)
+    Layer { form: any.form, tokens: rows * repeat, ints: any.ints }
 }
 
 impl Any {
     fn name(&mut self, what: &str) -> String {
         self.count += 1;
-        format!("{what}{}", self.count)
+        format!("{what}_{}", self.count)
     }
 
     fn add(&mut self, op: &str, operands: &[&str], attributes: Value) -> String {
@@ -76,21 +124,106 @@ impl Any {
 
     fn build(&mut self, source: &str, repeat: u64) {
         let mut value = source.to_owned();
+        if repeat == 1 && self.draw.one_in(3) {
+            value = self.before(&value);
+        }
         if self.draw.one_in(2) {
             value = self.normed(&value);
         }
+        if repeat == 1 && self.draw.one_in(6) {
+            let y = self.in_a_loop(&value);
+            self.output("output", &y);
+            return;
+        }
         let route = self.route(&value);
         let moved = if repeat == 1 && self.draw.one_in(2) { value } else { "x".to_owned() };
-        let weighted = self.draw.one_in(5);
-        let dispatched = self.add("dispatch", &[&moved, &route], json!({"repeat": repeat, "weighted": weighted}));
-        let bank = self.bank();
-        let rows = self.add("experts", &[&dispatched], json!({"bank": bank}));
-        let mut y = self.add("combine", &[&rows, &route], json!({"repeat": repeat, "weighted": !weighted}));
+        let mut y = self.mixture(&moved, &route, repeat);
         for _ in 0..self.draw.below(3) {
             y = self.after(&y, &moved);
         }
+        self.output("output", &y);
+        self.output("ids", &format!("{route}.idx"));
+        self.output("w", &format!("{route}.w"));
+    }
+
+    /// `dispatch > experts > combine`, with the width of the layer again.
+    fn mixture(&mut self, moved: &str, route: &str, repeat: u64) -> String {
+        let weighted = self.draw.one_in(5);
+        let dispatched = self.add("dispatch", &[moved, route], json!({"repeat": repeat, "weighted": weighted}));
+        let rows = if self.draw.one_in(8) {
+            self.heads(moved, &dispatched)
+        } else {
+            let bank = self.bank();
+            // A bank that gives nothing gives as much of it as it takes.
+            if bank.as_array().is_some_and(|parts| parts.iter().all(|p| p["kind"] == "zero")) {
+                self.out = self.width;
+            }
+            self.add("experts", &[&dispatched], json!({"bank": bank}))
+        };
+        let y = self.add("combine", &[&rows, route], json!({"repeat": repeat, "weighted": !weighted}));
+        if self.out == self.width {
+            return y;
+        }
+        let back = self.weight("back", json!([self.width, self.out]));
+        self.add("linear", &[&y], json!({"w": back}))
+    }
+
+    /// Several passes through one bank, each with a router of its own.
+    fn in_a_loop(&mut self, x: &str) -> String {
+        let passes = 1 + self.draw.below(3);
+        let carry = self.add("unary", &[x], json!({"fn": "identity"}));
+        let first = self.form.count();
+        self.passes = Some(passes);
+        let route = self.token_choice(&carry);
+        let y = self.mixture(&carry, &route, 1);
+        let sum = self.add("binary", &[&carry, &y], json!({"fn": "add"}));
+        // Values stay small.
+        let next = self.add("norm", &[&sum], json!({"kind": "rms", "eps": 0.01}));
+        self.passes = None;
+        let id = self.name("n");
         let form = std::mem::take(&mut self.form);
-        self.form = form.output("output", &y).output("ids", &format!("{route}.idx")).output("w", &format!("{route}.w"));
+        self.form = form.looped(first, &id, [&carry, &next], passes);
+        id
+    }
+
+    /// Query heads as experts, over keys and values that they share.
+    fn heads(&mut self, x: &str, dispatched: &str) -> String {
+        let (experts, width, out) = (self.experts, self.width, self.out);
+        let size = self.draw.of(&[4, 8, 12]);
+        let part = |w: String| json!({"bank": [{"ids": [0, experts], "kind": "linear", "w": w}]});
+        let (key, value) = (self.weight("k", json!([size, width])), self.weight("v", json!([size, width])));
+        let [key, value] = [key, value].map(|w| self.add("linear", &[x], json!({"w": w})));
+        let query = self.each("q", "e", "f32", json!([size, width]));
+        let query = self.add("experts", &[dispatched], part(query));
+        let read = self.add("attention", &[&query, &key, &value], json!({}));
+        let back = self.each("o", "e", "f32", json!([out, size]));
+        self.add("experts", &[&read], part(back))
+    }
+
+    fn output(&mut self, name: &str, source: &str) {
+        let form = std::mem::take(&mut self.form);
+        self.form = form.output(name, source);
+    }
+
+    fn input(&mut self, what: &str, dtype: &str, shape: &Value) -> String {
+        let name = self.name(what);
+        let form = std::mem::take(&mut self.form);
+        self.form = form.input(&name, dtype, shape);
+        name
+    }
+
+    /// An input of integers below `end`, from `start` on.
+    fn integers(&mut self, what: &str, shape: &Value, count: u64, [start, end]: [i32; 2]) -> String {
+        let name = self.input(what, "i32", shape);
+        let span = u64::from(end.abs_diff(start)).max(1);
+        let values = (0..count).map(|_| start + i32::try_from(self.draw.below(span)).expect("small")).collect();
+        self.ints.push((name.clone(), values));
+        name
+    }
+
+    fn batch(&mut self) {
+        let form = std::mem::take(&mut self.form);
+        self.form = form.batch();
     }
 
     fn normed(&mut self, x: &str) -> String {
@@ -150,93 +283,6 @@ impl Any {
         }
     }
 
-    fn route(&mut self, x: &str) -> String {
-        let (experts, width) = (self.experts, self.width);
-        let mut linear = json!({"w": self.weight("router", json!([experts, width]))});
-        if self.draw.one_in(3) {
-            linear["b"] = json!(self.weight("rb", json!([experts])));
-        }
-        let logits = self.add("linear", &[x], linear);
-        // Positive scores may be divided by their sum.
-        let (scores, positive) = match self.draw.below(6) {
-            0 | 1 => {
-                let temp = self.draw.of(&[1.0, 0.5, 2.0]);
-                (self.add("softmax", &[&logits], json!({"temp": temp})), true)
-            }
-            2 => (self.add("unary", &[&logits], json!({"fn": "sigmoid"})), true),
-            3 => {
-                let soft = self.add("unary", &[&logits], json!({"fn": "softplus"}));
-                (self.add("unary", &[&soft], json!({"fn": "sqrt"})), true)
-            }
-            4 => (self.add("unary", &[&logits], json!({"fn": "tanh"})), false),
-            _ => (logits, false),
-        };
-        let mut off = Vec::new();
-        let adjusted = match self.draw.below(5) {
-            0 => {
-                let add = self.weight("bias", json!([experts]));
-                self.add("adjust", &[&scores], json!({"add": add}))
-            }
-            1 if experts > 2 => {
-                off.push(self.draw.below(experts));
-                self.add("adjust", &[&scores], json!({"off": off}))
-            }
-            2 if experts > 2 => {
-                let on = self.draw.below(experts);
-                self.add("adjust", &[&scores], json!({"on": [on]}))
-            }
-            _ => scores.clone(),
-        };
-        let k = 1 + self.draw.below(experts.min(4));
-        let rule = match self.draw.below(9) {
-            0 => {
-                let mut ranks: Vec<u64> = (0..k).collect();
-                ranks.reverse();
-                json!({"rule": "rank", "ranks": ranks})
-            }
-            1 => json!({"rule": "all"}),
-            2 => json!({"rule": "topp", "p": 0.55, "strict": self.draw.one_in(2), "max_k": k}),
-            3 => json!({"rule": "threshold", "tau": 0.2, "max_k": k, "min_k": self.draw.below(2)}),
-            4 => json!({"rule": "threshold", "quantile": 0.6, "strict": false, "max_k": k, "min_k": 1}),
-            5 if experts.is_multiple_of(2) => {
-                json!({"rule": "group_topk", "groups": experts / 2, "k": 1 + self.draw.below(2)})
-            }
-            6 if experts.is_multiple_of(4) => json!({"rule": "group_limited", "groups": experts / 2,
-                "group_top": 1 + self.draw.below(2), "keep_groups": 2, "k": k.min(4)}),
-            7 if experts.is_multiple_of(3) => {
-                json!({"rule": "group_limited", "groups": 3, "group_top": 1, "keep_groups": 3, "k": k.min(3)})
-            }
-            _ => json!({"rule": "topk", "k": k}),
-        };
-        let selected = self.add("select", &[&adjusted], rule);
-        let mut weigh = Map::new();
-        if self.draw.one_in(3) {
-            weigh.insert("fn".into(), json!(self.draw.of(&["softmax", "sigmoid"])));
-        }
-        if self.draw.one_in(6) && experts > 1 {
-            weigh.insert("real".into(), json!(experts - 1));
-        }
-        if positive || weigh.contains_key("fn") {
-            if self.draw.one_in(4) {
-                weigh.insert("drop_below".into(), json!(0.4));
-            }
-            if self.draw.one_in(2) {
-                weigh.insert("norm".into(), json!("sum"));
-                if self.draw.one_in(2) {
-                    weigh.insert("eps".into(), json!(0.05));
-                }
-            }
-        }
-        if self.draw.one_in(4) {
-            let scales = self.weight("es", json!([experts]));
-            weigh.insert("expert_scale".into(), json!(scales));
-        }
-        if self.draw.one_in(4) {
-            weigh.insert("scale".into(), json!(1.75));
-        }
-        self.add("weigh", &[&selected, &scores], Value::Object(weigh))
-    }
-
     fn bank(&mut self) -> Value {
         let experts = self.experts;
         let mut parts = Vec::new();
@@ -251,16 +297,21 @@ impl Any {
     }
 
     fn part(&mut self, ids: [u64; 2]) -> Map<String, Value> {
-        let width = self.width;
+        let (width, out) = (self.width, self.out);
         let mut part = Map::new();
-        match self.draw.below(12) {
+        // What keeps the width cannot change it.
+        let mut kind = self.draw.below(13);
+        if out != width && matches!(kind, 8 | 12) {
+            kind = 11;
+        }
+        match kind {
             0..=6 => part = self.ffn(Some(ids)),
             7 => {
                 part.insert("kind".into(), json!("linear"));
-                let w = self.matrix(Some(ids), width, width);
+                let w = self.matrix(Some(ids), out, width);
                 part.insert("w".into(), w);
                 if self.draw.one_in(2) {
-                    let bias = self.each("lb", "e", "f32", json!([width]));
+                    let bias = self.each("lb", "e", "f32", json!([out]));
                     part.insert("bias".into(), json!(bias));
                 }
             }
@@ -279,20 +330,22 @@ impl Any {
                 part.insert("kind".into(), json!("neuron"));
                 let act = self.act();
                 part.insert("act".into(), json!(act));
-                for name in ["u", "v"] {
-                    let table = self.weight("nt", json!([ids[1] - ids[0], width]));
+                for (name, size) in [("u", width), ("v", out)] {
+                    let table = self.weight("nt", json!([ids[1] - ids[0], size]));
                     part.insert(name.into(), json!(table));
                 }
                 part.insert("base_id".into(), json!(ids[0]));
             }
             10 => {
                 part.insert("kind".into(), json!("const"));
-                let table = self.weight("ct", json!([self.experts, width]));
+                let table = self.weight("ct", json!([self.experts, out]));
                 part.insert("value".into(), json!(table));
             }
+            11 => {
+                part.insert("kind".into(), json!("zero"));
+            }
             _ => {
-                let kind = self.draw.of(&["zero", "identity"]);
-                part.insert("kind".into(), json!(kind));
+                part.insert("kind".into(), json!("identity"));
             }
         }
         part.insert("ids".into(), json!(ids));
@@ -301,7 +354,7 @@ impl Any {
 
     /// A network, of experts or dense.
     fn ffn(&mut self, ids: Option<[u64; 2]>) -> Map<String, Value> {
-        let width = self.width;
+        let (width, out) = (self.width, if ids.is_some() { self.out } else { self.width });
         let mut part = Map::new();
         part.insert("kind".into(), json!("ffn"));
         let act = self.act();
@@ -313,7 +366,7 @@ impl Any {
                 let w = self.each(name, "e", "f32", json!([inner, width]));
                 part.insert(name.into(), json!(w));
             }
-            let down = self.each("down", "e", "f32", json!([width, inner]));
+            let down = self.each("down", "e", "f32", json!([out, inner]));
             part.insert("down".into(), json!(down));
             return part;
         }
@@ -324,14 +377,14 @@ impl Any {
             let gate = self.matrix(ids, inner, width);
             part.insert("gate".into(), gate);
         }
-        let (up, down) = (self.matrix(ids, up, width), self.matrix(ids, width, inner));
+        let (up, down) = (self.matrix(ids, up, width), self.matrix(ids, out, inner));
         part.insert("up".into(), up);
         part.insert("down".into(), down);
         if gated == 2 {
             part.insert("packed".into(), json!(true));
         }
         let rows = |name: &str| match name {
-            "down_bias" => width,
+            "down_bias" => out,
             "up_bias" if gated == 2 => 2 * inner,
             _ => inner,
         };

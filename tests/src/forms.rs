@@ -72,6 +72,18 @@ impl Form {
         self
     }
 
+    /// Number of nodes so far.
+    pub fn count(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Makes the nodes from `first` on the body of a loop.
+    #[must_use]
+    pub fn looped(mut self, first: usize, id: &str, [carry, next]: [&str; 2], passes: u64) -> Self {
+        let body = self.nodes.split_off(first);
+        self.node(id, "loop", &[], json!({"n": passes, "carry": carry, "next": next, "body": body}))
+    }
+
     /// Results may depend on the batch.
     #[must_use]
     pub fn batch(mut self) -> Self {

@@ -4,18 +4,14 @@ use moec::{
     Target, host_target,
     runtime::{Cpu, Sim},
 };
-use moec_tests::{
-    any::layer,
-    gallery::{check, on_all_cores},
-};
+use moec_tests::{any::check, gallery::on_all_cores};
 use std::sync::Arc;
 
 #[test]
 fn drawn_layers_agree_on_this_processor() {
     let numbers: Vec<u64> = (0..24).collect();
     let failures = on_all_cores(&numbers, |number| {
-        let (form, tokens) = layer(*number);
-        check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), tokens).map_err(|e| format!("layer {number}: {e}"))
+        check(*number, host_target(), Arc::new(Cpu::new(1))).map_err(|e| format!("layer {number}: {e}"))
     });
     assert!(failures.is_empty(), "{} of {}\n{}", failures.len(), numbers.len(), failures.join("\n"));
 }
@@ -24,9 +20,8 @@ fn drawn_layers_agree_on_this_processor() {
 fn drawn_layers_agree_as_ptx() {
     let numbers: Vec<(u64, Target)> = (100..106).map(|n| (n, [Target::Sm80, Target::Sm90a][n as usize % 2])).collect();
     let failures = on_all_cores(&numbers, |(number, target)| {
-        let (form, tokens) = layer(*number);
         let device = Arc::new(Sim::new(moec_sim::Options::default()));
-        check(&form.graph(), *target, device, tokens).map_err(|e| format!("layer {number}: {e}"))
+        check(*number, *target, device).map_err(|e| format!("layer {number}: {e}"))
     });
     assert!(failures.is_empty(), "{} of {}\n{}", failures.len(), numbers.len(), failures.join("\n"));
 }

@@ -1,6 +1,6 @@
 //! Pages that are made from the code say what the code does. `MOEC_BLESS=1` writes them anew.
 
-use moec_tests::{catalog, gallery::files};
+use moec_tests::{catalog, gallery::files, lowering};
 use std::path::Path;
 
 /// The page must be what the file holds.
@@ -30,4 +30,25 @@ fn every_graph_names_its_file_and_says_what_is_special() {
         let value: serde_json::Value = serde_json::from_str(&text).expect("the file is JSON");
         assert_eq!(value["name"], moec_tests::gallery::stem(&path), "the name of a graph is that of its file");
     }
+}
+
+/// The counted part of `docs/lowering.md`; the timed part is written by the example `lowering`.
+#[test]
+fn compositions_cost_no_more_than_a_plain_layer() {
+    let (table, worst) = lowering::table();
+    assert!(worst <= 1.05, "a form costs {worst} of the plain layer\n{table}");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/lowering.md");
+    let held = std::fs::read_to_string(&path).expect("the example `lowering` writes the page");
+    let (Some((head, rest)), Some((_, tail))) = (held.split_once("<!-- counts -->\n"), held.split_once("<!-- end -->"))
+    else {
+        panic!("docs/lowering.md has no counts")
+    };
+    if std::env::var_os("MOEC_BLESS").is_some() {
+        let page = format!("{head}<!-- counts -->\n{table}<!-- end -->{tail}");
+        return std::fs::write(&path, page).expect("the page can be written");
+    }
+    assert!(
+        rest.starts_with(&table),
+        "docs/lowering.md is not what the code says; MOEC_BLESS=1 writes it anew\n{table}"
+    );
 }

@@ -276,6 +276,47 @@ fn thirteen_codes_are_decoded_in_the_kernel() {
 }
 
 #[test]
+fn thirteen_codes_of_checkpoints_stay_codes() {
+    // One block of 128 x 128 codes, or 32 codes, shares a scale; kernels keep one for each row of a block.
+    let fp8 = |values: u64| (values, values / 128 * 4);
+    let mxfp4 = |values: u64| (values / 2, values / 32);
+    for (name, bytes) in [("minimax-m2", fp8 as fn(u64) -> (u64, u64)), ("gpt-oss-120b", mxfp4)] {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("models/{name}/config.json"));
+        let text = std::fs::read_to_string(path).expect("the file is part of the repository");
+        let model = moec_frontend::read_config(&text, name).expect("the config is one");
+        for target in [Target::X86V4Amx, Target::Sm90a] {
+            let compiler = moec::Compiler { targets: vec![target], ..moec::Compiler::default() };
+            let artefact = compiler.compile(&model).expect("compiles");
+            let program = &artefact.manifest.programs[0];
+            let of = |rows: fn(&moec_abi::Slot) -> bool| -> Vec<&moec_abi::Slot> {
+                program.slots.iter().filter(|s| s.experts > 1 && rows(s)).collect()
+            };
+            let coded = |packing: &moec_abi::Packing| {
+                matches!(packing, moec_abi::Packing::Fp8Codes | moec_abi::Packing::Mxfp4Codes)
+            };
+            let codes: u64 = program
+                .slots
+                .iter()
+                .filter(|s| s.matrices.iter().all(|m| coded(&m.source.packing)))
+                .map(|s| s.bytes)
+                .sum();
+            let values: u64 = 3 * {
+                let slot = of(|s| s.matrices.len() == 2).first().copied().expect("gate and up are packed together");
+                let (rows, _) = slot.size_of(0).expect("sizes are equal");
+                let down = of(|s| s.matrices.len() == 1).first().copied().expect("down is packed");
+                let (width, _) = down.size_of(0).expect("sizes are equal");
+                slot.experts * rows * width
+            };
+            let (all, scales) = bytes(values);
+            // Rows and columns are padded to whole tiles.
+            assert!((all..=all + all / 20).contains(&codes), "{name} on {}: {codes} bytes for {all}", target.name());
+            let whole: u64 = of(|s| s.layout != moec_abi::Layout::Rows { columns: 1 }).iter().map(|s| s.bytes).sum();
+            assert!(whole <= (all + scales) * 21 / 20, "{name} on {}: {whole} for {all} and {scales}", target.name());
+        }
+    }
+}
+
+#[test]
 fn five_work_follows_the_widths() {
     let of = |widths: Value| {
         Form::new(64)

@@ -14,6 +14,7 @@
 //!   `finish` the epilogue.
 
 mod amx;
+mod decode;
 mod finish;
 mod pack;
 mod schedule;
@@ -83,7 +84,8 @@ struct Tile<'c> {
     /// Weights of the second of two tiles side by side (matrix unit).
     w1: V<'c>,
     /// Scales and zeros of the unit, from the first input on.
-    scales: [Option<V<'c>>; 2],
+    scales: Option<V<'c>>,
+    zeros: Option<V<'c>>,
     /// First input of the block of `k`.
     k0: V<'c>,
     /// The weights that the next unit will read in this part of `k`.
@@ -219,7 +221,7 @@ impl<'b, 'c> Kernel<'b, 'c> {
         if !s.direct {
             self.pack(chunk, k0, columns);
         }
-        let slots = self.at(self.scratch, s.pack_bytes(spec));
+        let slots = self.at(self.scratch, s.pack_bytes(spec) + s.decoded_bytes(spec));
         let tiles = s.chunk_rows.div_ceil(s.mr as u64);
         b.each(item.begin, item.end, |unit| {
             // Sums outlive a unit only when another block of `k` follows.
@@ -241,16 +243,22 @@ impl<'b, 'c> Kernel<'b, 'c> {
         let once = s.k_blocks(spec) == 1;
         let fresh = if once { b.bool(true) } else { b.cmpi("eq", k0, self.c(0)) };
         let complete = b.cmpi("eq", b.addi(k0, columns), self.c(s.padded_k(spec)));
-        let (w, w1) = self.weights(item.expert, unit, k0);
-        let scales = [self.scales, self.zeros].map(|of| of.map(|of| self.factors(of, item.expert, unit)));
-        let ahead = self.at(w, s.panels_per_unit(spec) * s.panel_bytes(spec));
+        let numbers = self.panels(item.expert, unit);
+        let stored = self.weights(numbers, k0);
+        let [w, w1] = match spec.codes {
+            Some(codes) if s.engine == Engine::Matrix => self.decode_unit(&codes, (stored, numbers), k0, columns),
+            Some(_) | None => stored,
+        };
+        let scales = self.scales.map(|of| self.factors(of, item.expert, unit, self.scale_bytes()));
+        let zeros = self.zeros.map(|of| self.factors(of, item.expert, unit, 4));
+        let ahead = self.at(stored[0], s.panels_per_unit(spec) * s.panel_bytes(spec));
         b.for_(self.c(0), chunk.rows, self.c(s.mr as u64), &[], |row, _| {
             let rows = b.minsi(b.subi(chunk.rows, row), self.c(s.mr as u64));
             let tile_index = b.divui(row, self.c(s.mr as u64));
             let sums =
                 if once { slots } else { b.gep(slots, "i8", b.mulc(tile_index, s.slot_bytes(spec).cast_signed())) };
             let a = self.operand(chunk, row, k0);
-            let tile = Tile { rows, a, w, w1, scales, k0, ahead, index: tile_index, steps, sums, fresh };
+            let tile = Tile { rows, a, w, w1, scales, zeros, k0, ahead, index: tile_index, steps, sums, fresh };
             match s.engine {
                 Engine::Vector => self.vector_tile(tile),
                 Engine::Matrix => self.matrix_tile(tile, chunk),
@@ -265,25 +273,35 @@ impl<'b, 'c> Kernel<'b, 'c> {
         });
     }
 
-    /// Address of the packed weights of a unit at column `k0`, and of the tile beside it.
-    fn weights(&self, expert: V<'c>, unit: V<'c>, k0: V<'c>) -> (V<'c>, V<'c>) {
+    /// Numbers of the first panel of a unit, and of the one beside it.
+    fn panels(&self, expert: V<'c>, unit: V<'c>) -> [V<'c>; 2] {
         let (b, s, spec) = (self.b, self.schedule, self.spec);
-        let panel = s.panel_bytes(spec);
         let panels = s.panels(spec) * spec.matrices as u64;
         let first = b.mulc(unit, s.panels_per_unit(spec).cast_signed());
-        let base = b.gep(self.w, "i8", b.mulc(expert, (panels * panel).cast_signed()));
-        // Places of one column of the packed weights: `panel` rows.
-        let skip = b.mulc(k0, (s.panel() * spec.weight_bits() / 8).cast_signed());
-        let at = |index| b.gep(b.gep(base, "i8", b.mulc(index, panel.cast_signed())), "i8", skip);
+        let base = b.mulc(expert, panels.cast_signed());
         // The last unit may lack its second tile: it repeats the first, and the result is dropped.
-        (at(first), at(b.minsi(b.addc(first, 1), self.c(panels - 1))))
+        [first, b.minsi(b.addc(first, 1), self.c(panels - 1))].map(|panel| b.addi(base, panel))
     }
 
-    /// Address of the scales (or zeros) of a unit.
-    fn factors(&self, of: V<'c>, expert: V<'c>, unit: V<'c>) -> V<'c> {
+    /// Addresses of packed panels at column `k0`.
+    fn weights(&self, panels: [V<'c>; 2], k0: V<'c>) -> [V<'c>; 2] {
+        let (b, s, spec) = (self.b, self.schedule, self.spec);
+        // Places of one column of the packed weights: `panel` rows.
+        let skip = b.mulc(k0, (s.panel() * spec.weight_bits() / 8).cast_signed());
+        let bytes = s.panel_bytes(spec).cast_signed();
+        panels.map(|panel| b.gep(b.gep(self.w, "i8", b.mulc(panel, bytes)), "i8", skip))
+    }
+
+    /// Address of the scales (or zeros), so many bytes each, of a unit.
+    fn factors(&self, of: V<'c>, expert: V<'c>, unit: V<'c>, bytes: u64) -> V<'c> {
         let (b, s, spec) = (self.b, self.schedule, self.spec);
         let panels = b.mulc(expert, (s.panels(spec) * spec.matrices as u64).cast_signed());
         let panel = b.addi(panels, b.mulc(unit, s.panels_per_unit(spec).cast_signed()));
-        b.gep(of, "i8", b.mulc(panel, s.scale_panel_bytes(spec).cast_signed()))
+        b.gep(of, "i8", b.mulc(panel, s.factors_bytes(spec, bytes).cast_signed()))
+    }
+
+    /// Bytes of a scale.
+    fn scale_bytes(&self) -> u64 {
+        self.spec.codes.map_or(4, |codes| codes.scale.bytes())
     }
 }

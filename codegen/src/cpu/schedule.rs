@@ -135,8 +135,7 @@ impl Schedule {
     /// Order of the packed weights.
     pub fn layout(&self, spec: &Grouped) -> Layout {
         match spec.codes {
-            // Bytes hold as many inputs as a step takes.
-            Some(_) => self.scale_layout(),
+            Some(codes) => Layout::Panels { panel: self.panel(), depth: 1, columns: self.k_step() / codes.per_byte() },
             None => Layout::Panels { panel: self.panel(), depth: self.depth, columns: self.k_step() },
         }
     }
@@ -146,9 +145,9 @@ impl Schedule {
         Layout::Panels { panel: self.panel(), depth: 1, columns: 1 }
     }
 
-    /// Bytes of the scales of a panel.
-    pub(super) fn scale_panel_bytes(&self, spec: &Grouped) -> u64 {
-        spec.codes.map_or(0, |codes| codes.groups(spec.k) * self.panel() * 4)
+    /// Bytes of the scales (or zeros) of a panel, at so many bytes each.
+    pub(super) fn factors_bytes(&self, spec: &Grouped, bytes: u64) -> u64 {
+        spec.codes.map_or(0, |codes| codes.groups(spec.k) * self.panel() * bytes)
     }
 
     /// How the launch spreads.
@@ -160,14 +159,22 @@ impl Schedule {
         CpuGrid { items: parts.times(self.blocks(spec)), grain: 1, scratch: self.scratch(spec) }
     }
 
-    /// Bytes of scratch: packed rows, then sums.
+    /// Bytes of scratch: packed rows, decoded weights, then sums.
     fn scratch(&self, spec: &Grouped) -> u64 {
         let tiles = self.chunk_rows.div_ceil(self.mr as u64);
         let slots = match self.k_blocks(spec) {
             1 => 1,
             _ => self.merge * self.units_per_item * tiles,
         };
-        self.pack_bytes(spec) + slots * self.slot_bytes(spec)
+        self.pack_bytes(spec) + self.decoded_bytes(spec) + slots * self.slot_bytes(spec)
+    }
+
+    /// Bytes of decoded weights: two panels, for the matrix unit.
+    pub(super) fn decoded_bytes(&self, spec: &Grouped) -> u64 {
+        match self.engine {
+            Engine::Matrix if spec.codes.is_some() => 2 * self.k_block * 16 * 2,
+            Engine::Matrix | Engine::Vector => 0,
+        }
     }
 
     /// Output rows of a panel of packed weights.

@@ -1,7 +1,7 @@
 //! The vector kernel: a register tile of f32 sums.
 
 use super::{Kernel, Tile};
-use crate::{grouped::Codes, mlir::V};
+use crate::{codes::Codes, mlir::V};
 use moec_abi::DType;
 
 impl<'c> Kernel<'_, 'c> {
@@ -41,9 +41,10 @@ impl<'c> Kernel<'_, 'c> {
             let line = b.mulc(b.remui(tile.index, self.c(s.step_bytes(self.spec).div_ceil(64))), 64);
             let ahead = b.gep(tile.ahead, "i8", b.addi(skip, line));
             let sums = b.gep(tile.sums, "i8", b.mulc(m, sums.cast_signed()));
-            let skip = |of| b.gep(of, "i8", b.mulc(m, s.scale_panel_bytes(self.spec).cast_signed()));
-            let scales = tile.scales.map(|of| of.map(skip));
-            self.sums(Tile { w, scales, ahead, sums, ..tile }, rows);
+            let skip = |of, bytes| b.gep(of, "i8", b.mulc(m, s.factors_bytes(self.spec, bytes).cast_signed()));
+            let scales = tile.scales.map(|of| skip(of, self.scale_bytes()));
+            let zeros = tile.zeros.map(|of| skip(of, 4));
+            self.sums(Tile { w, scales, zeros, ahead, sums, ..tile }, rows);
         });
     }
 
@@ -96,7 +97,7 @@ impl<'c> Kernel<'_, 'c> {
     /// Adds the inputs of a step times weights that are decoded in registers.
     fn decoded(&self, codes: &Codes, tile: Tile<'c>, w: V<'c>, a: V<'c>, step: V<'c>, sums: &mut [V<'c>]) {
         let (b, s, lanes) = (self.b, self.schedule, self.lanes);
-        let [bytes, integers, floats] = ["i8", "i32", "f32"].map(|element| format!("vector<{lanes}x{element}>"));
+        let [bytes, integers] = ["i8", "i32"].map(|element| format!("vector<{lanes}x{element}>"));
         let bytes: Vec<_> = (0..s.nv)
             .map(|v| b.cast("arith.extui", b.load(self.at(w, (v * lanes) as u64), &bytes, 1), &integers))
             .collect();
@@ -106,24 +107,27 @@ impl<'c> Kernel<'_, 'c> {
             // Inputs past the last one are zero: any scale serves.
             let group = b.minsi(b.divui(k, self.c(codes.group)), self.c(groups - 1));
             let group = if groups == 1 { self.c(0) } else { group };
-            let at = b.mulc(group, (s.panel() * 4).cast_signed());
-            tile.scales.map(|of| {
-                let of = of.map(|of| b.gep(of, "i8", at));
-                let load = |v: usize| of.map(|of| b.load(self.at(of, (v * lanes * 4) as u64), &floats, 4));
-                (0..s.nv).map(load).collect::<Vec<_>>()
-            })
+            let row = |bytes: u64| b.mulc(group, (s.panel() * bytes).cast_signed());
+            let scales = tile.scales.map(|of| b.gep(of, "i8", row(codes.scale.bytes())));
+            let zeros = tile.zeros.map(|of| b.gep(of, "i8", row(4)));
+            let places = 0..s.nv as u64;
+            let wide = lanes as u64;
+            let scale =
+                |v: u64| scales.map(|of| codes.scales(b, self.at(of, v * wide * codes.scale.bytes()), Some(lanes)));
+            let zero = |v: u64| zeros.map(|of| b.load(self.at(of, v * wide * 4), &format!("vector<{lanes}xf32>"), 4));
+            (places.clone().map(scale).collect::<Vec<_>>(), places.map(zero).collect::<Vec<_>>())
         };
         let mut shared = factors(0);
         for input in 0..codes.per_byte() {
             if input > 0 && !codes.group.is_multiple_of(codes.per_byte()) {
                 shared = factors(input);
             }
-            let [scales, zeros] = &shared;
+            let (scales, zeros) = &shared;
             let mask = b.i32s((1 << codes.bits) - 1, lanes);
             let values = bytes.iter().zip(scales).zip(zeros).filter_map(|((bytes, scale), zero)| {
                 let shift = i32::try_from(input * codes.bits).unwrap_or(0);
                 let code = b.andi(b.shrui(*bytes, b.i32s(shift, lanes)), mask);
-                Some(codes.decode(b, code, &floats, (*scale)?, *zero))
+                Some(codes.decode(b, code, (*scale)?, *zero, self.spec.w))
             });
             let values: Vec<_> = values.collect();
             self.multiply(a, input, &values, sums);

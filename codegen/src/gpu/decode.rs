@@ -35,7 +35,7 @@ const SMALL: (u64, u64) = (1024, 512);
 /// The schedule for few tokens, and the most tokens that it is for; `None` where rows do not consist of 16-byte pieces.
 pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
     let whole = [spec.k, spec.a_stride].iter().all(|n| n.is_multiple_of(8));
-    if spec.a != DType::Bf16 || spec.w != DType::Bf16 || !whole {
+    if spec.a != DType::Bf16 || spec.w != DType::Bf16 || spec.codes.is_some() || !whole {
         return None;
     }
     let steps = steps(spec);

@@ -1,17 +1,20 @@
-//! Products on tensor cores: `mma.sync` m16n8k16 on fragments that `ldmatrix` reads.
+//! Products on tensor cores: `mma.sync` m16n8k16 on fragments that `ldmatrix` reads, or of decoded weights.
 //!
 //! In every lane `l` with `g = l / 4` and `t = l % 4`, a 16x8 block of sums holds places
 //! `(g, 2t)`, `(g, 2t + 1)`, `(g + 8, 2t)` and `(g + 8, 2t + 1)`.
 
 use super::{
     Kernel,
-    device::{at, at_const, field},
+    codes::{Factors, Four, Staged},
+    device::{at, at_const, element, field, vector},
     epilogue::Place,
     pipeline::Step,
     schedule::Tile,
     swizzle::Swizzle,
+    tile::Rows,
 };
 use crate::mlir::{Builder, V};
+use moec_abi::DType;
 
 /// The part of a tile that one warp computes: `m` times `n` blocks of 16x8.
 pub(super) struct Mma<'c> {
@@ -20,11 +23,13 @@ pub(super) struct Mma<'c> {
     depth: u32,
     /// First row and first packed column of the warp (i32).
     origin: [V<'c>; 2],
+    /// The weights of the lane's columns, if they are codes.
+    codes: Option<Staged<'c>>,
 }
 
 impl<'c> Mma<'c> {
     /// The part of this warp.
-    pub(super) fn new(kernel: &Kernel<'_, 'c>, tile: &Tile) -> Self {
+    pub(super) fn new(kernel: &Kernel<'_, 'c>, tile: &Tile, rows: Rows<'c>, column_tile: V<'c>) -> Self {
         let b = kernel.b;
         let columns = kernel.mode.columns;
         let across = kernel.schedule.warps / tile.down;
@@ -34,7 +39,9 @@ impl<'c> Mma<'c> {
             b.mulc(b.remui(kernel.warp, down), i64::from(m * 16)),
             b.mulc(b.divui(kernel.warp, down), i64::from(n * 8)),
         ];
-        Self { m, n, depth: tile.depth, origin }
+        let column = b.addi(origin[1], b.shrui(kernel.lane, b.i32(2)));
+        let codes = Staged::new(kernel, tile, rows, column_tile, (column, n));
+        Self { m, n, depth: tile.depth, origin, codes }
     }
 
     /// Number of sums of a lane.
@@ -68,7 +75,10 @@ impl<'c> Mma<'c> {
 }
 
 impl<'c> Step<'c> for Mma<'c> {
-    fn step(&self, kernel: &Kernel<'_, 'c>, _: V<'c>, a: V<'c>, w: V<'c>, sums: &[V<'c>]) -> Vec<V<'c>> {
+    fn step(&self, kernel: &Kernel<'_, 'c>, index: V<'c>, a: V<'c>, w: V<'c>, sums: &[V<'c>]) -> Vec<V<'c>> {
+        if let Some(codes) = &self.codes {
+            return self.decoded(kernel, codes, (a, w, index), sums);
+        }
         let b = kernel.b;
         let swizzle = Swizzle { row_bytes: self.depth * 2 };
         let (lane, row_bytes) = (kernel.lane, u64::from(swizzle.row_bytes));
@@ -96,6 +106,58 @@ impl<'c> Step<'c> for Mma<'c> {
                         let next = mma(b, left, pair, &sums[place..place + 4]);
                         sums[place..place + 4].copy_from_slice(&next);
                     }
+                }
+            }
+        }
+        sums
+    }
+}
+
+impl<'c> Mma<'c> {
+    /// The products of stage `index` with decoded weights. A lane decodes four neighbouring codes at a time, so inputs
+    /// `4t..4t + 4` of the operand take the places of `2t`, `2t + 1`, `2t + 8` and `2t + 9` in both fragments.
+    fn decoded(
+        &self,
+        kernel: &Kernel<'_, 'c>,
+        codes: &Staged<'c>,
+        (a, w, index): (V<'c>, V<'c>, V<'c>),
+        sums: &[V<'c>],
+    ) -> Vec<V<'c>> {
+        let b = kernel.b;
+        let swizzle = Swizzle { row_bytes: self.depth * 2 };
+        let (group, four) = (b.shrui(kernel.lane, b.i32(2)), b.andi(kernel.lane, b.i32(3)));
+        let (a_row, w_row) = (b.addi(self.origin[0], group), b.addi(self.origin[1], group));
+        let (piece, inside) = (b.shrui(four, b.i32(1)), b.shli(b.andi(four, b.i32(1)), b.i32(3)));
+        let mut sums = sums.to_vec();
+        let mut known = Factors::new();
+        for part in 0..self.depth / 16 {
+            // Blocks of eight rows do not change the order of pieces, so one address serves all.
+            let place = swizzle.offset(b, a_row, b.ori(piece, b.i32((part * 2).cast_signed())));
+            let a_at = at(b, a, b.addi(place, inside));
+            let half = |row: u32| {
+                let both = b.load(at_const(b, a_at, u64::from(row * swizzle.row_bytes)), "vector<2xi32>", 8);
+                [0, 1].map(|i| element(b, both, i, "i32"))
+            };
+            let left: Vec<_> = (0..self.m)
+                .map(|i| {
+                    let ([low, next], [below, last]) = (half(i * 16), half(i * 16 + 8));
+                    [low, below, next, last]
+                })
+                .collect();
+            for j in 0..self.n {
+                let row = b.addc(w_row, i64::from(j * 8));
+                let wanted = Four { row, column: j, first: part * 16, beside: Some(four) };
+                // The conversion rounds, so that decoding need not.
+                let values = codes.four(kernel, (w, index), wanted, DType::F32, &mut known);
+                let pair = |i: usize| {
+                    let narrow = b.cast("arith.truncf", vector(b, &values[i..i + 2]), "vector<2xbf16>");
+                    b.bitcast(narrow, "i32")
+                };
+                let right = [pair(0), pair(2)];
+                for (i, left) in left.iter().enumerate() {
+                    let place = (i * self.n as usize + j as usize) * 4;
+                    let next = mma(b, left, &right, &sums[place..place + 4]);
+                    sums[place..place + 4].copy_from_slice(&next);
                 }
             }
         }

@@ -10,6 +10,7 @@
 //! Hopper one warpgroup streams while the others multiply (`wgmma`).
 //! The sums of a row use no other row, and always run over `k` in the same order.
 
+mod codes;
 mod decode;
 mod device;
 mod epilogue;
@@ -296,7 +297,7 @@ impl<'c> Kernel<'_, 'c> {
         let zero = self.b.f32(0.0);
         let (origin, places, sums) = match self.schedule.kind {
             Kind::MmaSync | Kind::Decode | Kind::Wgmma => {
-                let products = Mma::new(self, tile);
+                let products = Mma::new(self, tile, rows, column_tile);
                 let sums = self.accumulate(tile, rows, column_tile, vec![zero; products.sums()], &products);
                 (products.lane_origin(self), products.places(self.spec.matrices), sums)
             }

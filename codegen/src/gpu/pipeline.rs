@@ -137,7 +137,7 @@ impl<'c> Kernel<'_, 'c> {
         let (b, spec) = (self.b, self.spec);
         let row_bytes = staged_bytes(spec, tile);
         let packed = i64::try_from(packed_rows(spec)).expect("weights fit in memory");
-        let stride = i64::try_from(packed_columns(spec) * spec.w.bytes()).expect("weights fit in memory");
+        let stride = i64::try_from(packed_columns(spec) * spec.packed().bytes()).expect("weights fit in memory");
         let columns = i64::from(self.mode.columns);
         let expert = at(b, self.args.w, b.mulc(wide(b, rows.expert), packed * stride));
         let first = b.mulc(column_tile, columns);

@@ -3,7 +3,8 @@
 use super::epilogue::GAP;
 use crate::{
     Target,
-    grouped::{Codes, Grouped, RowSource},
+    codes::Codes,
+    grouped::{Grouped, RowSource},
 };
 use moec_abi::{DType, Expr, GpuGrid, Layout};
 use std::fmt;
@@ -138,13 +139,21 @@ impl Mode {
 
 /// Picks the schedule of a product from kernels that every GPU target runs, for more than `served` tokens.
 pub fn schedule(spec: &Grouped, target: Target, served: u64) -> Schedule {
-    if spec.a != DType::Bf16 || spec.w != DType::Bf16 {
+    if spec.a != DType::Bf16 || spec.w != DType::Bf16 || spec.codes.is_some_and(|codes| !shares_fragments(spec, &codes))
+    {
         let (depth, stages) = spec.codes.map_or((32, 3), |codes| codes_stage(&codes));
         // Of a narrow matrix, such as a low-rank factor, a wide tile would compute nothing.
         let columns = if spec.matrices == 1 && packed_rows(spec) <= 32 { 32 } else { 64 };
         let modes =
             vec![Mode { limit: None, columns, tiles: vec![tile(16, depth, stages, 1), tile(64, depth, stages, 2)] }];
         return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes, dependent: false, walk: None };
+    }
+    if let Some(codes) = spec.codes {
+        // Columns are narrow: each lane keeps the scales of its columns, and few columns make more blocks.
+        let (depth, stages) = codes_stage(&codes);
+        let tiles = vec![tile(16, depth, stages + 1, 1), tile(64, depth, stages, 2)];
+        let modes = vec![Mode { limit: None, columns: 64, tiles }];
+        return Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes, dependent: false, walk: None };
     }
     // Two blocks share a multiprocessor: 164 KiB of shared memory on sm_80, 100 on sm_89, 228 on sm_90.
     let (few, many) = if target == Target::Sm89 {
@@ -173,7 +182,7 @@ pub fn schedule(spec: &Grouped, target: Target, served: u64) -> Schedule {
 /// The schedule with the instructions of this target alone, if it has any for the product. Its kernel takes a tensor
 /// map in place of the weights: see [`Schedule::parameters`].
 pub fn specialised(spec: &Grouped, target: Target) -> Option<Schedule> {
-    if target != Target::Sm90a || spec.a != DType::Bf16 || spec.w != DType::Bf16 {
+    if target != Target::Sm90a || spec.a != DType::Bf16 || spec.w != DType::Bf16 || spec.codes.is_some() {
         return None;
     }
     // Most of shared memory is the ring: the rarer an expert's rows, the more of it is weights.
@@ -309,7 +318,12 @@ pub(super) fn packed_columns(spec: &Grouped) -> u64 {
 /// Elements of which rows have a multiple: whole lines of 128 bytes, or what a stage holds of codes, so that no tile
 /// ends inside a copy.
 fn row_unit(spec: &Grouped) -> u64 {
-    spec.codes.map_or(128 / spec.w.bytes(), |codes| u64::from(codes_stage(&codes).0) * codes.bits / 8)
+    spec.codes.map_or(128 / spec.packed().bytes(), |codes| u64::from(codes_stage(&codes).0) * codes.bits / 8)
+}
+
+/// Whether the codes that a lane decodes for one product of 16 inputs share a scale.
+fn shares_fragments(spec: &Grouped, codes: &Codes) -> bool {
+    codes.group.is_multiple_of(16) || codes.groups(spec.k) == 1
 }
 
 /// Inputs of a stage of codes, and stages: a row has at least the 32 bytes that memory moves at once.

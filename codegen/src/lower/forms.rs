@@ -7,7 +7,8 @@
 use super::weights::{self, Values};
 use crate::{
     CodegenError,
-    grouped::{Codes, RowSource},
+    codes::{Codes, Number},
+    grouped::RowSource,
 };
 use moec_abi::{DType, Matrix, Packing, Recipe, Source, View};
 use moec_ir::{Graph, NodeId, WeightSpec};
@@ -32,6 +33,8 @@ pub(super) struct Stored {
     /// Scales and zeros: a row for each output.
     pub(super) scale: Matrix,
     pub(super) zero: Option<Matrix>,
+    /// Type of the decoded weights.
+    pub(super) dtype: DType,
 }
 
 /// `left (factor (right x))`, and `base x` if there is a base.
@@ -77,14 +80,15 @@ fn rows(mut matrix: Matrix, views: &[moec_ir::View]) -> Matrix {
     matrix
 }
 
-/// The form of a matrix for the experts with these numbers, whose rows come from `from`.
+/// The form of a matrix for the experts with these numbers, whose rows come from `from` and are of type `operand`:
+/// values of codes are multiplied in that type.
 pub(super) fn form(
     body: &Graph,
     node: NodeId,
     outer: &Graph,
     values: &Values<'_>,
     numbers: &[u64],
-    from: RowSource,
+    (from, operand): (RowSource, DType),
 ) -> Result<Form, CodegenError> {
     let Values::Of(spec, views) = values else { return Ok(Form::Values) };
     let whole = weights::of_spec(body, node, outer, spec)?;
@@ -98,7 +102,8 @@ pub(super) fn form(
         if names.into_iter().all(narrow) { DType::Bf16 } else { DType::F32 }
     };
     match &**spec {
-        WeightSpec::Plain(_) | WeightSpec::Slice { .. } | WeightSpec::Take { .. } => Ok(Form::Values),
+        WeightSpec::Plain(_) => Ok(checkpoint(rows(whole, views), k).map_or(Form::Values, Form::Codes)),
+        WeightSpec::Slice { .. } | WeightSpec::Take { .. } => Ok(Form::Values),
         WeightSpec::Grouped { codes, scale, zero, group_size, bits } => {
             let width = |e: &u64| usize::try_from(*e).ok().and_then(|e| bits.get(e)).copied();
             let widest = numbers.iter().map(width).collect::<Option<Vec<u64>>>().and_then(|b| b.into_iter().max());
@@ -109,11 +114,12 @@ pub(super) fn form(
                 // Nothing says how large codes are.
                 (None, _) => return Ok(Form::Values),
             };
-            let format = Codes { bits, offset, group: (*group_size).max(1), zero: true };
+            let (number, group) = (Number::Integer { offset }, (*group_size).max(1));
+            let format = Codes { bits, number, group, zero: true, scale: DType::F32 };
             let recipe = Recipe::Packed { codes: part(codes)?, bits, offset };
             let (scale, zero) = (rows(part(scale)?, views), rows(part(zero)?, views));
             let codes = composed(codes, recipe, (n, k.div_ceil(format.per_byte())), views);
-            Ok(Form::Codes(Stored { format, codes, scale, zero: Some(zero) }))
+            Ok(Form::Codes(Stored { format, codes, scale, zero: Some(zero), dtype: operand }))
         }
         WeightSpec::Ternary { codes, scale } => {
             let Some(factors) = body.weights.get(scale) else { return Ok(Form::Values) };
@@ -126,10 +132,11 @@ pub(super) fn form(
                 // A number for each input is as large as the matrix.
                 (_, _) => return Ok(Form::Values),
             };
-            let format = Codes { bits: 2, offset: 1, group: k.max(1), zero: false };
-            let recipe = Recipe::Packed { codes: part(codes)?, bits: format.bits, offset: format.offset };
+            let number = Number::Integer { offset: 1 };
+            let format = Codes { bits: 2, number, group: k.max(1), zero: false, scale: DType::F32 };
+            let recipe = Recipe::Packed { codes: part(codes)?, bits: format.bits, offset: 1 };
             let codes = composed(codes, recipe, (n, k.div_ceil(format.per_byte())), views);
-            Ok(Form::Codes(Stored { format, codes, scale: scales, zero: None }))
+            Ok(Form::Codes(Stored { format, codes, scale: scales, zero: None, dtype: operand }))
         }
         WeightSpec::Mul { mul: [a, b], group } => {
             let (left, mut right) = (part(a)?, part(b)?);
@@ -164,6 +171,42 @@ pub(super) fn form(
             Ok(Form::Factors(Factors { left, right, groups: None, factor: *scale, base, inner, dtype }))
         }
     }
+}
+
+/// The codes of a matrix of a quantised checkpoint with inputs `k`, where the views keep the rows of its tensor whole.
+fn checkpoint(matrix: Matrix, k: u64) -> Option<Stored> {
+    let Source { tensor, packing, view, dtype } = matrix.source;
+    let whole = |view: &View| {
+        matches!(view, View::Expert | View::Index { .. } | View::ExpertRows { .. } | View::Slice { axis: 0, .. })
+    };
+    if !view.iter().all(whole) || !matches!(dtype, DType::F32 | DType::Bf16) {
+        return None;
+    }
+    let part = |tensor: &String, packing, dtype, columns| {
+        let source = Source { tensor: tensor.clone(), packing, view: view.clone(), dtype };
+        Matrix { source, rows: matrix.rows.clone(), columns: vec![columns] }
+    };
+    let (format, codes, scale) = match packing {
+        Packing::Fp8Block { scale, block: [rows, columns] } => {
+            let group = columns.clamp(1, k.max(1));
+            let format = Codes { bits: 8, number: Number::E4m3, group, zero: false, scale: DType::F32 };
+            let factors = Packing::Fp8Factors { of: tensor.clone(), rows: rows.max(1) };
+            let codes = part(&tensor, Packing::Fp8Codes, DType::U8, k);
+            (format, codes, part(&scale, factors, DType::F32, format.groups(k)))
+        }
+        Packing::Mxfp4 { scales } => {
+            let format = Codes { bits: 4, number: Number::E2m1, group: 32, zero: false, scale: DType::U8 };
+            let codes = part(&tensor, Packing::Mxfp4Codes, DType::U8, k / 2);
+            (format, codes, part(&scales, Packing::Mxfp4Exponents, DType::U8, k / 32))
+        }
+        Packing::Plain
+        | Packing::Fp8Codes
+        | Packing::Fp8Factors { .. }
+        | Packing::Mxfp4Codes
+        | Packing::Mxfp4Exponents
+        | Packing::Composed(_) => return None,
+    };
+    Some(Stored { format, codes, scale, zero: None, dtype })
 }
 
 /// Whether two factors are less than their product.

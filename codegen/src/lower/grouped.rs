@@ -181,7 +181,10 @@ impl<'g> Lowering<'g> {
             (_, None) => RowSource::Dense,
         };
         for product in &mut products {
-            let form = |values| forms::form(body, id, self.graph, values, &product.names, rows);
+            // Rows that are rounded to bytes are kept as f32.
+            let narrow = source.dtype() == Some(DType::Bf16) && !product.a8;
+            let from = (rows, if narrow { DType::Bf16 } else { DType::F32 });
+            let form = |values| forms::form(body, id, self.graph, values, &product.names, from);
             product.forms = product.matrices.iter().map(form).collect::<Result<_, _>>()?;
         }
         self.launch_products(id, body, &source, dispatch, &products)
@@ -201,7 +204,8 @@ impl<'g> Lowering<'g> {
             products.iter().flat_map(|p| p.matrices.iter().zip(&p.forms)).map(|(values, form)| match (form, values) {
                 (Form::Factors(factors), _) => factors.dtype,
                 (Form::Values, Values::Of(spec, _)) => weights::packed_type(body, spec),
-                (Form::Codes(_), _) | (Form::Values, Values::Matrix(_) | Values::Zeros(_)) => DType::F32,
+                (Form::Codes(stored), _) => stored.dtype,
+                (Form::Values, Values::Matrix(_) | Values::Zeros(_)) => DType::F32,
             });
         let w = if packed.into_iter().all(|t| t == DType::Bf16) { DType::Bf16 } else { DType::F32 };
         let inside = match graph.node(id).op {

@@ -10,9 +10,10 @@ use super::{
 use crate::{
     CodegenError,
     batch::{Quantise, Share, Step},
+    codes::Codes,
     cpu,
     gpu::{self, Parameter},
-    grouped::{Codes, Epilogue, Given, Grouped, RowScale, RowSource},
+    grouped::{Epilogue, Given, Grouped, RowScale, RowSource},
     plan::PlanKernel,
     rows::type_of,
 };
@@ -71,7 +72,7 @@ struct Groups {
     join: usize,
 }
 
-/// The format of the codes that all matrices consist of.
+/// The codes that all matrices consist of, if they are of one format.
 fn codes(forms: &[Form]) -> Option<(Codes, Vec<&Stored>)> {
     let stored: Vec<&Stored> = forms
         .iter()
@@ -80,8 +81,9 @@ fn codes(forms: &[Form]) -> Option<(Codes, Vec<&Stored>)> {
             Form::Values | Form::Factors(_) => None,
         })
         .collect::<Option<_>>()?;
-    let first = stored.first()?.format;
-    stored.iter().all(|s| s.format == first).then_some((first, stored))
+    let first = stored.first()?;
+    let (format, dtype) = (first.format, first.dtype);
+    stored.iter().all(|s| (s.format, s.dtype) == (format, dtype)).then_some((format, stored))
 }
 
 impl<'g> Lowering<'g> {
@@ -102,7 +104,8 @@ impl<'g> Lowering<'g> {
             return self.launch_kernels(id, body, spec, io, &order, weights, &[]);
         }
         if let Some((format, stored)) = codes(&product.forms) {
-            let spec = Grouped { w: DType::U8, codes: Some(format), ..spec.clone() };
+            let w = stored.first().map_or(spec.w, |s| s.dtype);
+            let spec = Grouped { w, codes: Some(format), ..spec.clone() };
             let weights = decoded(&product.names, &stored, &product.biases);
             return self.launch_kernels(id, body, &spec, io, &order, weights, &[]);
         }
@@ -176,7 +179,7 @@ impl<'g> Lowering<'g> {
             let weights = match form {
                 Form::Values => plain(Cow::Borrowed(std::slice::from_ref(values))),
                 Form::Codes(stored) => {
-                    spec = Grouped { w: DType::U8, codes: Some(stored.format), ..spec };
+                    spec = Grouped { w: stored.dtype, codes: Some(stored.format), ..spec };
                     decoded(names, &[stored], biases)
                 }
                 Form::Factors(factors) => {
@@ -387,11 +390,12 @@ impl<'g> Lowering<'g> {
         let Some((layout, scales)) = variants.first().map(|v| (v.layout.clone(), v.scales.clone())) else {
             return self.fail(id, "no kernel");
         };
-        let slot = weights::bank(body, id, graph, &weights.matrices, weights.names, layout, spec.w)?;
+        let slot = weights::bank(body, id, graph, &weights.matrices, weights.names, layout, spec.packed())?;
         let packed = self.memory.weight(&mut self.slots, slot);
         let mut args = Vec::new();
-        for factors in weights.factors.iter().filter(|f| !f.is_empty()) {
-            let slot = weights::bank(body, id, graph, factors, weights.names, scales.clone(), DType::F32)?;
+        let types = [spec.codes.map_or(DType::F32, |codes| codes.scale), DType::F32];
+        for (factors, dtype) in weights.factors.iter().zip(types).filter(|(f, _)| !f.is_empty()) {
+            let slot = weights::bank(body, id, graph, factors, weights.names, scales.clone(), dtype)?;
             args.push(Arg::Buffer(self.memory.weight(&mut self.slots, slot)));
         }
         if spec.bias {

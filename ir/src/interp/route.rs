@@ -89,7 +89,7 @@ fn drop_small(op: &Weigh, operands: &[&Value], share: f64, r: &mut RouteValue, w
     Ok(())
 }
 
-/// Divides a row by its norm; a row without weight becomes 0.
+/// Divides a row by its norm; a row without weight becomes 0, a row with NaN becomes NaN.
 fn divide(norm: WeighNorm, eps: f64, floor: f64, row: &mut [f64]) {
     let total: f64 = match norm {
         WeighNorm::Sum => row.iter().sum(),
@@ -98,7 +98,7 @@ fn divide(norm: WeighNorm, eps: f64, floor: f64, row: &mut [f64]) {
     };
     let divisor = (total + eps).max(floor);
     for weight in row {
-        *weight = if total > 0.0 { *weight / divisor } else { 0.0 };
+        *weight = if total <= 0.0 { 0.0 } else { *weight / divisor };
     }
 }
 

@@ -21,6 +21,19 @@ pub enum Packing {
         /// Name of the tensor of shared exponents.
         scales: String,
     },
+    /// The bytes of FP8 numbers, undecoded.
+    Fp8Codes,
+    /// A factor for each row of the FP8 tensor `of`, from a tensor of factors for tiles of `rows` rows.
+    Fp8Factors {
+        /// Name of the tensor whose rows are counted.
+        of: String,
+        /// Rows of a tile.
+        rows: u64,
+    },
+    /// The bytes of two MXFP4 codes each, undecoded: the last two axes as one.
+    Mxfp4Codes,
+    /// The shared exponents of MXFP4 codes, undecoded.
+    Mxfp4Exponents,
     /// Composed of several tensors, expert by expert; the source's own name is for people.
     Composed(Box<Recipe>),
 }
