@@ -324,9 +324,18 @@ fn above<'c>(
         let b = x.b;
         let threshold = match place {
             Some((low, high, fraction)) => {
-                let at = |rising: u64| score_or(x, scores, ordered.get(x, b.i64(c(experts - 1 - rising))), 0.0);
+                // Places without an expert are those of scores of -inf.
+                let at = |rising: u64| {
+                    score_or(x, scores, ordered.get(x, b.i64(c(experts - 1 - rising))), f32::NEG_INFINITY)
+                };
                 let (low, high) = (at(low), at(high));
-                b.fma(b.subf(high, low), b.f32(fraction), low)
+                // Counted from the nearer neighbour, which counts where the other one is infinite.
+                let span = b.subf(high, low);
+                if fraction < 0.5 {
+                    b.fma(span, b.f32(fraction), low)
+                } else {
+                    b.subf(high, b.mulf(span, b.f32(1.0 - fraction)))
+                }
             }
             #[expect(clippy::cast_possible_truncation, reason = "thresholds are f32 in the kernel")]
             None => b.f32(tau.unwrap_or(f64::NEG_INFINITY) as f32),

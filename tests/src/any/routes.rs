@@ -131,8 +131,9 @@ impl Any {
             let selected = self.add("select", &[&plan], json!({"rule": "topk", "k": k}));
             return self.add("weigh", &[&selected, &plan], json!({"norm": "sum"}));
         }
+        // Steps of more than two over the number of experts overshoot, and rounding errors grow.
         let (capacity, steps) = (1 + self.draw.below(self.rows.1), self.draw.of(&[1, 10]));
-        let attributes = json!({"kind": "sparse", "capacity": capacity, "gamma": 1.0, "steps": steps, "eta": 0.5});
+        let attributes = json!({"kind": "sparse", "capacity": capacity, "gamma": 1.0, "steps": steps, "eta": 0.1});
         let plan = self.add("transport", &[&scores], attributes);
         let selected = self.add("select", &[&plan], json!({"rule": "threshold", "tau": 0.001}));
         self.add("weigh", &[&selected, &scores], json!({}))
