@@ -49,8 +49,8 @@ fn main() -> std::io::Result<()> {
     for pair in pairs() {
         let (composed, plain) = (pair.composed.graph(), pair.plain.graph());
         let data = [&composed, &plain].map(|graph| data(graph, 256, 1, Numbers::Small));
-        let [composed, plain] = seconds([(&composed, &data[0]), (&plain, &data[1])]).map(|s| s * 1e6);
-        let _ = writeln!(page, "| {} | {composed:.0} | {plain:.0} | {:.2} |", pair.name, composed / plain);
+        let [us, of] = seconds([(&composed, &data[0]), (&plain, &data[1])]).map(|s| s * 1e6);
+        let _ = writeln!(page, "| {} | {us:.0} | {of:.0} | {:.2} |", pair.name, us / of);
     }
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/lowering.md");
     std::fs::create_dir_all(path.parent().expect("docs is a folder"))?;
