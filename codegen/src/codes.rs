@@ -54,52 +54,77 @@ impl Codes {
         matches!(self.number, Number::E2m1) && matches!(self.scale, DType::U8)
     }
 
-    /// The scales at an address: one, or a vector of so many.
-    pub fn scales<'c>(&self, b: &Builder<'c>, at: V<'c>, count: Option<usize>) -> V<'c> {
-        let ty = |element: &str| count.map_or_else(|| element.to_owned(), |n| format!("vector<{n}x{element}>"));
+    /// The scales at an address.
+    pub fn scales<'c>(&self, b: &Builder<'c>, at: V<'c>, places: Places) -> V<'c> {
         if self.scale != DType::U8 {
-            return b.load(at, &ty("f32"), 4);
+            return b.load(at, &places.ty("f32"), 4);
         }
-        let exponent = b.cast("arith.extui", b.load(at, &ty("i8"), 1), &ty("i32"));
-        let c = |value| math::integer(b, exponent, value);
-        let normal = b.shli(exponent, c(23));
+        let exponent = b.cast("arith.extui", b.load(at, &places.ty("i8"), 1), &places.ty("i32"));
+        let normal = b.shli(exponent, places.integer(b, 23));
         // 2^-127 is no normal number.
-        let bits = b.select(b.cmpi("eq", exponent, c(0)), c(0x0040_0000), normal);
-        b.bitcast(bits, &ty("f32"))
+        let zero = b.cmpi("eq", exponent, places.integer(b, 0));
+        b.bitcast(b.select(zero, places.integer(b, 0x0040_0000), normal), &places.ty("f32"))
     }
 
-    /// `code`, an integer or a vector of integers in 32 bits, as a weight; a weight of type `w`, held as f32.
-    pub fn decode<'c>(&self, b: &Builder<'c>, code: V<'c>, scale: V<'c>, zero: Option<V<'c>>, w: DType) -> V<'c> {
-        let value = self.number(b, code);
+    /// `code` (i32) as a weight of type `w`, held as f32.
+    pub fn decode<'c>(
+        &self,
+        b: &Builder<'c>,
+        (code, places): (V<'c>, Places),
+        (scale, zero): (V<'c>, Option<V<'c>>),
+        w: DType,
+    ) -> V<'c> {
+        let value = self.number(b, code, places);
         let value = b.mulf(zero.map_or(value, |zero| b.subf(value, zero)), scale);
-        if w == DType::Bf16 && !self.narrow() { math::rounded_to_bf16(b, value) } else { value }
+        if w != DType::Bf16 || self.narrow() {
+            return value;
+        }
+        // To nearest, ties to even, as packing rounds; weights are finite.
+        let raw = b.bitcast(value, &places.ty("i32"));
+        let odd = b.andi(b.shrui(raw, places.integer(b, 16)), places.integer(b, 1));
+        let rounded = b.addi(raw, b.addi(odd, places.integer(b, 0x7fff)));
+        b.bitcast(b.andi(rounded, places.integer(b, -0x1_0000)), &places.ty("f32"))
     }
 
     /// The number that a code stands for.
-    fn number<'c>(&self, b: &Builder<'c>, code: V<'c>) -> V<'c> {
+    fn number<'c>(&self, b: &Builder<'c>, code: V<'c>, places: Places) -> V<'c> {
         match self.number {
             Number::Integer { offset } => {
-                let value = math::from_unsigned(b, code);
+                let value = b.cast("arith.uitofp", code, &places.ty("f32"));
                 b.subf(value, math::constant(b, value, offset as f32))
             }
-            Number::E4m3 => small_float(b, code, 4, 3),
-            Number::E2m1 => small_float(b, code, 2, 1),
+            Number::E4m3 => small_float(b, (code, places), 4, 3),
+            Number::E2m1 => small_float(b, (code, places), 2, 1),
         }
+    }
+}
+
+/// How many codes are decoded at a time: one (`None`), or a vector of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Places(pub Option<usize>);
+
+impl Places {
+    fn ty(self, element: &str) -> String {
+        self.0.map_or_else(|| element.to_owned(), |n| format!("vector<{n}x{element}>"))
+    }
+
+    fn integer<'c>(self, b: &Builder<'c>, value: i32) -> V<'c> {
+        self.0.map_or_else(|| b.i32(value), |n| b.i32s(value, n))
     }
 }
 
 /// A float of few bits without infinities: its bits are put where f32 has them. A subnormal number becomes the fraction
 /// of a normal one, less its leading one: products with subnormal f32 are slow on many processors.
-fn small_float<'c>(b: &Builder<'c>, code: V<'c>, exponent: u32, mantissa: u32) -> V<'c> {
-    let c = |value| math::integer(b, code, value);
+fn small_float<'c>(b: &Builder<'c>, (code, places): (V<'c>, Places), exponent: u32, mantissa: u32) -> V<'c> {
+    let (c, float) = (|value| places.integer(b, value), |bits| b.bitcast(bits, &places.ty("f32")));
     let size = exponent + mantissa;
     let magnitude = b.andi(code, c((1 << size) - 1));
     let sign = b.shli(b.shrui(code, c(size.cast_signed())), c(31));
     let bias = 128 - (1 << (exponent - 1));
     let fraction = b.shli(magnitude, c((23 - mantissa).cast_signed()));
     let one = c((bias + 1) << 23);
-    let subnormal = b.subf(math::float(b, b.addi(fraction, one)), math::float(b, one));
-    let normal = math::float(b, b.addi(fraction, c(bias << 23)));
+    let subnormal = b.subf(float(b.addi(fraction, one)), float(one));
+    let normal = float(b.addi(fraction, c(bias << 23)));
     let value = b.select(b.cmpi("ult", magnitude, c(1 << mantissa)), subnormal, normal);
-    math::float(b, b.ori(math::bits(b, value), sign))
+    float(b.ori(b.bitcast(value, &places.ty("i32")), sign))
 }

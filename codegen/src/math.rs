@@ -20,7 +20,7 @@ pub fn constant<'c>(b: &Builder<'c>, like: V<'c>, value: f32) -> V<'c> {
 }
 
 /// An integer constant with as many places as `like`.
-pub fn integer<'c>(b: &Builder<'c>, like: V<'c>, value: i32) -> V<'c> {
+fn integer<'c>(b: &Builder<'c>, like: V<'c>, value: i32) -> V<'c> {
     match width(like) {
         None => b.i32(value),
         Some(n) => b.i32s(value, n),
@@ -32,16 +32,14 @@ fn width(v: V<'_>) -> Option<usize> {
     ty.strip_prefix("vector<").and_then(|t| t.split_once('x')).and_then(|(n, _)| n.parse().ok())
 }
 
-/// The bits of floats.
-pub fn bits<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
+fn bits<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
     match width(x) {
         None => b.bitcast(x, "i32"),
         Some(n) => b.bitcast(x, &format!("vector<{n}xi32>")),
     }
 }
 
-/// The floats that have these bits.
-pub fn float<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
+fn float<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
     match width(x) {
         None => b.bitcast(x, "f32"),
         Some(n) => b.bitcast(x, &format!("vector<{n}xf32>")),
@@ -205,19 +203,6 @@ pub fn to_bf16<'c>(b: &Builder<'c>, target: Target, x: V<'c>) -> V<'c> {
     let kept = b.select(b.cmpf("uno", x, x), quiet, rounded);
     let upper = b.cast("arith.trunci", b.shrui(kept, integer(b, x, 16)), &vector("i16"));
     b.bitcast(upper, &vector("bf16"))
-}
-
-/// A finite value rounded to bf16 as [`to_bf16`] does, in the type of the value. The next conversion to bf16 is exact.
-pub fn rounded_to_bf16<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
-    let raw = bits(b, x);
-    let odd = b.andi(b.shrui(raw, integer(b, x, 16)), integer(b, x, 1));
-    let rounded = b.addi(raw, b.addi(odd, integer(b, x, 0x7fff)));
-    float(b, b.andi(rounded, integer(b, x, -0x1_0000)))
-}
-
-/// Unsigned integers of 32 bits as floats.
-pub fn from_unsigned<'c>(b: &Builder<'c>, x: V<'c>) -> V<'c> {
-    b.cast("arith.uitofp", x, &width(x).map_or_else(|| "f32".to_owned(), |n| format!("vector<{n}xf32>")))
 }
 
 /// One of the elementwise functions.

@@ -1,7 +1,10 @@
 //! Weights that are stored as codes, for the matrix unit: a unit is decoded once for all rows of a chunk.
 
 use super::Kernel;
-use crate::{codes::Codes, math, mlir::V};
+use crate::{
+    codes::{Codes, Places},
+    mlir::V,
+};
 
 /// Outputs of a panel, which are the places of a vector.
 const PANEL: usize = 16;
@@ -36,7 +39,7 @@ impl<'c> Kernel<'_, 'c> {
                     let group = b.minsi(b.divui(k, self.c(codes.group)), self.c(groups - 1));
                     let row =
                         |of: V<'c>, size: u64| b.gep(of, "i8", b.mulc(group, (PANEL as u64 * size).cast_signed()));
-                    let scale = scales.map(|of| codes.scales(b, row(of, codes.scale.bytes()), Some(PANEL)));
+                    let scale = scales.map(|of| codes.scales(b, row(of, codes.scale.bytes()), Places(Some(PANEL))));
                     (scale, zeros.map(|of| b.load(row(of, 4), &format!("vector<{PANEL}xf32>"), 4)))
                 };
                 let shared = codes.group.is_multiple_of(step).then(|| of_input(0));
@@ -50,7 +53,8 @@ impl<'c> Kernel<'_, 'c> {
                     let code = b.shrui(b.cast("arith.extui", byte, &integers), b.i32s(shift, PANEL));
                     let code = b.andi(code, b.i32s((1 << codes.bits) - 1, PANEL));
                     let (scale, zero) = shared.unwrap_or_else(|| of_input(input));
-                    math::bits(b, codes.decode(b, code, scale.expect("codes have scales"), zero, spec.w))
+                    let factors = (scale.expect("codes have scales"), zero);
+                    b.bitcast(codes.decode(b, (code, Places(Some(PANEL))), factors, spec.w), &integers)
                 };
                 for pair in 0..step / 2 {
                     let (low, high) = (value(2 * pair), value(2 * pair + 1));

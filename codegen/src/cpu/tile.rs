@@ -1,7 +1,10 @@
 //! The vector kernel: a register tile of f32 sums.
 
 use super::{Kernel, Tile};
-use crate::{codes::Codes, mlir::V};
+use crate::{
+    codes::{Codes, Places},
+    mlir::V,
+};
 use moec_abi::DType;
 
 impl<'c> Kernel<'_, 'c> {
@@ -112,8 +115,9 @@ impl<'c> Kernel<'_, 'c> {
             let zeros = tile.zeros.map(|of| b.gep(of, "i8", row(4)));
             let places = 0..s.nv as u64;
             let wide = lanes as u64;
-            let scale =
-                |v: u64| scales.map(|of| codes.scales(b, self.at(of, v * wide * codes.scale.bytes()), Some(lanes)));
+            let scale = |v: u64| {
+                scales.map(|of| codes.scales(b, self.at(of, v * wide * codes.scale.bytes()), Places(Some(lanes))))
+            };
             let zero = |v: u64| zeros.map(|of| b.load(self.at(of, v * wide * 4), &format!("vector<{lanes}xf32>"), 4));
             (places.clone().map(scale).collect::<Vec<_>>(), places.map(zero).collect::<Vec<_>>())
         };
@@ -127,7 +131,7 @@ impl<'c> Kernel<'_, 'c> {
             let values = bytes.iter().zip(scales).zip(zeros).filter_map(|((bytes, scale), zero)| {
                 let shift = i32::try_from(input * codes.bits).unwrap_or(0);
                 let code = b.andi(b.shrui(*bytes, b.i32s(shift, lanes)), mask);
-                Some(codes.decode(b, code, (*scale)?, *zero, self.spec.w))
+                Some(codes.decode(b, (code, Places(Some(lanes))), ((*scale)?, *zero), self.spec.w))
             });
             let values: Vec<_> = values.collect();
             self.multiply(a, input, &values, sums);

@@ -7,7 +7,10 @@ use super::{
     swizzle::Swizzle,
     tile::{Rows, int},
 };
-use crate::{codes::Codes, mlir::V};
+use crate::{
+    codes::{Codes, Places},
+    mlir::V,
+};
 use moec_abi::DType;
 use std::collections::BTreeMap;
 
@@ -63,7 +66,7 @@ impl<'c> Staged<'c> {
             let scale = kernel.args.scales.map(|of| at(b, of, b.mulc(place, codes.scale.bytes().cast_signed())));
             let zero = kernel.args.zeros.map(|of| b.gep(of, "f32", place));
             if groups == 1 {
-                [scale.map(|at| codes.scales(b, at, None)), zero.map(|at| b.load(at, "f32", 4))]
+                [scale.map(|at| codes.scales(b, at, Places(None))), zero.map(|at| b.load(at, "f32", 4))]
             } else {
                 [scale, zero]
             }
@@ -104,7 +107,7 @@ impl<'c> Staged<'c> {
             let group = b.mulc(group, BLOCK);
             let [scale, zero] = column;
             let bytes = codes.scale.bytes().cast_signed();
-            let scale = scale.map(|of| codes.scales(b, at(b, of, wide(b, b.mulc(group, bytes))), None));
+            let scale = scale.map(|of| codes.scales(b, at(b, of, wide(b, b.mulc(group, bytes))), Places(None)));
             [scale, zero.map(|of| b.load(b.gep(of, "f32", group), "f32", 4))]
         })
     }
@@ -132,7 +135,7 @@ impl<'c> Staged<'c> {
             // Lanes side by side share a scale.
             let input = four.first + if four.beside.is_some() { 0 } else { i };
             let [scale, zero] = self.factors(kernel, index, (four.column, input), known);
-            self.codes.decode(b, code, scale.expect("codes have scales"), zero, w)
+            self.codes.decode(b, (code, Places(None)), (scale.expect("codes have scales"), zero), w)
         })
     }
 }
