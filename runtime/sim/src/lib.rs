@@ -55,6 +55,7 @@ mod memory;
 mod module;
 mod num;
 mod op;
+mod order;
 mod parse;
 mod report;
 mod shadow;

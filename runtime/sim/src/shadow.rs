@@ -6,56 +6,9 @@
 //! the parts again. Asynchronous operations are components of the clock like threads are; touching what one of them has
 //! written, or is still reading, without knowing of its completion is a missing wait rather than a race.
 
-use crate::clock::{Clock, Epoch, Scope, Touch, View};
+use crate::clock::Epoch;
 use crate::memory::{READ, WRITTEN};
-use std::cell::Cell as Place;
-use std::rc::Rc;
-
-/// One access, as the detector sees it.
-pub(crate) struct Access<'a> {
-    pub(crate) view: &'a View,
-    /// The threads of the warp, where all of them do it together and know the same of others.
-    pub(crate) peers: Option<&'a [View]>,
-    /// Cluster, component, block in the cluster and threads of a block of the issuing thread.
-    pub(crate) cluster: u32,
-    pub(crate) me: u32,
-    /// First component of the warp of the issuing thread.
-    pub(crate) warp: u32,
-    pub(crate) block_size: u32,
-    pub(crate) touch: Touch,
-    /// For asynchronous accesses: the agent and its time.
-    pub(crate) agent: u32,
-    pub(crate) agent_time: u32,
-    pub(crate) pc: u32,
-    pub(crate) memo: &'a Memo,
-    /// Times of asynchronous components that some thread has waited for.
-    pub(crate) waited: &'a [u32],
-    /// Whether nothing can order accesses of different clusters.
-    pub(crate) independent: bool,
-}
-
-/// Which lanes of a reader a clock knows of, for the last reader of each of eight warps: the lanes of a warp ask the
-/// same. It lives no longer than the clocks.
-#[derive(Debug, Default)]
-pub(crate) struct Memo([Place<(usize, Epoch, u32)>; 8]);
-
-/// Why two accesses are in conflict; `with` is the instruction of the earlier one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Conflict {
-    Race {
-        with: u32,
-    },
-    /// `waited`: another thread has waited for the operation, and nothing orders this one after it.
-    MissingWait {
-        with: u32,
-        waited: bool,
-    },
-    /// With a launch before, which may not have ended.
-    Before,
-    MissingFence {
-        with: u32,
-    },
-}
+use crate::order::{Access, Conflict, Same};
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Cell {
@@ -124,151 +77,8 @@ pub(crate) struct Shadow {
     lists: Pool<Vec<Reader>>,
 }
 
-/// Whether a write leaves the bytes as they are, which is no race of writes; asked only where it matters.
-pub(crate) type Same<'a> = &'a dyn Fn() -> bool;
-
 /// Bytes of a line.
 pub(crate) const LINE: u64 = 16;
-
-impl Access<'_> {
-    fn known(&self, clock: &Clock, own: u32, copied: u32, e: Epoch, lane: u32) -> bool {
-        let c = e.component() + lane;
-        if e.cluster() != self.cluster & 0x3f_ffff {
-            return clock.foreign.get(&e.cluster()).is_some_and(|f| f.get(c as usize).is_some_and(|t| *t >= e.time()));
-        }
-        if c == self.me {
-            return e.time() <= own.max(clock.get(c));
-        }
-        if c == self.me + self.view.threads {
-            // Its own wait, or an mbarrier that its copies arrive at.
-            return e.time() <= copied.max(clock.get(c));
-        }
-        clock.get(c) >= e.time()
-    }
-
-    /// The view of a thread of the own warp, where all of them take part, by its component or that of its `cp.async`.
-    fn peer(&self, e: Epoch, lane: u32) -> Option<(&View, bool)> {
-        let (peers, c) = (self.peers?, e.component() + lane);
-        if e.cluster() != self.cluster & 0x3f_ffff {
-            return None;
-        }
-        let of = |first: u32| c.checked_sub(first).and_then(|l| peers.get(l as usize));
-        of(self.warp).map(|v| (v, false)).or_else(|| Some((of(self.warp + self.view.threads)?, true)))
-    }
-
-    fn ordered(&self, e: Epoch, lane: u32) -> bool {
-        if let Some((view, copies)) = self.peer(e, lane) {
-            return !copies || e.time() <= view.copied.max(self.view.v.get(e.component() + lane));
-        }
-        self.known(&self.view.v, u32::MAX, self.view.copied, e, lane)
-    }
-
-    fn fenced(&self, e: Epoch) -> bool {
-        if let Some((view, copies)) = self.peer(e, 0) {
-            let own = if copies { view.p_copied } else { view.p_own };
-            return e.time() <= own.max(self.view.p.get(e.component()));
-        }
-        self.known(&self.view.p, self.view.p_own, self.view.p_copied, e, 0)
-    }
-
-    /// The lanes of a reader that are known to have read before.
-    fn known_lanes(&self, e: Epoch) -> u32 {
-        if e.touch().is_async() {
-            return u32::from(self.ordered(e, 0));
-        }
-        let clock = &self.view.v;
-        let own = e.cluster() == self.cluster & 0x3f_ffff;
-        let key = Rc::as_ptr(clock) as usize;
-        let memo = &self.memo.0[e.component() as usize / 32 % 8];
-        let last = memo.get();
-        let mut known = last.2;
-        if (last.0, last.1) != (key, e) {
-            let times = if own { &clock.dense[..] } else { clock.foreign.get(&e.cluster()).map_or(&[][..], |f| f) };
-            let lanes = times.iter().skip(e.component() as usize).take(32);
-            known = lanes.enumerate().fold(0, |x, (l, t)| x | u32::from(*t >= e.time()) << l);
-            memo.set((key, e, known));
-        }
-        match self.me.wrapping_sub(e.component()) {
-            l @ 0..32 if own => known | 1 << l,
-            _ => known,
-        }
-    }
-
-    fn all_ordered(&self, e: Epoch, lanes: u32) -> bool {
-        // Most readers that are not known are not known from their first lane on.
-        self.ordered(e, lanes.trailing_zeros()) && lanes & !self.known_lanes(e) == 0
-    }
-
-    fn epoch(&self) -> Epoch {
-        if self.touch.is_async() {
-            Epoch::new(self.touch, self.cluster, self.agent, self.agent_time)
-        } else {
-            Epoch::new(self.touch, self.cluster, self.me, self.view.own)
-        }
-    }
-
-    /// As whom it is noted as a reader.
-    pub(crate) fn reader(&self) -> (Epoch, u32) {
-        if self.touch.is_async() {
-            (Epoch::new(self.touch, self.cluster, self.agent, self.agent_time), 1)
-        } else {
-            (Epoch::new(self.touch, self.cluster, self.warp, self.view.own), 1 << (self.me - self.warp))
-        }
-    }
-
-    /// Two strong accesses do not race when the scope of each takes in the other thread.
-    fn both_strong(&self, e: Epoch, lane: u32) -> bool {
-        let (Touch::Strong(a), Touch::Strong(b)) = (self.touch, e.touch()) else { return false };
-        match a.min(b) {
-            Scope::Gpu => true,
-            Scope::Cluster => e.cluster() == self.cluster & 0x3f_ffff,
-            Scope::Cta => {
-                e.cluster() == self.cluster & 0x3f_ffff
-                    && (e.component() + lane) / self.block_size == self.me / self.block_size
-            }
-        }
-    }
-
-    fn missing_wait(&self, e: Epoch, with: u32) -> Conflict {
-        let time = self.waited.get(e.component() as usize).copied().unwrap_or(0);
-        Conflict::MissingWait { with, waited: e.cluster() == self.cluster & 0x3f_ffff && time >= e.time() }
-    }
-
-    /// Whether the last write of a place is in the way of this access.
-    fn after_write(&self, c: &Cell, same: Same<'_>) -> Option<Conflict> {
-        if c.w.is_none() {
-            return None;
-        }
-        let with = c.wpc;
-        if !self.ordered(c.w, 0) {
-            if (self.touch, c.w.touch()) == (Touch::Reduce, Touch::Reduce) {
-                return None;
-            }
-            if c.w.touch().is_async() {
-                return Some(self.missing_wait(c.w, with));
-            }
-            return (!self.both_strong(c.w, 0) && !same()).then_some(Conflict::Race { with });
-        }
-        let needs_fence = self.touch.in_async_proxy() && !c.w.touch().in_async_proxy();
-        (needs_fence && !self.fenced(c.w)).then_some(Conflict::MissingFence { with })
-    }
-
-    /// Whether a reader of a place is in the way of this write.
-    fn after_read(&self, r: &Reader) -> Option<Conflict> {
-        let mut rest = r.lanes & !self.known_lanes(r.e);
-        while rest != 0 {
-            let l = rest.trailing_zeros();
-            rest &= rest - 1;
-            if r.e.touch().is_async() {
-                return Some(self.missing_wait(r.e, r.pc));
-            }
-            if !self.both_strong(r.e, l) {
-                return Some(Conflict::Race { with: r.pc });
-            }
-        }
-        None
-    }
-}
 
 impl Shadow {
     /// Cells for `bytes` bytes.
@@ -476,14 +286,14 @@ impl Shadow {
 }
 
 fn cell(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, write: bool, same: Same<'_>, a: &Access<'_>) -> Option<Conflict> {
-    let mut found = a.after_write(c, same);
+    let mut found = a.after_write(c.w, c.wpc, same);
     if !write {
         add_reader(lists, c, a);
         return found;
     }
     if c.list != 0 && c.list != CROWD {
         let list = &mut lists.all[c.list as usize - 1];
-        found = found.or_else(|| list.iter().find_map(|r| a.after_read(r)));
+        found = found.or_else(|| list.iter().find_map(|r| a.after_read(r.e, r.lanes, r.pc)));
         list.clear();
         lists.free.push(c.list);
     } else if c.lanes != 0 {
@@ -491,7 +301,7 @@ fn cell(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, write: bool, same: Same<'_>
         found = found.or_else(|| match c.list {
             CROWD if c.r.touch().is_async() => Some(a.missing_wait(c.r, with)),
             CROWD => Some(Conflict::Race { with }),
-            _ => a.after_read(&Reader { e: c.r, lanes: c.lanes, pc: with }),
+            _ => a.after_read(c.r, c.lanes, with),
         });
     }
     *c = Cell { w: a.epoch(), wpc: a.pc, ..Cell::default() };
@@ -559,7 +369,7 @@ fn add_reader(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, a: &Access<'_>) {
 #[allow(clippy::needless_range_loop, reason = "the index is the thread")]
 mod tests {
     use super::*;
-    use crate::clock::{Memo, Sync};
+    use crate::clock::{Clock, Memo, Scope, Sync, Touch, View};
     use std::rc::Rc;
 
     fn access(view: &View, me: u32, touch: Touch) -> Access<'_> {

@@ -6,8 +6,9 @@ use super::state::{At, Warp};
 use super::{Cluster, PAGE_BYTES, lanes};
 use crate::clock::Touch;
 use crate::op::{Access, Addr, Order, Where};
+use crate::order::{self, Conflict};
 use crate::report::FindingKind;
-use crate::shadow::{self, Conflict, LINE, Shadow};
+use crate::shadow::{LINE, Shadow};
 use crate::space;
 use crate::syntax::Ty;
 use std::sync::{Mutex, PoisonError};
@@ -157,7 +158,7 @@ impl Cluster<'_> {
             self.conflict(t, Conflict::Before, addr, write);
             return false;
         }
-        let access = shadow::Access {
+        let access = order::Access {
             view: &warp.views[t.lane],
             peers: None,
             cluster: self.id,
@@ -168,7 +169,7 @@ impl Cluster<'_> {
             agent: t.agent.0,
             agent_time: t.agent.1,
             pc: t.pc,
-            memo: &shadow::Memo::default(),
+            memo: &order::Memo::default(),
             independent: self.env.independent,
             waited: &self.waited,
         };
@@ -417,8 +418,8 @@ fn touch_range(
     offset: u64,
     bytes: u64,
     write: bool,
-    same: shadow::Same<'_>,
-    access: &shadow::Access<'_>,
+    same: order::Same<'_>,
+    access: &order::Access<'_>,
 ) -> Option<Conflict> {
     let mut found = None;
     let (mut at, end) = (offset, offset + bytes);

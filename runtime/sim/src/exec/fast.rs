@@ -10,7 +10,8 @@ use super::state::{At, Block, Warp};
 use super::{Cluster, PAGE_BYTES, lanes};
 use crate::clock::{Epoch, Touch};
 use crate::op::{Access, Where};
-use crate::shadow::{self, Conflict, LINE, Shadow};
+use crate::order::{self, Conflict};
+use crate::shadow::{LINE, Shadow};
 use crate::space;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -103,7 +104,7 @@ impl Cluster<'_> {
         let smem = &*smem;
         let mut page: Option<(u64, MutexGuard<'_, Shadow>)> = None;
         let mut epoch = (0, Epoch::default());
-        let memo = shadow::Memo::default();
+        let memo = order::Memo::default();
         // A line at a time where accesses cover lines, else a word.
         let unit = if total.is_multiple_of(LINE) { LINE } else { 4 };
         for l in lanes(m) {
@@ -112,7 +113,7 @@ impl Cluster<'_> {
                 epoch = (view.own, Epoch::new(Touch::Plain, cluster, base, view.own));
             }
             let me = base + l as u32;
-            let access = shadow::Access {
+            let access = order::Access {
                 view,
                 peers: None,
                 cluster,

@@ -11,8 +11,9 @@ use super::{Agent, Cluster};
 use crate::clock::{Sync, Touch, View};
 use crate::num::{self, Round};
 use crate::op::{Elem, NONE, Op, Wgmma};
+use crate::order;
 use crate::report::FindingKind;
-use crate::shadow::{self, LINE};
+use crate::shadow::LINE;
 use crate::tensormap::Swizzle;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -243,7 +244,7 @@ impl Cluster<'_> {
             joined = View { v, p, ..view.clone() };
             (&joined, None)
         };
-        let access = shadow::Access {
+        let access = order::Access {
             view,
             peers,
             cluster: self.id,
@@ -254,7 +255,7 @@ impl Cluster<'_> {
             agent: agent.0,
             agent_time: agent.1,
             pc,
-            memo: &shadow::Memo::default(),
+            memo: &order::Memo::default(),
             independent: self.env.independent,
             waited: &self.waited,
         };
