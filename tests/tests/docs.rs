@@ -47,8 +47,19 @@ fn compositions_cost_no_more_than_a_plain_layer() {
         let page = format!("{head}<!-- counts -->\n{table}<!-- end -->{tail}");
         return std::fs::write(&path, page).expect("the page can be written");
     }
-    assert!(
-        rest.starts_with(&table),
-        "docs/lowering.md is not what the code says; MOEC_BLESS=1 writes it anew\n{table}"
-    );
+    // Kernels may become better without a word here; they may not become worse by more than this.
+    let figures = |line: &str| {
+        let cells: Vec<String> = line.split('|').map(|cell| cell.trim().to_owned()).collect();
+        let number = |i: usize| cells.get(i).and_then(|c| c.parse::<f64>().ok());
+        (cells.get(1).cloned(), number(2).zip(number(4)))
+    };
+    for (now, before) in table.lines().zip(rest.lines()) {
+        let ((name, now), (held, before)) = (figures(now), figures(before));
+        assert_eq!(name, held, "docs/lowering.md lists other forms; MOEC_BLESS=1 writes it anew\n{table}");
+        let (Some((instructions, bytes)), Some((most, moved))) = (now, before) else { continue };
+        assert!(
+            instructions <= most * 1.02 && bytes <= moved * 1.02,
+            "{name:?} costs more than docs/lowering.md says; MOEC_BLESS=1 writes it anew\n{table}"
+        );
+    }
 }
