@@ -205,6 +205,19 @@ pub fn to_bf16<'c>(b: &Builder<'c>, target: Target, x: V<'c>) -> V<'c> {
     b.bitcast(upper, &vector("bf16"))
 }
 
+/// A bf16 number as f32.
+///
+/// Outside GPUs the bits move into place: LLVM would carry tests of the f32 over to bf16, for which it calls library
+/// functions.
+pub fn from_bf16<'c>(b: &Builder<'c>, target: Target, x: V<'c>) -> V<'c> {
+    let vector = |t: &str| width(x).map_or_else(|| t.to_owned(), |n| format!("vector<{n}x{t}>"));
+    if target.is_gpu() {
+        return b.cast("arith.extf", x, &vector("f32"));
+    }
+    let bits = b.cast("arith.extui", b.bitcast(x, &vector("i16")), &vector("i32"));
+    b.bitcast(b.shli(bits, integer(b, x, 16)), &vector("f32"))
+}
+
 /// One of the elementwise functions.
 pub fn unary<'c>(b: &Builder<'c>, function: UnaryFn, x: V<'c>) -> V<'c> {
     let c = |value| constant(b, x, value);

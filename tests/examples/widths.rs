@@ -9,7 +9,7 @@ use moec::{
     run::{Weights, prepare},
     runtime::{Cpu, Device},
 };
-use moec_tests::layers::Sample;
+use moec_tests::{layers::Sample, matrix::divided};
 use std::{path::Path, process::ExitCode, sync::Arc, time::Instant};
 
 const TOKENS: [u64; 11] = [0, 1, 2, 7, 16, 17, 63, 64, 65, 129, 1000];
@@ -19,18 +19,6 @@ const EXPERTS: [&str; 5] =
     ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"];
 /// Rows of a launch that are compared.
 const ROWS: u64 = 3;
-
-/// The config with its experts divided by `by`.
-fn fewer(config: &mut serde_json::Value, by: u64) {
-    if let Some(map) = config.as_object_mut() {
-        for (key, value) in map {
-            match value.as_u64().filter(|_| EXPERTS.contains(&key.as_str())) {
-                Some(n) => *value = (n / by).into(),
-                None => fewer(value, by),
-            }
-        }
-    }
-}
 
 fn bytes(form: &Form) -> u64 {
     // Packed in the type of the model: two bytes each.
@@ -43,7 +31,7 @@ fn form(path: &Path) -> Result<(String, Form), String> {
     let mut last = "no number of experts fits".to_owned();
     for by in [1, 2, 4, 8, 16, 32, 64] {
         let mut config: serde_json::Value = serde_json::from_str(&text).map_err(|e| e.to_string())?;
-        fewer(&mut config, by);
+        divided(&mut config, &EXPERTS, by);
         match moec::read::bytes(config.to_string().as_bytes(), "config.json") {
             Ok(source) => {
                 let forms = source.model.forms.iter();

@@ -10,4 +10,5 @@ pub mod gallery;
 pub mod hopper;
 pub mod layers;
 pub mod lowering;
+pub mod matrix;
 pub mod mutate;

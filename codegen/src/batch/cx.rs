@@ -200,7 +200,8 @@ impl<'a, 'c> Cx<'a, 'c> {
         match array.dtype {
             DType::F32 => raw,
             DType::F64 => b.cast("arith.truncf", raw, "f32"),
-            DType::Bf16 | DType::F16 => b.cast("arith.extf", raw, "f32"),
+            DType::Bf16 => math::from_bf16(b, self.target, raw),
+            DType::F16 => b.cast("arith.extf", raw, "f32"),
             DType::I32 | DType::I64 | DType::I8 => b.cast("arith.sitofp", raw, "f32"),
             DType::U8 | DType::F8e4m3 | DType::F8e5m2 => b.cast("arith.uitofp", raw, "f32"),
         }
@@ -232,7 +233,7 @@ impl<'a, 'c> Cx<'a, 'c> {
         let b = self.b;
         let out = self.output(OutputPart::Data)?;
         let value = match self.body.node(self.node).round {
-            Some(moec_ir::DType::Bf16) => b.cast("arith.extf", math::to_bf16(b, self.target, value), "f32"),
+            Some(moec_ir::DType::Bf16) => math::from_bf16(b, self.target, math::to_bf16(b, self.target, value)),
             Some(moec_ir::DType::F16) => b.cast("arith.extf", b.cast("arith.truncf", value, "f16"), "f32"),
             Some(
                 moec_ir::DType::F64

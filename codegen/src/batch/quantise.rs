@@ -46,20 +46,20 @@ impl Quantise {
                         b.cast("arith.extsi", b.load(at, "i32", 4), "i64")
                     };
                     let inside = b.andi(b.cmpi("sge", row, bound(0)), b.cmpi("slt", row, bound(experts)));
-                    b.if_(inside, || self.row(b, *a, *out, row));
+                    b.if_(inside, || self.row(b, target, *a, *out, row));
                 }
-                (_, [a, .., out]) => self.row(b, *a, *out, row),
+                (_, [a, .., out]) => self.row(b, target, *a, *out, row),
                 (_, _) => {}
             });
         });
     }
 
-    fn row<'c>(&self, b: &Builder<'c>, a: V<'c>, out: V<'c>, row: V<'c>) {
+    fn row<'c>(&self, b: &Builder<'c>, target: Target, a: V<'c>, out: V<'c>, row: V<'c>) {
         let start = b.mulc(row, c(self.stride));
         let name = crate::rows::element(self.a);
         let load = |i: V<'c>| {
             let raw = b.load(b.gep(a, name, b.addi(start, i)), name, u32::try_from(self.a.bytes()).unwrap_or(1));
-            if self.a == DType::F32 { raw } else { b.cast("arith.extf", raw, "f32") }
+            if self.a == DType::F32 { raw } else { math::from_bf16(b, target, raw) }
         };
         let width = b.i64(c(self.width));
         let top = b

@@ -381,7 +381,8 @@ impl<'a, 'c> Exec<'a, 'c> {
         match ty {
             moec_abi::DType::F32 => raw,
             moec_abi::DType::F64 => b.cast("arith.truncf", raw, &vector("f32")),
-            moec_abi::DType::Bf16 | moec_abi::DType::F16 => b.cast("arith.extf", raw, &vector("f32")),
+            moec_abi::DType::Bf16 => math::from_bf16(b, self.target, raw),
+            moec_abi::DType::F16 => b.cast("arith.extf", raw, &vector("f32")),
             moec_abi::DType::I32 | moec_abi::DType::I64 | moec_abi::DType::I8 => {
                 b.cast("arith.sitofp", raw, &vector("f32"))
             }
@@ -410,10 +411,11 @@ impl<'a, 'c> Exec<'a, 'c> {
 
     /// The value rounded to a float type and back.
     pub(crate) fn round(&self, value: V<'c>, ty: moec_ir::DType, width: usize) -> V<'c> {
+        let b = self.b;
         let vector = |t: &str| if width == 1 { t.to_owned() } else { format!("vector<{width}x{t}>") };
-        let narrow = match ty {
-            moec_ir::DType::Bf16 => "bf16",
-            moec_ir::DType::F16 => "f16",
+        match ty {
+            moec_ir::DType::Bf16 => math::from_bf16(b, self.target, math::to_bf16(b, self.target, value)),
+            moec_ir::DType::F16 => b.cast("arith.extf", b.cast("arith.truncf", value, &vector("f16")), &vector("f32")),
             moec_ir::DType::F64
             | moec_ir::DType::F32
             | moec_ir::DType::F8e4m3
@@ -421,15 +423,8 @@ impl<'a, 'c> Exec<'a, 'c> {
             | moec_ir::DType::U8
             | moec_ir::DType::I8
             | moec_ir::DType::I32
-            | moec_ir::DType::I64 => return value,
-        };
-        let b = self.b;
-        let rounded = if ty == moec_ir::DType::Bf16 {
-            math::to_bf16(b, self.target, value)
-        } else {
-            b.cast("arith.truncf", value, &vector(narrow))
-        };
-        b.cast("arith.extf", rounded, &vector("f32"))
+            | moec_ir::DType::I64 => value,
+        }
     }
 }
 
