@@ -313,8 +313,8 @@ pub(crate) struct Plan {
     /// Tokens per expert over the mean; without it nothing is dropped
     #[arg(long, value_name = "F")]
     pub capacity: Option<f64>,
-    /// Spread of tokens over experts: balanced, zipf:S, or file:LOADS
-    #[arg(long, default_value = "balanced", value_name = "R")]
+    /// Spread of tokens over experts: usual (as measured), balanced, zipf:S, or file:LOADS
+    #[arg(long, default_value = "usual", value_name = "R")]
     pub routing: String,
     /// Keep to one kind of recomputation: none, selective, full
     #[arg(long, value_name = "R", value_parser = ["none", "selective", "full"], hide_possible_values = true)]

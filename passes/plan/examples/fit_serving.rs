@@ -14,8 +14,9 @@ use moec_plan::{
 use serde_json::Value;
 use silicon::Point;
 
-/// Weight of the pull towards the prior, as in the training fit.
-const PULL: f64 = 0.002;
+/// Weight of the pull towards where a fit started: the prior for all sets together, these for each set. Few
+/// measurements of a set tell attention ranks or slices of experts apart, so that sets keep close to each other.
+const PULL: f64 = 0.03;
 
 fn parameters(set: &Value) -> Vec<Parameter> {
     let mut all: Vec<Parameter> = [
@@ -27,6 +28,7 @@ fn parameters(set: &Value) -> Vec<Parameter> {
         ("expert_half_rows", 1.0, 400.0),
         ("attention_flops", 0.05, 0.8),
         ("spread", 0.6, 1.0),
+        ("slicing", 0.0, 0.5),
         ("layer_us", 0.0, 120.0),
         ("moe_layer_us", 0.0, 120.0),
         ("special_attention_us", 0.0, 100.0),
@@ -66,6 +68,21 @@ fn loss(points: &[&Point], set: &Value) -> f64 {
     sum / points.len().max(1) as f64
 }
 
+/// Fits the parameters of a set, starting from and pulled towards what it holds.
+fn fit(set: &mut Value, points: &[&Point], rounds: usize) {
+    let start = set.clone();
+    let parameters = parameters(set);
+    let at = |v: &Value, p: &str| v.pointer(p).and_then(Value::as_f64).unwrap_or(0.0);
+    let pull = |v: &Value| {
+        parameters
+            .iter()
+            .map(|p| ((at(v, &p.pointer) - at(&start, &p.pointer)) / (p.high - p.low)).powi(2))
+            .sum::<f64>()
+    };
+    minimise(set, &parameters, rounds, |v| loss(points, v) + PULL * pull(v));
+    round(set, &parameters);
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let rounds = arguments.get(1).and_then(|r| r.parse().ok()).unwrap_or(200);
@@ -78,21 +95,19 @@ fn main() {
         serde_json::to_value(ServeFile::built_in().expect("built in")).expect("json")
     };
     let keys: Vec<String> = prior["sets"].as_object().expect("sets").keys().cloned().collect();
-    for key in &keys {
-        let fit: Vec<&Point> = points.iter().filter(|p| p.set == *key && p.fit).collect();
-        let mut set = file["sets"][key.as_str()].clone();
-        if rounds > 0 {
-            let start = set.clone();
-            let parameters = parameters(&set);
-            let at = |v: &Value, p: &str| v.pointer(p).and_then(Value::as_f64).unwrap_or(0.0);
-            let pull = |v: &Value| {
-                parameters
-                    .iter()
-                    .map(|p| ((at(v, &p.pointer) - at(&start, &p.pointer)) / (p.high - p.low)).powi(2))
-                    .sum::<f64>()
-            };
-            minimise(&mut set, &parameters, rounds, |v| loss(&fit, v) + PULL * pull(v));
-            round(&mut set, &parameters);
+    let fitted = |wanted: Option<&str>| -> Vec<&Point> {
+        points.iter().filter(|p| p.fit && wanted.is_none_or(|key| p.set == key)).collect()
+    };
+    if rounds > 0 {
+        // What a set has few measurements of, it takes from all sets together.
+        let mut common = prior["sets"][keys[0].as_str()].clone();
+        let speculation = |key: &String| prior["sets"][key.as_str()]["speculation"].as_object().expect("map").clone();
+        common["speculation"] = Value::Object(keys.iter().flat_map(speculation).collect());
+        fit(&mut common, &fitted(None), rounds);
+        for key in &keys {
+            let mut set = common.clone();
+            set["speculation"] = prior["sets"][key.as_str()]["speculation"].clone();
+            fit(&mut set, &fitted(Some(key)), rounds);
             file["sets"][key.as_str()] = set;
         }
     }

@@ -129,8 +129,11 @@ pub enum Objective {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Routing {
-    /// Every expert gets the same number of tokens.
+    /// As where the calibration was measured: even in training, whose losses balance experts, and with
+    /// the skew of the parameter set in serving.
     #[default]
+    Usual,
+    /// Every expert is equally likely.
     Balanced,
     /// Expert `i` gets a share proportional to `1 / (i + 1)^s`.
     Zipf(f64),
@@ -139,9 +142,11 @@ pub enum Routing {
 }
 
 impl Routing {
-    /// Load of the busiest of `ep` ranks with contiguous experts, over the mean.
-    pub fn imbalance(&self, experts: u64, ep: u64) -> f64 {
+    /// Expected load of the busiest of `ep` ranks with contiguous experts, over the mean. `skew` is the standard
+    /// deviation of an expert's load over the mean where routing is the usual one.
+    pub fn imbalance(&self, experts: u64, ep: u64, skew: f64) -> f64 {
         let loads: Vec<f64> = match self {
+            Self::Usual => return 1.0 + skew * (ep as f64 / experts.max(1) as f64).sqrt() * largest_of(ep),
             Self::Balanced => return 1.0,
             Self::Zipf(s) => (0..experts).map(|i| ((i + 1) as f64).powf(-s)).collect(),
             Self::Loads(loads) => loads.clone(),
@@ -154,6 +159,11 @@ impl Routing {
         let busiest = loads.chunks(per_rank).map(|c| c.iter().sum::<f64>()).fold(0.0, f64::max);
         (busiest * ep as f64 / total).max(1.0)
     }
+}
+
+/// Expected largest of `n` standard normal numbers, within 0.04 for `n` up to 300.
+pub(crate) fn largest_of(n: u64) -> f64 {
+    (1.475 * (n.max(1) as f64).ln().sqrt() - 0.664).max(0.0)
 }
 
 /// What the user asks of the planner.
@@ -217,7 +227,7 @@ impl Request {
             sharding: None,
             schedule: Schedule::default(),
             order: DEFAULT_ORDER.to_owned(),
-            routing: Routing::Balanced,
+            routing: Routing::Usual,
             capacity_factor: None,
             memory_limit_gib: None,
             software: "auto".to_owned(),

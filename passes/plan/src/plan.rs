@@ -244,7 +244,7 @@ fn check_request(cluster: &Cluster, request: &Request) -> Result<(), PlanError> 
         ));
     }
     let loads = match &request.routing {
-        crate::choice::Routing::Balanced => Vec::new(),
+        crate::choice::Routing::Usual | crate::choice::Routing::Balanced => Vec::new(),
         crate::choice::Routing::Zipf(s) => vec![*s],
         crate::choice::Routing::Loads(loads) => loads.clone(),
     };

@@ -7,6 +7,7 @@
 //! One parameter set per GPU and backend, fitted in `examples/fit_serving.rs`.
 
 use crate::{
+    choice::{Routing, largest_of},
     cluster::{Cluster, Generation},
     collective::{Collective, Span},
     error::PlanError,
@@ -117,6 +118,10 @@ pub struct ServeCalibration {
     pub attention_flops: f64,
     /// Exponent of the number of experts that a batch touches; below 1 routing repeats itself.
     pub spread: f64,
+    /// Standard deviation of an expert's load over the mean.
+    pub skew: f64,
+    /// Time that each halving of experts over ranks adds to reading them: their products become short and narrow.
+    pub slicing: f64,
     /// Time of launches and small kernels per layer, microseconds.
     pub layer_us: f64,
     /// Further time of a routed layer, microseconds.
@@ -203,6 +208,9 @@ impl ServeFile {
 /// (`hardware.json`).
 const DISPATCH_SHARE: f64 = 0.86;
 
+/// Columns of a grouped product that a tile covers; narrower shards of experts leave the rest idle.
+const TILE: f64 = 128.0;
+
 /// Prediction for an instance under a workload.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct ServeEstimate {
@@ -231,12 +239,35 @@ pub struct ServeCx<'a> {
     classes: Vec<LayerClass>,
     cluster: &'a Cluster,
     layout: ServeLayout,
+    routing: &'a Routing,
+}
+
+/// What the busiest expert-parallel rank has to do for one routed layer.
+struct Busiest {
+    /// Experts that at least one token chose.
+    touched: f64,
+    /// Rows of its experts.
+    rows: f64,
+    /// Rows over the mean of all ranks.
+    excess: f64,
 }
 
 impl<'a> ServeCx<'a> {
     /// Prepares a model on an instance.
-    pub fn new(model: &'a ModelShape, cluster: &'a Cluster, layout: ServeLayout) -> Self {
-        Self { model, classes: model.classes(), cluster, layout }
+    pub fn new(model: &'a ModelShape, cluster: &'a Cluster, layout: ServeLayout, routing: &'a Routing) -> Self {
+        Self { model, classes: model.classes(), cluster, layout, routing }
+    }
+
+    /// Ranks wait for the busiest one: what is popular and what chance adds, for `tokens` tokens of all ranks.
+    fn busiest(&self, p: &ServeCalibration, experts: u64, top_k: u64, tokens: f64) -> Busiest {
+        let ep = self.layout.ep;
+        let (e, k, local) = (experts as f64, top_k as f64, experts as f64 / ep as f64);
+        let popular = self.routing.imbalance(experts, ep, p.skew);
+        let untouched = (1.0 - k / e).powf(popular * tokens.powf(p.spread).max(1.0));
+        let chance = largest_of(ep) * (local * untouched * (1.0 - untouched)).sqrt();
+        let mean = tokens * k / ep as f64;
+        let excess = (1.0 + (popular - 1.0).hypot(largest_of(ep) / mean.sqrt())).min(ep as f64);
+        Busiest { touched: (local * (1.0 - untouched) + chance).min(local), rows: mean * excess, excess }
     }
 
     /// Bytes of weights on one GPU.
@@ -310,6 +341,7 @@ impl<'a> ServeCx<'a> {
                 Attention::Mla { .. } | Attention::Linear { .. } => p.special_attention_us,
             };
             let mut overhead = p.layer_us + special;
+            let mut received = 1.0;
             match layer.feed_forward {
                 FeedForward::Dense { intermediate, gated } => {
                     let weights = matrices(gated) * h * intermediate as f64 / tp;
@@ -319,19 +351,22 @@ impl<'a> ServeCx<'a> {
                     let shared = (matrices(gated) * h * shared_intermediate as f64 + h * experts as f64) / tp;
                     parts[0] += n * self.dense_seconds(p, tokens, shared, shared * l.dense.bytes());
                     let all = tokens * l.dp as f64;
-                    let (e, k) = (experts as f64, top_k as f64);
-                    let touched = e * (1.0 - (1.0 - k / e).powf(all.powf(p.spread).max(1.0)));
                     let one = matrices(gated) * h * expert_intermediate as f64 / l.etp as f64;
-                    let local = touched / l.ep as f64;
-                    let rows = all * k / l.ep as f64;
-                    let share = p.expert_flops * (rows / local) / (rows / local + p.expert_half_rows);
-                    let read = local * one * l.experts.bytes() / (hbm * p.expert_memory);
-                    let compute = 2.0 * rows * one / (l.experts.peak(self.cluster) * share);
-                    parts[1] += n * read.max(compute);
+                    let Busiest { touched, rows, excess } = self.busiest(p, experts, top_k, all);
+                    let share = p.expert_flops * (rows / touched) / (rows / touched + p.expert_half_rows);
+                    let inner = expert_intermediate as f64 / l.etp as f64;
+                    let tiles = (inner / TILE).ceil() * TILE / inner;
+                    let sliced = 1.0 + p.slicing * (l.etp as f64).log2();
+                    let read = sliced * touched * one * l.experts.bytes() / (hbm * p.expert_memory);
+                    let compute = 2.0 * rows * one * tiles / (l.experts.peak(self.cluster) * share);
+                    // Rows are gathered, their outputs written, and those read again by the weighted sum.
+                    let moved = rows * (3.0 * h + matrices(gated) * inner) * 2.0 / hbm;
+                    parts[1] += n * (read.max(compute) + moved);
                     overhead += p.moe_layer_us;
+                    received = excess;
                 }
             }
-            parts[3] += n * self.collective_seconds(p, tokens, layer.top_k());
+            parts[3] += n * self.collective_seconds(p, tokens, layer.top_k(), received);
             parts[4] += n * overhead * 1e-6;
         }
         let head = h * self.model.vocab as f64 / tp;
@@ -379,7 +414,8 @@ impl<'a> ServeCx<'a> {
 
     /// Two all-reduces over tensor ranks, or the exchange over attention data-parallel ranks: inside a domain
     /// every rank gathers all tokens, beyond it a token crosses to a domain once, if one of its experts is there.
-    fn collective_seconds(&self, p: &ServeCalibration, tokens: f64, top_k: f64) -> f64 {
+    /// `received` is what the busiest rank receives over the mean.
+    fn collective_seconds(&self, p: &ServeCalibration, tokens: f64, top_k: f64, received: f64) -> f64 {
         let l = &self.layout;
         let bytes = tokens * self.model.hidden as f64 * 2.0;
         let domain = self.cluster.gpus_per_domain;
@@ -414,7 +450,7 @@ impl<'a> ServeCx<'a> {
             } else {
                 let remote = (domains - 1.0) * (1.0 - (1.0 - 1.0 / domains).powf(top_k));
                 let inside = bytes * top_k / (self.cluster.gpu.nvlink_gbps * 1e9 * p.link);
-                (bytes * remote / (self.cluster.nic_gbps * 1e9 * DISPATCH_SHARE)).max(inside)
+                received * (bytes * remote / (self.cluster.nic_gbps * 1e9 * DISPATCH_SHARE)).max(inside)
             };
             seconds += 2.0 * (latency + exchange);
         }

@@ -34,7 +34,7 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
     let mut evaluated = 0;
     let mut smallest = f64::INFINITY;
     for layout in layouts(model, request) {
-        let cx = ServeCx::new(model, cluster, layout);
+        let cx = ServeCx::new(model, cluster, layout, &request.routing);
         let tokens = request.seq as f64 + request.output as f64;
         let weights = cx.weight_bytes();
         smallest = smallest.min(weights);
@@ -272,8 +272,11 @@ fn why(request: &Request, best: &Scored, other: &Scored) -> String {
 
 fn serving_plan(model: &ModelShape, cluster: &Cluster, request: &Request, set: &ServeCalibration, s: &Scored) -> Plan {
     let (l, e) = (&s.layout, &s.estimate);
-    let memory =
-        ServeCx::new(model, cluster, *l).memory(set, e.batch, request.seq as f64 + 0.5 * request.output as f64);
+    let memory = ServeCx::new(model, cluster, *l, &request.routing).memory(
+        set,
+        e.batch,
+        request.seq as f64 + 0.5 * request.output as f64,
+    );
     let decode = request.objective != Objective::Prefill;
     let mut time_ms: indexmap::IndexMap<&'static str, f64> =
         PART_NAMES.iter().zip(&e.parts).map(|(n, t)| (*n, 1e3 * t)).collect();

@@ -174,7 +174,7 @@ impl<'a> TrainCx<'a> {
     fn layer_cx(&self, m: &Mapping, mbs: u64, experts: u64) -> LayerCx<'_> {
         let strides = self.strides(m);
         let domain = self.cluster.gpus_per_domain;
-        let imbalance = self.request.routing.imbalance(experts, m.ep);
+        let imbalance = self.request.routing.imbalance(experts, m.ep, 0.0);
         LayerCx {
             cluster: self.cluster,
             cal: self.cal,

@@ -158,6 +158,25 @@ fn skew_costs_time_and_dropping_bounds_it() {
     assert!(flat < dropped && dropped < skewed, "{flat} {dropped} {skewed}");
 }
 
+#[test]
+fn serving_waits_for_the_busiest_rank() {
+    let model = config("mixtral-8x7b");
+    let run = |routing: Routing, ways: &str| {
+        let mut request = Request { routing, global_batch: 256, ..Request::serve(Objective::Decode, 8, 1024, 1024) };
+        request.fixed = Mapping::parse_fixed(ways).unwrap();
+        plan(&model, &h100(), &request).unwrap()[0].step_ms
+    };
+    let spread = |ways: &str| {
+        let mut loads = vec![1.0; 8];
+        loads[3] = 4.0;
+        [Routing::Balanced, Routing::Usual, Routing::Zipf(1.0), Routing::Loads(loads)].map(|r| run(r, ways))
+    };
+    let [even, usual, zipf, loaded] = spread("tp=8,ep=8,etp=1");
+    assert!(even < usual && usual < zipf && usual < loaded, "{even} {usual} {zipf} {loaded}");
+    let whole = spread("tp=8,ep=1,etp=8");
+    assert!(whole.iter().all(|step| *step == whole[0]), "one group of experts has no busiest rank: {whole:?}");
+}
+
 fn refused(model: &ModelShape, request: &Request) -> PlanError {
     plan(model, &h100(), request).unwrap_err()
 }

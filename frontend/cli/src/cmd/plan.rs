@@ -57,6 +57,7 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
         _ => Precision::Bf16,
     };
     request.routing = match args.routing.split_once(':') {
+        None if args.routing == "usual" => Routing::Usual,
         None if args.routing == "balanced" => Routing::Balanced,
         Some(("zipf", s)) => {
             let s = s.parse().map_err(|_| Failure::Usage(format!("`--routing {}`: a number is due", args.routing)))?;
@@ -64,7 +65,7 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
         }
         Some(("file", path)) => Routing::Loads(loads(Path::new(path))?),
         _ => {
-            let text = format!("`--routing {}` is not known: balanced, zipf:S, file:LOADS", args.routing);
+            let text = format!("`--routing {}` is not known: usual, balanced, zipf:S, file:LOADS", args.routing);
             return Err(Failure::Usage(text));
         }
     };

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "shared by several examples and tests")]
 
 use moec_plan::{
-    Cluster, ModelShape,
+    Cluster, ModelShape, Routing,
     serve::{ServeCalibration, ServeCx, ServeEstimate, ServeLayout, WeightFormat, Workload},
 };
 use std::collections::BTreeMap;
@@ -126,7 +126,7 @@ pub(crate) fn points(models: &BTreeMap<String, ModelShape>) -> Vec<Point> {
 /// Predicts a point.
 pub(crate) fn predict(point: &Point, p: &ServeCalibration) -> ServeEstimate {
     let speculation = p.speculation.get(&point.version).copied().unwrap_or(1.0);
-    ServeCx::new(&point.model, &point.cluster, point.layout).estimate(p, &point.workload, speculation)
+    ServeCx::new(&point.model, &point.cluster, point.layout, &Routing::Usual).estimate(p, &point.workload, speculation)
 }
 
 /// Median, mean and share within 20% of absolute relative errors, and their number.
