@@ -3,10 +3,10 @@
 use crate::{
     harmless,
     json::{Member, cut},
-    keys::{Keys, Num, nearest},
+    keys::{Keys, Num},
     limits,
 };
-use moec_ir::{Code, Diagnostic, Span};
+use moec_ir::{Code, Diagnostic, Span, nearest};
 
 /// Adds the place of a key, if it has one.
 pub(crate) fn at(error: Diagnostic, span: Option<Span>, text: impl Into<String>) -> Diagnostic {
@@ -124,7 +124,7 @@ pub(crate) fn unused(keys: &mut Keys<'_>) {
             continue;
         }
         if changes_mixture(name) {
-            let near = nearest(name, &asked);
+            let near = nearest(name, asked.iter().copied());
             let error =
                 Diagnostic::error(Code("E0208"), format!("{} has no meaning for {}", cut(name), keys.model_type))
                     .primary(member.key_span, "unknown key");
@@ -145,7 +145,7 @@ pub(crate) fn unused(keys: &mut Keys<'_>) {
     if let Some(first) = odd.first() {
         let mut warning = Diagnostic::warning(Code("W0201"), format!("unknown key {}", cut(&first.key)))
             .primary(first.key_span, "not read");
-        if let Some(near) = nearest(&first.key, &asked) {
+        if let Some(near) = nearest(&first.key, asked.iter().copied()) {
             warning = warning.help(format!("did you mean {near}?"));
         }
         for other in odd.iter().skip(1).take(5) {

@@ -4,12 +4,12 @@ use crate::{
     check,
     family::{Draft, FAMILIES, Family},
     json::{Kind, Member, Value, cut, parse_object},
-    keys::{Keys, Quant, Refused, nearest},
+    keys::{Keys, Quant, Refused},
     limits,
     model::{Facts, Form, LatentAttention, Layer, LayerKind, Model},
     outline::outline,
 };
-use moec_ir::{Code, DType, Diagnostic, NodeId, Span};
+use moec_ir::{Code, DType, Diagnostic, NodeId, Span, nearest};
 
 /// Reads the text of a `config.json`; `file` is its name in messages, and names the model.
 ///
@@ -110,7 +110,7 @@ fn family_of(root: &[Member]) -> Result<(&'static Family, String), Diagnostic> {
                 .help("moec compiles mixture-of-experts layers");
         }
         let known = families();
-        let near = nearest(name, &known).map_or(String::new(), |n| format!("did you mean {n}? "));
+        let near = nearest(name, known.iter().copied()).map_or(String::new(), |n| format!("did you mean {n}? "));
         Diagnostic::error(Code("E0205"), format!("unknown model_type \"{}\"", cut(name)))
             .primary(*span, "no such family")
             .help(format!("{near}known families: {}", known.join(", ")))

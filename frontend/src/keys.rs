@@ -5,7 +5,7 @@
 //! reader before its stand-ins could be used.
 
 use crate::json::{Kind, Member, Value, cut};
-use moec_ir::{Code, DType, Diagnostic, Span};
+use moec_ir::{Code, DType, Diagnostic, Span, nearest};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A config with errors, which are kept in [`Keys`].
@@ -369,7 +369,7 @@ impl<'a> Keys<'a> {
             return *value;
         }
         let options: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
-        let near = nearest(word, &options).map_or(String::new(), |n| format!("; the nearest is {n}"));
+        let near = nearest(word, options.iter().copied()).map_or(String::new(), |n| format!("; the nearest is {n}"));
         self.errors.push(
             Diagnostic::error(
                 Code("E0212"),
@@ -397,7 +397,7 @@ impl<'a> Keys<'a> {
             error = error.note(format!("also known as {}", names[1..].join(", ")));
         }
         let keys: Vec<&str> = level.iter().map(|m| m.key.as_str()).collect();
-        if let Some(near) = nearest(names[0], &keys)
+        if let Some(near) = nearest(names[0], keys.iter().copied())
             && let Some(member) = level.iter().find(|m| m.key == near)
             && !self.used.contains(&member.key_span.start)
         {
@@ -435,26 +435,4 @@ fn same(a: &Value, b: &Value) -> bool {
         }
         (x, y) => x == y,
     }
-}
-
-/// The option nearest to a word, if it is near.
-pub(crate) fn nearest<'o>(word: &str, options: &[&'o str]) -> Option<&'o str> {
-    let word: Vec<char> = word.chars().take(80).collect();
-    let far = (word.len() / 3).max(2);
-    options.iter().map(|o| (distance(&word, o), *o)).filter(|(d, _)| *d <= far).min().map(|(_, o)| o)
-}
-
-/// Edits between two words.
-fn distance(a: &[char], b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, x) in a.iter().enumerate() {
-        let mut before = i;
-        row[0] = i + 1;
-        for (j, y) in b.chars().enumerate() {
-            let change = before + usize::from(*x != y);
-            before = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(before + 1);
-        }
-    }
-    row.last().copied().unwrap_or(0)
 }

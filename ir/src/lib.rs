@@ -38,6 +38,7 @@ pub use dim::Dim;
 pub use dot::dot;
 pub use dtype::DType;
 pub use graph::{Graph, Node, NodeId, Output, Part};
+pub use nearest::nearest;
 pub use op::Op;
 pub use outline::OutlineError;
 pub use text::{parse, print};

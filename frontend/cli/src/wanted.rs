@@ -5,7 +5,7 @@ use moec::{
     Target,
     frontend::Model,
     host_target,
-    ir::DType,
+    ir::{DType, nearest},
     read::{self, Source},
     run::{Input, Weights},
     runtime::{Cpu, Cuda, Device, Sim},
@@ -47,7 +47,7 @@ pub(crate) fn cpu_targets(dtype: DType) -> Vec<Target> {
 pub(crate) fn target(name: &str) -> Result<Target, Failure> {
     Target::from_name(name).ok_or_else(|| {
         let known: Vec<&str> = std::iter::once("cpu").chain(Target::ALL.map(Target::name)).collect();
-        let near = nearest(name, &known).map_or_else(String::new, |n| format!("; the nearest is `{n}`"));
+        let near = nearest(name, known.iter().copied()).map_or_else(String::new, |n| format!("; the nearest is `{n}`"));
         Failure::refused("E0401", format!("unknown target `{name}`"), format!("targets: {}{near}", known.join(", ")))
     })
 }
@@ -124,27 +124,6 @@ pub(crate) fn input(text: &str) -> Result<Input, Failure> {
             .map_err(|_| Failure::Usage(format!("`--input {text}`: a number of tokens is due after `random:`"))),
         None => Ok(Input::File(text.into())),
     }
-}
-
-/// The candidate with the fewest changed letters, if those are few.
-pub(crate) fn nearest<'a>(name: &str, candidates: &[&'a str]) -> Option<&'a str> {
-    let distance = |a: &str, b: &str| {
-        let b: Vec<char> = b.chars().collect();
-        let mut row: Vec<usize> = (0..=b.len()).collect();
-        for (i, x) in a.chars().enumerate() {
-            let mut corner = i;
-            row[0] = i + 1;
-            for (j, y) in b.iter().enumerate() {
-                let replaced = corner + usize::from(x != *y);
-                corner = row[j + 1];
-                row[j + 1] = replaced.min(corner + 1).min(row[j] + 1);
-            }
-        }
-        row[b.len()]
-    };
-    let short: String = name.chars().take(64).collect();
-    let best = candidates.iter().map(|c| (distance(&short, c), *c)).min_by_key(|(d, _)| *d)?;
-    (best.0 <= (short.chars().count() / 3).max(1)).then_some(best.1)
 }
 
 /// Those of some results that a model has; if it has none of them, all that it has.

@@ -196,6 +196,15 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Members of the file that this cluster was read from and that mean nothing here: the path of each, and the
+    /// names that have a meaning in its place.
+    pub fn unread(&self, text: &str) -> Vec<(String, Vec<String>)> {
+        let mut unread = Vec::new();
+        let given = serde_json::from_str(text).unwrap_or_default();
+        collect_unread(&given, &serde_json::to_value(self).unwrap_or_default(), "", &mut unread);
+        unread
+    }
+
     /// A complete cluster file, ready to be edited.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).unwrap_or_default()
@@ -272,6 +281,21 @@ pub enum Precision {
     Fp8,
     /// Any 4-bit float scaling recipe.
     Fp4,
+}
+
+fn collect_unread(
+    given: &serde_json::Value,
+    known: &serde_json::Value,
+    path: &str,
+    unread: &mut Vec<(String, Vec<String>)>,
+) {
+    let (Some(given), Some(known)) = (given.as_object(), known.as_object()) else { return };
+    for (name, value) in given {
+        match known.get(name) {
+            None => unread.push((format!("{path}{name}"), known.keys().cloned().collect())),
+            Some(inner) => collect_unread(value, inner, &format!("{path}{name}."), unread),
+        }
+    }
 }
 
 /// Names the first figure of a cluster file that is there and is not the number it must be.

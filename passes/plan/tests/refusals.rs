@@ -53,6 +53,10 @@ fn cluster_files_with_one_wrong_member() {
     ] {
         says(&cluster_with(pointer, value).unwrap_err(), about, "");
     }
+    let text = r#"{"gpuz": 3, "gpu": {"hbm_gbp": 1.0, "hbm_gbps": 2.0}, "nic_gbps": 50.0}"#;
+    let unread: Vec<String> =
+        Cluster::preset("dgx-h100").unwrap().unread(text).into_iter().map(|(path, _)| path).collect();
+    assert_eq!(unread, ["gpuz", "gpu.hbm_gbp"]);
     for text in ["", "{", "[]", "null", "17", "\"dgx-h100\"", "{\"gpu\": 1}"] {
         let error = Cluster::from_json(text).unwrap_err();
         assert!(error.code == "E0404" && !error.help.is_empty(), "{text}: {error:?}");

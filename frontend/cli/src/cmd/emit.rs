@@ -1,7 +1,10 @@
 //! Single outputs of `compile --emit`.
 
-use crate::{context::Context, failure::Failure, wanted::nearest};
-use moec::{Artefact, Keep, Target, ir};
+use crate::{context::Context, failure::Failure};
+use moec::{
+    Artefact, Keep, Target,
+    ir::{self, nearest},
+};
 use std::path::{Path, PathBuf};
 
 macro_rules! kinds {
@@ -64,7 +67,8 @@ pub(crate) fn requests(texts: &[String]) -> Result<Vec<Request>, Failure> {
         let (name, path) = text.split_once('=').map_or((text.as_str(), None), |(n, p)| (n, Some(p)));
         let kind = Kind::ALL.iter().copied().find(|k| k.name() == name).ok_or_else(|| {
             let known: Vec<&str> = Kind::ALL.iter().map(|k| k.name()).collect();
-            let near = nearest(name, &known).map_or_else(String::new, |n| format!("; the nearest is `{n}`"));
+            let near =
+                nearest(name, known.iter().copied()).map_or_else(String::new, |n| format!("; the nearest is `{n}`"));
             Failure::Usage(format!("`--emit {name}` is not known: {}{near}", known.join(", ")))
         })?;
         Ok(Request { kind, path: path.filter(|p| !p.is_empty()).map(PathBuf::from) })

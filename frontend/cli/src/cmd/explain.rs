@@ -1,6 +1,7 @@
 //! `moec explain`: cause, example and fix of a code.
 
-use crate::{args::Explain, codes, context::Context, failure::Failure, wanted::nearest};
+use crate::{args::Explain, codes, context::Context, failure::Failure};
+use moec::ir::nearest;
 use serde_json::json;
 
 /// Prints the page.
@@ -8,7 +9,7 @@ pub(crate) fn run(cx: &Context, args: &Explain) -> Result<(), Failure> {
     let Some(page) = codes::page(&args.code) else {
         let known: Vec<&str> = codes::PAGES.iter().map(|(code, _)| *code).collect();
         let code: String = args.code.chars().take(60).collect();
-        let near = nearest(&code, &known).map_or_else(String::new, |n| format!("; the nearest is {n}"));
+        let near = nearest(&code, known.iter().copied()).map_or_else(String::new, |n| format!("; the nearest is {n}"));
         return Err(Failure::Usage(format!("there is no code `{code}`{near}; `moec list codes` lists them")));
     };
     if cx.is_json() {

@@ -1,7 +1,10 @@
 //! IR around passes, for `--print-ir`.
 
-use crate::{context::Context, failure::Failure, wanted::nearest};
-use moec::passes::{Dump, FOLD, Outcome, PIPELINE};
+use crate::{context::Context, failure::Failure};
+use moec::{
+    ir::nearest,
+    passes::{Dump, FOLD, Outcome, PIPELINE},
+};
 
 /// What is printed.
 enum When {
@@ -38,7 +41,7 @@ fn parse(texts: &[String]) -> Result<Vec<When>, Failure> {
 /// There is no pass of this name.
 pub(crate) fn unknown_pass(name: &str) -> Failure {
     let known: Vec<&str> = PIPELINE.iter().map(|p| p.name).collect();
-    let near = nearest(name, &known).map_or_else(String::new, |n| format!("; the nearest is `{n}`"));
+    let near = nearest(name, known.iter().copied()).map_or_else(String::new, |n| format!("; the nearest is `{n}`"));
     Failure::Usage(format!("there is no pass `{name}`: {}{near}", known.join(", ")))
 }
 

@@ -6,7 +6,7 @@ use crate::{
     failure::Failure,
 };
 use moec::{
-    ir::{Code, Diagnostic},
+    ir::{Code, Diagnostic, nearest},
     plan::{
         self, Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Schedule, Sharding,
         Strategy,
@@ -24,7 +24,7 @@ fn refused(error: PlanError) -> Failure {
 /// Plans, and prints the best mappings.
 pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
     if args.print_cluster {
-        return cx.result(format!("{}\n", cluster(&args.cluster)?.to_json()));
+        return cx.result(format!("{}\n", cluster(cx, &args.cluster)?.to_json()));
     }
     let Some(gpus) = args.gpus else { return Err(Failure::Usage("plan needs --gpus N".to_owned())) };
     let fixed = Mapping::parse_fixed(&args.fix).map_err(refused)?;
@@ -35,7 +35,7 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
     }
     let Some(path) = &args.model else { return Err(Failure::Usage("plan needs a MODEL".to_owned())) };
     let model = shape(cx, path)?;
-    let cluster = cluster(&args.cluster)?;
+    let cluster = cluster(cx, &args.cluster)?;
     let mut request = match args.objective.as_str() {
         "prefill" => Request::serve(Objective::Prefill, gpus, args.seq, args.generate),
         "decode" => Request::serve(Objective::Decode, gpus, args.seq, args.generate),
@@ -138,12 +138,22 @@ fn loads(path: &Path) -> Result<Vec<f64>, Failure> {
     Ok((0..experts).map(|e| layers.iter().filter_map(|l| l.get(e)).sum()).collect())
 }
 
-fn cluster(name: &str) -> Result<Cluster, Failure> {
+fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
     let path = Path::new(name);
     if Cluster::preset_names().contains(&name) || !path.is_file() {
         return Cluster::preset(name).map_err(refused);
     }
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
-    Cluster::from_json(&text).map_err(refused)
+    let cluster = Cluster::from_json(&text).map_err(refused)?;
+    for (member, known) in cluster.unread(&text) {
+        let last = member.rsplit('.').next().unwrap_or(&member);
+        let known: Vec<&str> = known.iter().map(String::as_str).collect();
+        let warning = Diagnostic::warning(Code("W0201"), format!("unknown key {member} in {name}"));
+        cx.report(&[match nearest(last, known.iter().copied()) {
+            Some(near) => warning.help(format!("did you mean {near}?")),
+            None => warning,
+        }]);
+    }
+    Ok(cluster)
 }
