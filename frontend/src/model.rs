@@ -1,7 +1,10 @@
 //! What a config says: the checked model, ready to compile and to plan.
 
 use crate::block::MoeLayer;
-use moec_ir::{DType, Diagnostic, Extent, Graph, Op, Type, WeightName, ops::PartKind};
+use moec_ir::{
+    DType, Diagnostic, Extent, Graph, Op, Type, WeightName, WeightSpec,
+    ops::{BankPart, PartKind},
+};
 
 /// A model as its config describes it.
 #[derive(Clone, Debug)]
@@ -135,7 +138,8 @@ impl Form {
         for id in self.graph.ids() {
             let node = self.graph.node(id);
             if let Op::Ffn(ffn) = &node.op {
-                facts.shared_inner = facts.shared_inner.saturating_add(self.side(ffn.up.names().first().copied(), 0));
+                let [inner, _] = self.sides(&ffn.up, 0);
+                facts.shared_inner = facts.shared_inner.saturating_add(inner);
             }
             let Op::Experts(experts) = &node.op else { continue };
             if let Some(Type::Ragged(rows)) = &node.ty {
@@ -143,7 +147,7 @@ impl Form {
                 facts.top_k = facts.top_k.max(rows.route.slots);
             }
             for part in &experts.bank {
-                let each = self.part(&part.kind, &mut facts);
+                let each = self.part(part, &mut facts);
                 facts.expert_parameters = facts.expert_parameters.max(each);
                 let count = part.ids[1].saturating_sub(part.ids[0]);
                 facts.parameters = facts.parameters.saturating_add(each.saturating_mul(count));
@@ -159,17 +163,19 @@ impl Form {
     }
 
     /// Weights of one expert of a part; its widths go into `facts`.
-    fn part(&self, kind: &PartKind, facts: &mut FormFacts) -> u64 {
-        match kind {
+    fn part(&self, part: &BankPart, facts: &mut FormFacts) -> u64 {
+        match &part.kind {
             PartKind::Neuron(n) => {
                 facts.expert_input = self.side(Some(&n.u), 1);
                 facts.expert_inner = facts.expert_inner.max(1);
                 return self.side(Some(&n.u), 1).saturating_add(self.side(Some(&n.v), 1));
             }
             PartKind::Ffn(ffn) => {
-                let up = ffn.up.names().first().copied();
-                facts.expert_inner = facts.expert_inner.max(self.side(up, 0));
-                facts.expert_input = self.side(up, 1);
+                for id in part.ids[0]..part.ids[1] {
+                    let [inner, input] = self.sides(&ffn.up, part.number(id));
+                    facts.expert_inner = facts.expert_inner.max(inner);
+                    facts.expert_input = input;
+                }
             }
             PartKind::Linear(_)
             | PartKind::Film(_)
@@ -177,13 +183,19 @@ impl Form {
             | PartKind::Identity {}
             | PartKind::Zero {} => {}
         }
-        part_names(kind).iter().map(|n| self.size(n)).fold(0, u64::saturating_add)
+        part_names(&part.kind).iter().map(|n| self.size(n)).fold(0, u64::saturating_add)
     }
 
     /// Elements of a weight; of one expert's, if it depends on the expert.
     fn size(&self, name: &WeightName) -> u64 {
         let shape = self.graph.weights.get(name).map_or(&[] as &[Extent], |w| &w.shape);
         shape.iter().fold(1u64, |n, e| n.saturating_mul(e.max()))
+    }
+
+    /// Rows and columns of a matrix of expert `e` of its part.
+    fn sides(&self, spec: &WeightSpec, e: u64) -> [u64; 2] {
+        let shape = spec.shape_in(&self.graph.weights, e);
+        shape.and_then(|s| <[u64; 2]>::try_from(s).ok()).unwrap_or_default()
     }
 
     /// A side of a weight.

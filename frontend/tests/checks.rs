@@ -2,6 +2,7 @@
 
 use moec_frontend::{Model, read_config, read_model};
 use moec_ir::Diagnostic;
+use serde_json::json;
 use std::fs;
 
 const MIXTRAL: &str = r#"{
@@ -291,6 +292,22 @@ fn models_are_read_from_files_folders_and_graphs() {
     fs::write(&json, moec_ir::json::write_graph(&from_file.forms[0].graph).to_string()).unwrap();
     let from_json = read_model(&json).unwrap_or_else(|e| panic!("{e:#?}"));
     assert_eq!(from_json.forms[0].facts().experts, 8);
+
+    // Sizes are those of the composed weight: 4 slices of 96 rows are experts of 24.
+    let sliced = json!({"format": "moec-graph-1", "inputs": {"x": {"dtype": "f32", "shape": ["T", 16]}},
+        "tensors": {"u": {"dtype": "f32", "shape": [96, 16]}, "d{e}": {"dtype": "f32", "shape": [16, 24]},
+            "r": {"dtype": "f32", "shape": [4, 16]}},
+        "nodes": [{"id": "l", "op": "linear", "in": ["x"], "w": "r"},
+            {"id": "q", "op": "select", "in": ["l"], "rule": "topk", "k": 2},
+            {"id": "w", "op": "weigh", "in": ["q", "l"], "fn": "softmax"},
+            {"id": "d", "op": "dispatch", "in": ["x", "w"]},
+            {"id": "e", "op": "experts", "in": ["d"], "bank": [{"ids": [0, 4], "kind": "ffn", "act": "relu",
+                "up": {"slice": "u", "axis": 0, "n": 4}, "down": "d{e}"}]},
+            {"id": "y", "op": "combine", "in": ["e", "w"]}],
+        "outputs": {"output": "y"}});
+    fs::write(&json, sliced.to_string()).unwrap();
+    let facts = read_model(&json).unwrap_or_else(|e| panic!("{e:#?}")).forms[0].facts();
+    assert_eq!((facts.expert_input, facts.expert_inner), (16, 24));
 
     assert_eq!(read_model(&folder.path().join("none")).unwrap_err()[0].code.0, "E0112");
     fs::create_dir(folder.path().join("empty")).unwrap();

@@ -4,6 +4,7 @@ use crate::{
     DType, codes,
     infer::{Cx, OpError, OpResult, numbers},
 };
+use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 /// Bits in which a code of `bits` bits is stored: 2, 4 or 8, so that codes never cross a byte.
@@ -223,6 +224,11 @@ impl WeightSpec {
 }
 
 impl WeightSpec {
+    /// Shape of the composed value for expert `e` of its part, where `weights` hold what it names.
+    pub fn shape_in(&self, weights: &IndexMap<WeightName, Weight>, e: u64) -> Option<Vec<u64>> {
+        self.shape(&Cx { weights }, e).ok()
+    }
+
     /// Shape of the composed value for expert `e` of its part.
     pub(crate) fn shape(&self, cx: &Cx<'_>, e: u64) -> OpResult<Vec<u64>> {
         match self {

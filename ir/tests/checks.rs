@@ -418,6 +418,9 @@ fn json_errors_name_the_node() {
     );
     assert!(bad(json!({"id": "z", "op": "linear", "in": ["x"], "w": "w"})).contains("I0007 output `output`"));
     assert!(bad(json!({"op": "linear"})).contains("I0040"));
+    let conv =
+        bad(json!({"id": "y", "op": "experts", "in": ["x"], "bank": [{"ids": [0, 8], "kind": "conv", "w": "w"}]}));
+    assert!(conv.contains("I0042 node `y` (experts): `kind`: convolution"), "{conv}");
     assert!(json_error(linear.clone(), json!({"extra": 1})).contains("I0040"));
     assert!(json_error(linear, json!({"format": "moec-graph-2"})).contains("I0040"));
     let huge = json!({"id": "y", "op": "loop", "n": 1_000_000_000_000u64, "carry": "x", "next": "x", "body": []});

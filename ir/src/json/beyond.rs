@@ -71,6 +71,11 @@ pub(super) fn attribute<'a>(
             "virtual value expansion, id shuffle and shared tables with an offset (UltraMemV2) are not expressible";
         return Some((name, why, "give every `neuron` part its own table, and ids that are final"));
     }
+    if let ("experts", "kind", Value::String(kind)) = (op, name, value)
+        && let Some((why, instead)) = operation(kind)
+    {
+        return Some((name, why, instead));
+    }
     match value {
         Value::Array(items) => items.iter().find_map(|item| attribute(op, "", item)),
         Value::Object(map) => map.iter().find_map(|(name, value)| attribute(op, name, value)),
