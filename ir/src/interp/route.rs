@@ -96,7 +96,8 @@ fn divide(norm: WeighNorm, eps: f64, floor: f64, row: &mut [f64]) {
         WeighNorm::L1 => row.iter().map(|w| w.abs()).sum(),
         WeighNorm::L2 => row.iter().map(|w| w * w).sum::<f64>().sqrt(),
     };
-    let divisor = (total + eps).max(floor);
+    // `max` would take the floor for NaN.
+    let divisor = if total.is_nan() { total } else { (total + eps).max(floor) };
     for weight in row {
         *weight = if total <= 0.0 { 0.0 } else { *weight / divisor };
     }
