@@ -64,13 +64,18 @@ fn experts_choose_rows() {
 
 #[test]
 fn weights_of_slots() {
-    let weights = |attributes: &str| {
+    let of = |scores: [f64; 4], attributes: &str| {
         let text = format!(
             "%s = input \"s\" : f32[T, 4] %q = select %s {{rule = \"topk\", k = 3}} %r = weigh %q, %s {{{attributes}}} return w = %r.w"
         );
-        let scores = Array::f64(vec![1, 4], vec![3.0, NEG, -4.0, NEG]);
+        let scores = Array::f64(vec![1, 4], scores.to_vec());
         run(&graph(&text), &[("s", scores)], Rounding::Exact).unwrap()["w"].floats()
     };
+    // NaN in a row makes all of it NaN, with a floor of the norm and without one.
+    for attributes in ["norm = \"sum\"", "norm = \"sum\", floor = 1e-12"] {
+        assert!(of([1.0, NAN, 2.0, NEG], attributes).iter().all(|w| w.is_nan()), "{attributes}");
+    }
+    let weights = |attributes: &str| of([3.0, NEG, -4.0, NEG], attributes);
     assert_eq!(weights("norm = \"l1\""), [3.0 / 7.0, -4.0 / 7.0, 0.0]);
     assert_eq!(weights("norm = \"l2\", scale = 2.0"), [1.2, -1.6, 0.0]);
     // A sum that is not above 0 gives no weights.
