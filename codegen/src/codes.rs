@@ -59,11 +59,7 @@ impl Codes {
         if self.scale != DType::U8 {
             return b.load(at, &places.ty("f32"), 4);
         }
-        let exponent = b.cast("arith.extui", b.load(at, &places.ty("i8"), 1), &places.ty("i32"));
-        let normal = b.shli(exponent, places.integer(b, 23));
-        // 2^-127 is no normal number.
-        let zero = b.cmpi("eq", exponent, places.integer(b, 0));
-        b.bitcast(b.select(zero, places.integer(b, 0x0040_0000), normal), &places.ty("f32"))
+        power(b, b.cast("arith.extui", b.load(at, &places.ty("i8"), 1), &places.ty("i32")), places)
     }
 
     /// `code` (i32) as a weight of type `w`, held as f32.
@@ -111,6 +107,14 @@ impl Places {
     fn integer<'c>(self, b: &Builder<'c>, value: i32) -> V<'c> {
         self.0.map_or_else(|| b.i32(value), |n| b.i32s(value, n))
     }
+}
+
+/// The power of two of an E8M0 exponent (i32).
+pub fn power<'c>(b: &Builder<'c>, exponent: V<'c>, places: Places) -> V<'c> {
+    let normal = b.shli(exponent, places.integer(b, 23));
+    // 2^-127 is no normal number.
+    let zero = b.cmpi("eq", exponent, places.integer(b, 0));
+    b.bitcast(b.select(zero, places.integer(b, 0x0040_0000), normal), &places.ty("f32"))
 }
 
 /// A float of few bits without infinities: its bits are put where f32 has them. A subnormal number becomes the fraction

@@ -2,7 +2,9 @@
 
 use moec_abi::DType;
 use moec_codegen::{
-    Target, gpu,
+    Target,
+    codes::{Codes, Number},
+    gpu,
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     mlir::{Keep, Session},
 };
@@ -74,10 +76,33 @@ fn kernels_assemble_without_spills() {
     }
 }
 
+#[test]
+fn kernels_of_codes_assemble_without_spills() {
+    let session = Session::new();
+    let fp8 = Codes { bits: 8, number: Number::E4m3, group: 128, zero: false, scale: DType::F32 };
+    let mxfp4 = Codes { bits: 4, number: Number::E2m1, group: 32, zero: false, scale: DType::U8 };
+    let integer =
+        |bits, group| Codes { bits, number: Number::Integer { offset: 0 }, group, zero: true, scale: DType::F32 };
+    for codes in [fp8, mxfp4, integer(8, 128), integer(4, 16), integer(2, 64)] {
+        for spec in [up(DType::Bf16), down(DType::Bf16)] {
+            let spec = Grouped { codes: Some(codes), ..spec };
+            let kernels = gpu::variants(&spec, Target::Sm90a);
+            assert_eq!(
+                kernels.iter().map(|v| v.schedule.kind).collect::<Vec<_>>(),
+                [gpu::Kind::Decode, gpu::Kind::Wgmma]
+            );
+            for variant in kernels {
+                assemble(&session, &spec, &variant.schedule, Target::Sm90a);
+            }
+        }
+    }
+}
+
 fn assemble(session: &Session, spec: &Grouped, schedule: &gpu::Schedule, target: Target) {
     let compiled =
         session.compile(&target, Keep::default(), |b| gpu::emit(b, spec, schedule, target)).expect("compiles");
-    let name = format!("{}_{:?}_{:?}_{}", spec.symbol, spec.a, schedule.kind, target.name());
+    let codes = spec.codes.map_or(String::new(), |c| format!("_{}x{}", c.bits, c.group));
+    let name = format!("{}_{:?}{codes}_{:?}_{}", spec.symbol, spec.a, schedule.kind, target.name());
     let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.ptx"));
     std::fs::write(&file, &compiled.code).expect("the folder is writable");
     let Some(ptxas) = ptxas() else {

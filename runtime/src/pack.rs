@@ -71,6 +71,8 @@ struct Strips {
     group_step: usize,
     matrix_step: usize,
     depth: usize,
+    /// Lanes and the elements of a unit, where the elements of a group are those of lanes in turn.
+    fragments: Option<[usize; 2]>,
 }
 
 impl Strips {
@@ -84,6 +86,14 @@ impl Strips {
             Layout::Rows { .. } => (rows, 1, padded, 0, 0, padded),
             Layout::Panels { panel, depth, .. } => (panel, 0, depth, panel * depth, panel * padded, depth),
             Layout::Interleaved { block, .. } => (block, 0, padded, 0, block * padded, padded),
+            Layout::Fragments { lanes, unit, .. } => {
+                let (panel, depth) = (Layout::FRAGMENT, Layout::FRAGMENT * lanes * unit);
+                (panel, 0, depth, panel * depth, panel * padded, depth)
+            }
+        };
+        let fragments = match slot.layout {
+            Layout::Fragments { lanes, unit, .. } => Some([lanes as usize, unit as usize]),
+            Layout::Rows { .. } | Layout::Panels { .. } | Layout::Interleaved { .. } => None,
         };
         let matrices = if per_matrix == 0 { n } else { 1 };
         Self {
@@ -98,6 +108,7 @@ impl Strips {
             group_step: group_step as usize,
             matrix_step: matrix_step as usize,
             depth: depth as usize,
+            fragments,
         }
     }
 
@@ -116,6 +127,9 @@ impl Strips {
         let rows = self.matrix_rows.saturating_sub(first).min(self.rows);
         for (source, out) in bound.iter().zip(out.chunks_mut((self.matrix_step * size).max(1))) {
             self.matrix(source, first, rows, out);
+            if let Some([lanes, unit]) = self.fragments {
+                deal(out, lanes, unit * size);
+            }
         }
     }
 
@@ -223,6 +237,43 @@ impl Strips {
             for r in 0..place.rows {
                 let (from, to) = (r * place.stride + c * size, (r * self.row_step + group) * size);
                 out[to..to + size].copy_from_slice(&place.source[from..from + size]);
+            }
+        }
+    }
+}
+
+/// Brings units of `unit` bytes, which lanes take in turn, into the order of lanes, eight of each.
+fn deal(out: &mut [u8], lanes: usize, unit: usize) {
+    match (lanes, unit) {
+        (4, 2) => turn_groups::<4, 2>(out),
+        (4, 1) => turn_groups::<4, 1>(out),
+        (2, 1) => turn_groups::<2, 1>(out),
+        _ => {
+            let mut group = Vec::new();
+            for out in out.chunks_exact_mut((lanes * unit * PIECES).max(1)) {
+                group.clear();
+                group.extend_from_slice(out);
+                for (i, to) in out.chunks_mut(unit).enumerate() {
+                    let from = (i % PIECES * lanes + i / PIECES) * unit;
+                    to.copy_from_slice(&group[from..from + unit]);
+                }
+            }
+        }
+    }
+}
+
+/// Pieces of a lane in a group.
+const PIECES: usize = Layout::FRAGMENT as usize;
+
+/// As [`deal`], for sizes that are known.
+fn turn_groups<const LANES: usize, const UNIT: usize>(out: &mut [u8]) {
+    let (units, _) = out.as_chunks_mut::<UNIT>();
+    for group in units.chunks_exact_mut(PIECES * LANES) {
+        let mut pieces = [[[0; UNIT]; LANES]; PIECES];
+        pieces.as_flattened_mut().copy_from_slice(group);
+        for (lane, to) in group.chunks_exact_mut(PIECES).enumerate() {
+            for (piece, to) in pieces.iter().zip(to) {
+                *to = piece[lane];
             }
         }
     }

@@ -37,6 +37,13 @@ fn position(layout: &Layout, n: u64, rows: u64, columns: u64, m: u64, r: u64, c:
         Layout::Interleaved { block, columns: unit } => {
             (((r / block) * n + m) * block + r % block) * up(columns, unit) + c
         }
+        Layout::Fragments { lanes, unit, columns: whole } => {
+            let depth = 8 * lanes * unit;
+            let groups = up(up(columns, whole), depth) / depth;
+            let row = (((r / 8) * n + m) * groups + c / depth) * 8 + r % 8;
+            let (lane, piece) = (c / unit % lanes, c / unit / lanes % 8);
+            ((row * lanes + lane) * 8 + piece) * unit + c % unit
+        }
     }
 }
 
@@ -91,6 +98,7 @@ fn layouts() -> impl Strategy<Value = Layout> {
         (1u64..20, prop::sample::select(vec![1u64, 2, 3, 4, 8]), 1u64..9)
             .prop_map(|(panel, depth, columns)| Layout::Panels { panel, depth, columns }),
         (1u64..20, 1u64..9).prop_map(|(block, columns)| Layout::Interleaved { block, columns }),
+        (1u64..6, 1u64..4, 1u64..70).prop_map(|(lanes, unit, columns)| Layout::Fragments { lanes, unit, columns }),
     ]
 }
 

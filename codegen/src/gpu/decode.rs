@@ -4,10 +4,14 @@
 //! loads 16 neighbouring bytes of a weight row and of a row of the operand, and both count as fragments of a product
 //! whose depth is permuted alike on both sides. So weights need no shared memory, no barrier and no other order. Their
 //! loads run ahead of the products in registers. The sums of the warps are added in the order of the warps.
+//!
+//! Codes are decoded where they are multiplied. They are in the order of fragments, and the pieces of the operand follow
+//! it: a lane loads pairs of neighbours.
 
 use super::{
     Kernel, Schedule,
-    device::{asm, asm0, at, at_const, barrier, element, field, register, vector, wide},
+    coded::{Coded, LINE, PANEL},
+    device::{asm, asm0, at, at_const, barrier, element, field, register, shuffle, vector, wide},
     epilogue::Values,
     fragments::mma,
     schedule::{Kind, Mode, Tile, packed_columns, packed_rows, size},
@@ -24,8 +28,10 @@ use moec_abi::DType;
 const WARPS: u32 = 8;
 /// Most 16-row units of packed weights of a block.
 const UNITS: u32 = 2;
-/// Elements of `k` that a warp takes at a time: 16 bytes of four lanes.
+/// Elements of `k` that a warp takes at a time, as values: 16 bytes of four lanes.
 const CHUNK: u64 = 32;
+/// Registers of a thread for steps that are loaded ahead, if weights are codes.
+const AHEAD: u32 = 84;
 /// Most tokens for which these kernels are launched: the width of their only tile.
 const TOKENS: u64 = 8;
 /// Most packed rows of one matrix for all rows (a router) that is read again for every eight tokens, and most tokens
@@ -35,13 +41,20 @@ const SMALL: (u64, u64) = (1024, 512);
 /// The schedule for few tokens, and the most tokens that it is for; `None` where rows do not consist of 16-byte pieces.
 pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
     let whole = [spec.k, spec.a_stride].iter().all(|n| n.is_multiple_of(8));
-    if spec.a != DType::Bf16 || spec.w != DType::Bf16 || spec.codes.is_some() || !whole {
+    // All kernels of a product read the same order of codes: that of fragments, where the others do.
+    let codes = spec.codes.is_none() || super::specialised(spec, target).is_some();
+    if spec.a != DType::Bf16 || spec.w != DType::Bf16 || !codes || !whole {
         return None;
     }
     let steps = steps(spec);
-    let tile = Tile { rows: 8, depth: CHUNK as u32, stages: steps.min(4), down: 1 };
+    // Many factors leave registers for fewer rows.
+    let coded = Coded::new(spec);
+    let units = if coded.is_some_and(|coded| step_words(&coded, UNITS) > AHEAD / 2) { 1 } else { UNITS };
+    let stages = coded.map_or(4, |coded| (AHEAD / step_words(&coded, units)).clamp(1, 4));
+    // Rounds are of equal length.
+    let tile = Tile { rows: 8, depth: chunk(spec) as u32, stages: steps.div_ceil(steps.div_ceil(stages)), down: 1 };
     let small = spec.rows == RowSource::Dense && packed_rows(spec) <= SMALL.0;
-    let modes = vec![Mode { limit: None, columns: if small { 16 } else { 16 * UNITS }, tiles: vec![tile] }];
+    let modes = vec![Mode { limit: None, columns: if small { 16 } else { 16 * units }, tiles: vec![tile] }];
     let dependent = super::starts_early(target);
     Some((
         Schedule { kind: Kind::Decode, warps: WARPS, blocks: 2, modes, dependent, walk: None },
@@ -49,9 +62,19 @@ pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
     ))
 }
 
+/// Elements of `k` that a warp takes at a time.
+const fn chunk(spec: &Grouped) -> u64 {
+    if spec.codes.is_some() { LINE } else { CHUNK }
+}
+
+/// Chunks of a row.
+fn chunks(spec: &Grouped) -> u64 {
+    packed_columns(spec) * spec.codes.map_or(1, |codes| codes.per_byte()) / chunk(spec)
+}
+
 /// Chunks of one warp.
 fn steps(spec: &Grouped) -> u32 {
-    let chunks = packed_columns(spec) / CHUNK;
+    let chunks = chunks(spec);
     u32::try_from(chunks.div_ceil(u64::from(WARPS))).expect("rows have fewer than 2^37 elements")
 }
 
@@ -60,16 +83,26 @@ const SUMS_BYTES: u32 = WARPS * UNITS * 32 * 16;
 /// Bytes of shared memory: the sums, and which rows the block has.
 pub(super) const SHARED_BYTES: u32 = SUMS_BYTES + 16;
 
-/// 16 bytes, as operands of a product.
-type Piece<'c> = [V<'c>; 4];
-
 /// Addresses of a lane.
 struct Source<'c> {
     /// Its weight rows: `UNITS` pairs, eight rows apart.
     weights: Vec<V<'c>>,
     /// Its row of the operand, and whether that exists.
     operand: (V<'c>, V<'c>),
+    /// The scale and, if there is one, the zero of the first group of one of the weight rows that four lanes share.
+    factors: Vec<V<'c>>,
+    /// Their values, if rows have one group.
+    known: Option<Vec<V<'c>>>,
 }
+
+/// Words of a step: codes of the rows of `units` times 16 packed rows, the operand, and factors.
+fn step_words(coded: &Coded, units: u32) -> u32 {
+    let factors = if coded.is_single() { 0 } else { coded.each * coded.sizes().count() as u32 };
+    2 * units * coded.share() + factors + OPERAND_WORDS
+}
+
+/// Words of a lane's row of the operand in a line: a pair for each piece.
+const OPERAND_WORDS: u32 = 8;
 
 impl<'c> Kernel<'_, 'c> {
     /// The body of the kernel.
@@ -123,34 +156,131 @@ impl<'c> Kernel<'_, 'c> {
             self.fetch_weights(rows, column_tile);
             self.wait_for_predecessor();
         }
-        let source = Source { weights: self.weight_rows(rows, column_tile), operand: self.operand_row(rows) };
-        let mut ring = Vec::new();
-        for u in 0..depth {
-            ring.extend(self.weight_pieces(&source, b.i32(int(u.into()))));
-            ring.push(self.operand_piece(&source, b.i32(int(u.into()))));
-        }
+        let source = self.source(rows, column_tile);
+        let ring: Vec<_> = (0..depth).flat_map(|u| self.step_values(&source, b.i32(int(u.into())))).collect();
         let each = ring.len() / depth as usize;
-        let zero = b.f32(0.0);
-        let mut carried = vec![zero; self.units() as usize * 4];
-        carried.extend(ring.concat());
+        let own = self.units() as usize * 4;
+        let carried = [vec![b.f32(0.0); own], ring].concat();
         let last = b.i32(int(i64::from(rounds) - 1));
         // Each step is multiplied, and its registers are filled with the step of the next round.
         let carried = b.rolled(b.i32(0), last, b.i32(1), &carried, |round, carried| {
-            let (sums, ring) = carried.split_at(self.units() as usize * 4);
+            let (sums, ring) = carried.split_at(own);
             let (mut sums, mut next) = (sums.to_vec(), Vec::new());
             let from = b.mulc(b.addc(round, 1), i64::from(depth));
-            for (u, pieces) in ring.chunks(each * 4).enumerate() {
-                sums = products(b, &sums, pieces);
-                let step = b.addc(from, u as i64);
-                next.extend(self.weight_pieces(&source, step).concat());
-                next.extend(self.operand_piece(&source, step));
+            for (u, values) in ring.chunks(each).enumerate() {
+                sums = self.step_products(&source, &sums, values);
+                next.extend(self.step_values(&source, b.addc(from, u as i64)));
             }
             sums.extend(next);
             sums
         });
-        let (sums, ring) = carried.split_at(self.units() as usize * 4);
-        let sums = ring.chunks(each * 4).fold(sums.to_vec(), |sums, pieces| products(b, &sums, pieces));
+        let (sums, ring) = carried.split_at(own);
+        let add = |sums: Vec<V<'c>>, values: &[V<'c>]| self.step_products(&source, &sums, values);
+        let sums = ring.chunks(each).fold(sums.to_vec(), add);
         self.reduce(rows, column_tile, &sums);
+    }
+
+    fn source(&self, rows: Rows<'c>, column_tile: V<'c>) -> Source<'c> {
+        let operand = self.operand_row(rows);
+        let Some(coded) = Coded::new(self.spec) else {
+            return Source { weights: self.weight_rows(rows, column_tile), operand, factors: Vec::new(), known: None };
+        };
+        let b = self.b;
+        let (row, t) = (b.shrui(self.lane, b.i32(2)), b.andi(self.lane, b.i32(3)));
+        let panels = self.panels();
+        let stride = i64::try_from(packed_columns(self.spec)).expect("weights fit in memory") * i64::from(PANEL);
+        // The warps take lines in turn.
+        let line = b.addi(b.mulc(self.warp, i64::from(PANEL)), row);
+        let inside =
+            wide(b, b.addi(b.mulc(line, i64::from(coded.line_bytes())), b.mulc(t, i64::from(coded.share() * 4))));
+        let panel = |i: V<'c>| {
+            let first = b.mulc(column_tile, i64::from(self.mode.columns / PANEL));
+            // Panels past the last one repeat it; their results are not stored.
+            let panel = b.minsi(b.addi(first, i), b.i32(int(panels - 1)));
+            b.addi(b.mulc(wide(b, rows.expert), panels), wide(b, panel))
+        };
+        let weights = (0..2 * self.units())
+            .map(|i| at(b, self.args.w, b.addi(b.mulc(panel(b.i32(int(i.into()))), stride), inside)))
+            .collect();
+        // Each of the lanes of a row has the factors of one of their rows.
+        let mine = panel(b.remui(t, b.i32(int(i64::from(2 * self.units())))));
+        let groups = i64::try_from(coded.groups).expect("groups fit in memory");
+        let first = b.addi(b.mulc(mine, groups * i64::from(PANEL)), wide(b, row));
+        let of_kind = |(of, size): (V<'c>, u32)| at(b, of, b.mulc(first, i64::from(size)));
+        let factors: Vec<_> = self.factor_args().zip(coded.sizes()).map(of_kind).collect();
+        let known = coded.is_single().then(|| self.factor_values(&coded, &factors, b.i32(0)));
+        Source { weights, operand, factors, known }
+    }
+
+    /// The scale, and the zero, of group `group` (i32), as words.
+    fn factor_values(&self, coded: &Coded, factors: &[V<'c>], group: V<'c>) -> Vec<V<'c>> {
+        let b = self.b;
+        let value = |(of, size): (&V<'c>, u32)| {
+            let from = at(b, *of, wide(b, b.mulc(group, i64::from(PANEL * size))));
+            load(b, if size == 1 { Words::Byte } else { Words::Streamed(1) }, from, None)[0]
+        };
+        factors.iter().zip(coded.sizes()).map(value).collect()
+    }
+
+    /// What is loaded for step `step`, as words.
+    fn step_values(&self, source: &Source<'c>, step: V<'c>) -> Vec<V<'c>> {
+        let Some(coded) = Coded::new(self.spec) else {
+            return [self.weight_pieces(source, step), self.operand_pieces(source, step, &[0], 4)].concat();
+        };
+        let b = self.b;
+        let exists = self.chunk_exists(step);
+        let along = wide(b, b.mulc(step, i64::from(WARPS * PANEL * coded.line_bytes())));
+        let codes = |row: &V<'c>| load(b, Words::Streamed(coded.share()), at(b, *row, along), exists);
+        let mut values: Vec<_> = source.weights.iter().flat_map(codes).collect();
+        values.extend(self.operand_pieces(source, step, &[0, 16, 32, 48, 64, 80, 96, 112], 1));
+        if source.known.is_none() {
+            let line = b.addi(b.mulc(step, i64::from(WARPS)), self.warp);
+            let first = coded.group(b, line);
+            for i in 0..coded.each {
+                // Groups past the last one are those of inputs that are zero.
+                let last = int(i64::try_from(coded.groups).expect("groups fit in memory") - 1);
+                let group = b.minsi(b.addc(first, i64::from(i)), b.i32(last));
+                values.extend(self.factor_values(&coded, &source.factors, group));
+            }
+        }
+        values
+    }
+
+    /// Adds the products of one step.
+    fn step_products(&self, source: &Source<'c>, sums: &[V<'c>], values: &[V<'c>]) -> Vec<V<'c>> {
+        let b = self.b;
+        let Some(coded) = Coded::new(self.spec) else { return products(b, sums, values) };
+        let t = b.andi(self.lane, b.i32(3));
+        let (words, rest) = values.split_at((2 * self.units() * coded.share()) as usize);
+        let (operand, loaded) = rest.split_at(OPERAND_WORDS as usize);
+        // Lanes whose codes share bytes have loaded them together.
+        let together = |words: &[V<'c>]| match words {
+            [mine] => [0, 1].map(|i| shuffle(b, *mine, b.addc(b.andi(self.lane, b.i32(-2)), i))).to_vec(),
+            all => all.to_vec(),
+        };
+        let own = |words: &[V<'c>]| coded.own(b, t, &together(words));
+        let codes: Vec<_> = words.chunks(coded.share() as usize).map(own).collect();
+        let all = source.known.as_deref().unwrap_or(loaded);
+        let row = b.andi(self.lane, b.i32(-4));
+        let of_row = |group: &[V<'c>], i: u32| {
+            let lane = b.addc(row, i.into());
+            let raw: Vec<_> = group.iter().map(|mine| shuffle(b, *mine, lane)).collect();
+            coded.factor(b, &raw)
+        };
+        let of_group = |group: &[V<'c>]| (0..2 * self.units()).map(|i| of_row(group, i)).collect();
+        let groups: Vec<Vec<_>> = all.chunks(source.factors.len()).map(of_group).collect();
+        let mut sums = sums.to_vec();
+        for block in 0..4 {
+            let factors = &groups[coded.group_of(block)];
+            let pair = |row: usize, half: u32| coded.pair(b, &codes[row], 2 * block + half, factors[row]);
+            let right = &operand[2 * block as usize..][..2];
+            for (unit, sums) in sums.chunks_mut(4).enumerate() {
+                let (first, next) = (2 * unit, 2 * unit + 1);
+                let left = [pair(first, 0), pair(next, 0), pair(first, 1), pair(next, 1)];
+                sums.copy_from_slice(&mma(b, &left, right, sums));
+            }
+        }
+        sums
     }
 
     /// Asks for all weights of the block, so that they are on their way while the predecessor still runs. (Loads into
@@ -158,7 +288,7 @@ impl<'c> Kernel<'_, 'c> {
     fn fetch_weights(&self, rows: Rows<'c>, column_tile: V<'c>) {
         let (b, spec) = (self.b, self.spec);
         let packed = i64::try_from(packed_rows(spec)).expect("weights fit in memory");
-        let stride = i64::try_from(packed_columns(spec) * spec.w.bytes()).expect("weights fit in memory");
+        let stride = i64::try_from(packed_columns(spec) * spec.packed().bytes()).expect("weights fit in memory");
         let columns = i64::from(self.mode.columns);
         b.if_(b.cmpi("eq", self.thread, b.i32(0)), || {
             let expert = at(b, self.args.w, b.mulc(wide(b, rows.expert), packed * stride));
@@ -169,10 +299,12 @@ impl<'c> Kernel<'_, 'c> {
         });
     }
 
-    /// Byte of a row at which this lane starts.
+    /// Byte of a row of values, or of the operand, at which this lane starts.
     fn lane_start(&self) -> V<'c> {
         let b = self.b;
-        b.addi(b.mulc(self.warp, 64), b.shli(b.andi(self.lane, b.i32(3)), b.i32(4)))
+        let piece = if self.spec.codes.is_some() { 4 } else { 16 };
+        let t = b.andi(self.lane, b.i32(3));
+        b.addi(b.mulc(self.warp, chunk(self.spec).cast_signed() * 2), b.mulc(t, piece))
     }
 
     /// Rows past the last one repeat it; their results are not stored.
@@ -203,32 +335,45 @@ impl<'c> Kernel<'_, 'c> {
         (at(b, at(b, self.args.a, b.mulc(wide(b, row), stride)), wide(b, self.lane_start())), exists)
     }
 
-    /// Distance of a step from the lane's start, in bytes.
+    /// Distance of a step from the lane's start, in bytes of values.
     fn along(&self, step: V<'c>) -> V<'c> {
-        wide(self.b, self.b.mulc(step, i64::from(WARPS) * 64))
+        self.b.mulc(step, i64::from(WARPS) * chunk(self.spec).cast_signed() * 2)
     }
 
-    /// This lane's pieces of its weight rows. Chunks past the end of a row are zero.
-    fn weight_pieces(&self, source: &Source<'c>, step: V<'c>) -> Vec<Piece<'c>> {
+    /// Whether a warp has a chunk in step `step`, where some have none.
+    fn chunk_exists(&self, step: V<'c>) -> Option<V<'c>> {
         let b = self.b;
-        let chunks = packed_columns(self.spec) / CHUNK;
+        let chunks = chunks(self.spec);
         let even = chunks.is_multiple_of(u64::from(WARPS * self.mode.tiles[0].stages));
-        let exists = (!even).then(|| {
+        (!even).then(|| {
             let chunk = b.addi(b.mulc(step, i64::from(WARPS)), self.warp);
             b.cmpi("ult", chunk, b.i32(int(i64::try_from(chunks).expect("chunks fit in 32 bits"))))
-        });
-        let along = self.along(step);
-        source.weights.iter().map(|row| load(b, Cache::Streamed, at(b, *row, along), exists)).collect()
+        })
     }
 
-    /// This lane's piece of its row of the operand; zero where there is none.
-    fn operand_piece(&self, source: &Source<'c>, step: V<'c>) -> Piece<'c> {
+    /// This lane's words of its weight rows. Chunks past the end of a row are zero.
+    fn weight_pieces(&self, source: &Source<'c>, step: V<'c>) -> Vec<V<'c>> {
+        let b = self.b;
+        let (exists, along) = (self.chunk_exists(step), wide(b, self.along(step)));
+        source.weights.iter().flat_map(|row| load(b, Words::Streamed(4), at(b, *row, along), exists)).collect()
+    }
+
+    /// This lane's words of its row of the operand, `words` at each of some distances in bytes; zero where there is none.
+    fn operand_pieces(&self, source: &Source<'c>, step: V<'c>, distances: &[u64], words: u32) -> Vec<V<'c>> {
         let (b, spec) = (self.b, self.spec);
         let (row, exists) = source.operand;
-        let distance = b.addi(b.mulc(step, i64::from(WARPS) * 64), self.lane_start());
+        let along = self.along(step);
+        let start = b.addi(along, self.lane_start());
         let end = b.i32(int(i64::try_from(spec.k * spec.a.bytes()).expect("rows fit in 32 bits")));
-        let exists = b.andi(exists, b.cmpi("ult", distance, end));
-        load(b, Cache::Shared, at(b, row, self.along(step)), Some(exists))
+        let from = at(b, row, wide(b, along));
+        let inside = |distance: u64| b.andi(exists, b.cmpi("ult", b.addc(start, distance.cast_signed()), end));
+        // Where rows end with a chunk, so do all pieces.
+        let whole = spec.k.is_multiple_of(chunk(spec)).then(|| inside(0));
+        let piece = |distance: &u64| {
+            let exists = whole.unwrap_or_else(|| inside(*distance));
+            load(b, Words::Shared(words), at_const(b, from, *distance), Some(exists))
+        };
+        distances.iter().flat_map(piece).collect()
     }
 
     /// Adds the sums of all warps and stores the tile.
@@ -278,32 +423,47 @@ impl<'c> Kernel<'_, 'c> {
     }
 }
 
-/// How a load passes through the caches.
+/// What a load gives, and how it passes through the caches.
 #[derive(Clone, Copy)]
-enum Cache {
-    /// Read once, and never written.
-    Streamed,
-    /// Read by many blocks, and written by the launch before.
-    Shared,
+enum Words {
+    /// Words that are read once, and never written.
+    Streamed(u32),
+    /// Words that are read by many blocks, and written by the launch before.
+    Shared(u32),
+    /// A byte, as a word, that is never written.
+    Byte,
 }
 
-/// 16 bytes of global memory; zero unless `exists`.
-fn load<'c>(b: &Builder<'c>, cache: Cache, from: V<'c>, exists: Option<V<'c>>) -> Piece<'c> {
-    let how = match cache {
-        Cache::Streamed => "ld.global.nc.L1::no_allocate.L2::256B.v4.b32",
-        Cache::Shared => "ld.global.v4.b32",
+/// Words of global memory; zero unless `exists`.
+fn load<'c>(b: &Builder<'c>, words: Words, from: V<'c>, exists: Option<V<'c>>) -> Vec<V<'c>> {
+    let (how, count) = match words {
+        Words::Streamed(4) => ("ld.global.nc.L1::no_allocate.L2::256B.v4.b32", 4),
+        Words::Streamed(2) => ("ld.global.nc.L1::no_allocate.L2::256B.v2.b32", 2),
+        Words::Streamed(_) => ("ld.global.nc.b32", 1),
+        Words::Shared(4) => ("ld.global.v4.b32", 4),
+        Words::Shared(_) => ("ld.global.b32", 1),
+        Words::Byte => ("ld.global.nc.u8", 1),
     };
-    let result = "!llvm.struct<(i32, i32, i32, i32)>";
+    let list = |of: &dyn Fn(usize) -> String, between: &str| (0..count).map(of).collect::<Vec<_>>().join(between);
+    let to = list(&|i| format!("${i}"), ", ");
+    let result = list(&|_| "i32".into(), ", ");
+    let (to, result) =
+        if count == 1 { (to, result) } else { (format!("{{{to}}}"), format!("!llvm.struct<({result})>")) };
     let values = match exists {
-        None => asm(b, &format!("{how} {{$0, $1, $2, $3}}, [$4];"), "=r,=r,=r,=r,l", &[from], result),
+        None => {
+            let constraints = format!("{},l", list(&|_| "=r".into(), ","));
+            asm(b, &format!("{how} {to}, [${count}];"), &constraints, &[from], &result)
+        }
         Some(exists) => {
-            let zeros = "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;";
-            let text = format!("{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p {how} {{$0, $1, $2, $3}}, [$4]; }}");
+            let zeros = list(&|i| format!("mov.b32 ${i}, 0;"), " ");
+            let flag = count + 1;
+            let text = format!("{{ .reg .pred p; setp.ne.b32 p, ${flag}, 0; {zeros} @p {how} {to}, [${count}]; }}");
+            let constraints = format!("{},l,r", list(&|_| "=&r".into(), ","));
             let exists = b.cast("arith.extui", exists, "i32");
-            asm(b, &text, "=&r,=&r,=&r,=&r,l,r", &[from, exists], result)
+            asm(b, &text, &constraints, &[from, exists], &result)
         }
     };
-    std::array::from_fn(|i| field(b, values, i, "i32"))
+    if count == 1 { vec![values] } else { (0..count).map(|i| field(b, values, i, "i32")).collect() }
 }
 
 /// Adds the products of one step: pieces of pairs of weight rows, then the piece of the operand.

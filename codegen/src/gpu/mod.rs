@@ -7,9 +7,10 @@
 //!
 //! A block finds its expert and rows (`tile`), streams both operands through a ring of stages in shared memory
 //! (`pipeline`, `swizzle`), multiplies (`fragments` on tensor cores, `simt` in f32) and stores (`epilogue`). On
-//! Hopper one warpgroup streams while the others multiply (`wgmma`).
+//! Hopper one warpgroup streams (`wgmma`) while the others multiply (`warpgroup`).
 //! The sums of a row use no other row, and always run over `k` in the same order.
 
+mod coded;
 mod codes;
 mod decode;
 mod device;
@@ -20,6 +21,7 @@ mod schedule;
 mod simt;
 mod swizzle;
 mod tile;
+mod warpgroup;
 mod wgmma;
 
 pub use decode::decode;

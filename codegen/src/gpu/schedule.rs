@@ -1,6 +1,6 @@
 //! Tile shapes, and what follows from them for packing and launching.
 
-use super::epilogue::GAP;
+use super::{coded::Coded, epilogue::GAP};
 use crate::{
     Target,
     codes::Codes,
@@ -117,9 +117,11 @@ impl Mode {
         (self.out_columns(spec) + GAP) * size(spec.out)
     }
 
-    /// Bytes between stages of a ring that all tiles of the mode share.
+    /// Bytes between stages of a ring that all tiles of the mode share, for [`Kind::Wgmma`].
     pub(super) fn stage_stride(&self, spec: &Grouped) -> u32 {
-        self.tiles.iter().map(|t| self.stage_bytes(spec, t)).max().unwrap_or(0)
+        let bytes =
+            |t: &Tile| super::wgmma::weight_bytes(spec, self.columns, t.depth) + t.rows * t.depth * size(spec.a);
+        self.tiles.iter().map(bytes).max().unwrap_or(0)
     }
 
     /// Blocks for `rows` rows of a launch: enough for every distribution over experts.
@@ -182,17 +184,25 @@ pub fn schedule(spec: &Grouped, target: Target, served: u64) -> Schedule {
 /// The schedule with the instructions of this target alone, if it has any for the product. Its kernel takes a tensor
 /// map in place of the weights: see [`Schedule::parameters`].
 pub fn specialised(spec: &Grouped, target: Target) -> Option<Schedule> {
-    if target != Target::Sm90a || spec.a != DType::Bf16 || spec.w != DType::Bf16 || spec.codes.is_some() {
+    if target != Target::Sm90a || spec.a != DType::Bf16 || spec.w != DType::Bf16 {
+        return None;
+    }
+    let coded = spec.codes.is_some();
+    if coded && Coded::new(spec).is_none() {
         return None;
     }
     // Most of shared memory is the ring: the rarer an expert's rows, the more of it is weights.
-    let ring = |limit, stages, rows: &[u32]| {
-        let tiles = rows.iter().map(|rows| tile(*rows, 64, stages, 1)).collect();
-        Mode { limit, columns: 128, tiles }
+    let ring = |limit, rows: &[u32]| {
+        let tiles = |stages| rows.iter().map(|rows| tile(*rows, 64, stages, 1)).collect();
+        let mode = Mode { limit, columns: 128, tiles: tiles(1) };
+        let stages = (RING_BYTES / mode.stage_stride(spec)).min(super::wgmma::STAGES);
+        Mode { tiles: tiles(stages), ..mode }
     };
-    let few = ring(Some(spec.experts * 48), 8, &[16, 64]);
-    let many = ring(None, 4, &[16, 64, 128, 192, 256]);
-    let modes = if has_few_columns(spec) { vec![ring(None, 8, &[64])] } else { vec![few, many] };
+    let few = ring(Some(spec.experts * 48), &[16, 64]);
+    // Codes take less of a stage than values, and the registers of decoded ones are not free for sums: lower tiles do
+    // as much for each byte.
+    let many = if coded { ring(None, &[16, 64, 128]) } else { ring(None, &[16, 64, 128, 192, 256]) };
+    let modes = if has_few_columns(spec) { vec![ring(None, &[64])] } else { vec![few, many] };
     let walk = Some(HOPPER_MULTIPROCESSORS);
     Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes, dependent: true, walk })
 }
@@ -216,6 +226,9 @@ fn few_rows(spec: &Grouped, wide: &Mode, each: u64) -> Option<u64> {
     Some(row_tiles.min(spec.experts) + beyond)
 }
 
+/// Bytes of the ring in shared memory, for [`Kind::Wgmma`]: barriers, offsets and results have the others.
+const RING_BYTES: u32 = 192 << 10;
+
 /// Multiprocessors of H100 and H200.
 const HOPPER_MULTIPROCESSORS: u64 = 132;
 
@@ -225,7 +238,12 @@ const MULTIPROCESSORS: u64 = 128;
 impl Schedule {
     /// Order of the packed weights.
     pub fn layout(&self, spec: &Grouped) -> Layout {
-        Layout::Interleaved { block: BLOCK, columns: row_unit(spec) }
+        match (self.kind, Coded::new(spec)) {
+            (Kind::Decode | Kind::Wgmma, Some(coded)) => coded.layout(row_unit(spec)),
+            (Kind::Decode | Kind::Wgmma, None) | (Kind::MmaSync | Kind::Simt, _) => {
+                Layout::Interleaved { block: BLOCK, columns: row_unit(spec) }
+            }
+        }
     }
 
     /// Order of the scales of codes.

@@ -13,28 +13,25 @@
 
 use super::{
     Kernel, Schedule,
-    device::{
-        asm, at, at_const, barrier, barrier_of, commit, fence_async, field, number, register, shuffle, vector,
-        wait_copies, wide,
-    },
-    epilogue::{Part, Place, Values},
+    coded::{Coded, PANEL},
+    device::{at, at_const, barrier, commit, copy_async, fence_async, number, register, shuffle, wait_copies, wide},
     pipeline::Loader,
     schedule::{COPIERS, Mode, Tile, packed_columns, packed_rows, size},
     tile::{Height, Rows, int},
 };
 use crate::{
     grouped::{Grouped, RowSource},
-    mlir::{Builder, V},
+    mlir::V,
 };
 use moec_abi::{DType, Expr, TensorMap};
 use std::ops::Deref;
 
 /// Most stages of a ring; the header has room for their barriers.
-const STAGES: u32 = 16;
+pub(super) const STAGES: u32 = 16;
 /// Registers of a thread after the warpgroups have split them: copying, and multiplying.
 const REGISTERS: [u32; 2] = [80, 208];
 /// Packed weight rows of a warpgroup: the height of `wgmma`.
-const GROUP_COLUMNS: u32 = 64;
+pub(super) const GROUP_COLUMNS: u32 = 64;
 /// Bytes of barriers, the last of which nobody waits for; the table of offsets follows.
 const BARRIERS: u32 = STAGES * 16 + 16;
 /// Most experts whose offsets are kept in shared memory.
@@ -51,7 +48,7 @@ fn has_table(spec: &Grouped) -> bool {
 }
 
 /// Rows of the result that a warpgroup stores at a time.
-fn part_rows(spec: &Grouped, rows: u32) -> u32 {
+pub(super) fn part_rows(spec: &Grouped, rows: u32) -> u32 {
     rows.min(128 / size(spec.out))
 }
 
@@ -60,18 +57,48 @@ pub(super) fn part_bytes(spec: &Grouped, rows: u32) -> u32 {
     part_rows(spec, rows) * GROUP_COLUMNS / super::matrices(spec) * size(spec.out)
 }
 
+/// Bytes of a stage before the rows of the operand: weights, or codes and their factors.
+pub(super) fn weight_bytes(spec: &Grouped, columns: u32, depth: u32) -> u32 {
+    match Coded::new(spec) {
+        None => columns * depth * size(spec.w),
+        Some(coded) => {
+            let factors: u32 = coded.sizes().map(|size| factor_bytes(&coded, columns, size)).sum();
+            // Rows of the operand are mixed in blocks of 1024 bytes.
+            (columns * coded.line_bytes() + factors).next_multiple_of(1024)
+        }
+    }
+}
+
+/// Bytes of the scales, or zeros, of a stage.
+fn factor_bytes(coded: &Coded, columns: u32, size: u32) -> u32 {
+    columns * coded.each * size
+}
+
+/// What a tensor copy counts: elements of a step, and rows of `columns` packed rows. Of codes it takes whole panels, as
+/// words.
+fn map_unit(spec: &Grouped, columns: u32, depth: u32) -> [u32; 2] {
+    match Coded::new(spec) {
+        None => [depth, columns],
+        Some(coded) => [coded.line_bytes() * PANEL / 4, columns / PANEL],
+    }
+}
+
 impl Schedule {
-    /// The tensor map over the packed weights in `buffer`: columns, rows of one expert, experts.
+    /// The tensor map over the packed weights in `buffer`: columns, rows of one expert, experts. Codes are words, and
+    /// what follows each other of eight rows is a row.
     pub fn weight_map(&self, spec: &Grouped, buffer: usize) -> TensorMap {
-        let (columns, rows) = (packed_columns(spec), packed_rows(spec));
-        let bytes = columns * spec.w.bytes();
+        let bytes = packed_columns(spec) * spec.packed().bytes();
+        let (dtype, panel, swizzle) =
+            if spec.codes.is_some() { (DType::I32, u64::from(PANEL), 0) } else { (spec.w, 1, 128) };
+        let (bytes, rows) = (bytes * panel, packed_rows(spec) / panel);
+        let [width, height] = map_unit(spec, self.box_rows(), 128 / size(spec.w));
         TensorMap {
             buffer,
-            dtype: spec.w,
-            dims: vec![columns.into(), rows.into(), spec.experts.into()],
+            dtype,
+            dims: vec![(bytes / dtype.bytes()).into(), rows.into(), spec.experts.into()],
             strides: vec![Expr::Const(bytes), Expr::Const(bytes * rows)],
-            box_dims: vec![128 / size(spec.w), self.box_rows(), 1],
-            swizzle: 128,
+            box_dims: vec![width, height, 1],
+            swizzle,
         }
     }
 
@@ -83,9 +110,9 @@ impl Schedule {
 
 /// Position in the ring: stage, and parity of its use (i32).
 #[derive(Clone, Copy)]
-struct Position<'c> {
-    stage: V<'c>,
-    parity: V<'c>,
+pub(super) struct Position<'c> {
+    pub(super) stage: V<'c>,
+    pub(super) parity: V<'c>,
 }
 
 /// Where the copying warpgroup is in the ring (i32).
@@ -112,10 +139,12 @@ impl<'c> Copying<'c> {
 
 /// Threads that work on the same tiles, and the ring that they fill or empty: number of stages, and bytes between
 /// them (i32).
-struct Team<'b, 'c> {
+pub(super) struct Team<'b, 'c> {
     kernel: Kernel<'b, 'c>,
+    /// How weights are stored, if as codes.
+    pub(super) coded: Option<Coded>,
     stages: V<'c>,
-    stride: V<'c>,
+    pub(super) stride: V<'c>,
 }
 
 impl<'b, 'c> Deref for Team<'b, 'c> {
@@ -209,29 +238,30 @@ impl<'c> Kernel<'_, 'c> {
             std::array::from_fn(|i| b.select(few, own[i], others[i]))
         });
         let [rows, bits, stages, stride] = chosen;
-        Team { kernel: Kernel { mode: last, height: Height { rows, bits }, ..kernel }, stages, stride }
+        let kernel = Kernel { mode: last, height: Height { rows, bits }, ..kernel };
+        Team { kernel, coded: Coded::new(self.spec), stages, stride }
     }
 
     /// Barrier of a stage: its data has landed.
-    fn full(&self, stage: V<'c>) -> V<'c> {
+    pub(super) fn full(&self, stage: V<'c>) -> V<'c> {
         let header = self.b.gepc(self.shared, "i8", -int(i64::from(self.schedule.header(self.spec))));
         at(self.b, header, self.b.mulc(stage, 8))
     }
 
     /// Barrier of a stage: nobody reads it.
-    fn empty(&self, stage: V<'c>) -> V<'c> {
+    pub(super) fn empty(&self, stage: V<'c>) -> V<'c> {
         at_const(self.b, self.full(stage), u64::from(STAGES) * 8)
     }
 
     /// A stage that does not exist: nobody waits until it is empty.
-    fn nobody(&self) -> V<'c> {
+    pub(super) fn nobody(&self) -> V<'c> {
         number(self.b, STAGES)
     }
 }
 
 impl<'c> Team<'_, 'c> {
     /// Walks through the tiles of this block; `tile` gives what is carried on.
-    fn walk(
+    pub(super) fn walk(
         &self,
         pairs: V<'c>,
         carried: &[V<'c>],
@@ -245,7 +275,7 @@ impl<'c> Team<'_, 'c> {
     }
 
     /// Takes the lowest of `tiles` that holds the rows, for values of types `results`.
-    fn choose(
+    pub(super) fn choose(
         &self,
         tiles: &[Tile],
         rows: Rows<'c>,
@@ -264,12 +294,12 @@ impl<'c> Team<'_, 'c> {
         self.b.cmpi("sle", rows.count, number(self.b, tile.rows))
     }
 
-    fn wait(&self, mbarrier: V<'c>, parity: V<'c>) {
+    pub(super) fn wait(&self, mbarrier: V<'c>, parity: V<'c>) {
         let ticks = self.b.i32(10_000_000);
         self.b.op0("nvvm.mbarrier.try_wait.parity", &[mbarrier, parity, ticks], &[]);
     }
 
-    fn arrive(&self, mbarrier: V<'c>) {
+    pub(super) fn arrive(&self, mbarrier: V<'c>) {
         self.b.op("nvvm.mbarrier.arrive", &[mbarrier], "i64", &[]);
     }
 
@@ -279,7 +309,7 @@ impl<'c> Team<'_, 'c> {
         b.select(b.cmpi("eq", next, self.stages), b.i32(0), next)
     }
 
-    fn advance(&self, position: Position<'c>) -> Position<'c> {
+    pub(super) fn advance(&self, position: Position<'c>) -> Position<'c> {
         let b = self.b;
         let stage = self.after(position.stage);
         let wraps = b.cmpi("eq", stage, b.i32(0));
@@ -287,14 +317,24 @@ impl<'c> Team<'_, 'c> {
         Position { stage, parity: b.select(wraps, flipped, position.parity) }
     }
 
-    fn steps(&self) -> i32 {
+    pub(super) fn steps(&self) -> i32 {
         let depth = u64::from(self.mode.tiles[0].depth);
         int(i64::try_from(self.spec.k.div_ceil(depth)).expect("steps fit in 32 bits"))
     }
 
     /// Bytes of the weights of a stage; the rows of the operand follow.
-    fn weight_bytes(&self) -> u32 {
-        self.mode.columns * self.mode.tiles[0].depth * size(self.spec.w)
+    pub(super) fn weight_bytes(&self) -> u32 {
+        weight_bytes(self.spec, self.mode.columns, self.mode.tiles[0].depth)
+    }
+
+    /// Bytes of the codes of a stage; their factors follow.
+    pub(super) fn code_bytes(&self) -> u32 {
+        self.coded.map_or(0, |coded| self.mode.columns * coded.line_bytes())
+    }
+
+    /// Bytes of the scales, or zeros, of a stage.
+    pub(super) fn factor_bytes(&self, coded: &Coded, size: u32) -> u32 {
+        factor_bytes(coded, self.mode.columns, size)
     }
 
     fn stage_at(&self, stage: V<'c>) -> V<'c> {
@@ -344,17 +384,65 @@ impl<'c> Team<'_, 'c> {
     fn copy_weights(&self, stage: V<'c>, step: V<'c>, rows: Rows<'c>, column_tile: V<'c>) {
         let b = self.b;
         let (full, to) = (self.full(stage), self.stage_at(stage));
-        b.op0("nvvm.mbarrier.arrive.expect_tx", &[full, number(b, self.weight_bytes())], &[]);
-        let column = b.mulc(step, i64::from(self.mode.tiles[0].depth));
-        let first_row = b.mulc(column_tile, i64::from(self.mode.columns));
-        let height = self.schedule.box_rows();
-        for part in 0..self.mode.columns / height {
-            let row = b.addc(first_row, i64::from(part * height));
-            let to = at_const(b, to, u64::from(part) * u64::from(height) * 128);
+        let (columns, height) = (self.mode.columns, self.schedule.box_rows());
+        let bytes = if self.coded.is_some() { self.code_bytes() } else { self.weight_bytes() };
+        b.op0("nvvm.mbarrier.arrive.expect_tx", &[full, number(b, bytes)], &[]);
+        let unit = |columns: u32| map_unit(self.spec, columns, self.mode.tiles[0].depth).map(i64::from);
+        let column = b.mulc(step, unit(columns)[0]);
+        let first_row = b.mulc(column_tile, unit(columns)[1]);
+        for part in 0..columns / height {
+            let row = b.addc(first_row, unit(part * height)[1]);
+            let to = at_const(b, to, u64::from(part * height) * u64::from(bytes / columns));
             let operands = [to, self.args.w, column, row, rows.expert, full];
             let segments = [("operandSegmentSizes", "array<i32: 1, 1, 3, 1, 0, 0, 0, 0>"), ("isCTAOnly", "true")];
             b.op0("nvvm.cp.async.bulk.tensor.shared.cluster.global", &operands, &segments);
         }
+    }
+
+    /// Starts the copies of the factors of line `step` to the stage at `stage`, if none before it has the same: one at
+    /// most for each thread.
+    fn copy_factors(&self, coded: &Coded, [stage, step]: [V<'c>; 2], rows: Rows<'c>, column_tile: V<'c>) {
+        let b = self.b;
+        let tile_panels = self.mode.columns / PANEL;
+        let copy = || {
+            let mut to = self.code_bytes();
+            for (of, size) in self.factor_args().zip(coded.sizes()) {
+                // The factors of a panel and a group are this many bytes.
+                let group_bytes = PANEL * size;
+                let unit = group_bytes.min(16);
+                let per_panel = coded.each * group_bytes / unit;
+                let count = tile_panels * per_panel;
+                debug_assert!(count <= COPIERS, "{coded:?}");
+                let (panel, piece) =
+                    (b.divui(self.thread, number(b, per_panel)), b.remui(self.thread, number(b, per_panel)));
+                let place = at_const(b, at(b, stage, b.mulc(self.thread, i64::from(unit))), u64::from(to));
+                let copy = || {
+                    // Panels past the last one repeat it; groups past the last one are zero.
+                    let first = b.mulc(column_tile, i64::from(tile_panels));
+                    let panel = b.minsi(b.addi(first, panel), b.i32(int(self.panels() - 1)));
+                    let panel = b.addi(b.mulc(wide(b, rows.expert), self.panels()), wide(b, panel));
+                    let groups = int(i64::try_from(coded.groups).expect("groups fit in memory"));
+                    let piece = b.mulc(piece, i64::from(unit));
+                    let group = coded.group(b, step);
+                    let inside = b.addi(b.mulc(group, i64::from(group_bytes)), piece);
+                    let row = i64::from(groups) * i64::from(group_bytes);
+                    let from = at(b, at(b, of, b.mulc(panel, row)), wide(b, inside));
+                    let whole = coded.groups.is_multiple_of(u64::from(coded.each));
+                    let bytes = (!whole).then(|| {
+                        let exists = b.cmpi("slt", inside, b.i32(int(row)));
+                        b.select(exists, number(b, unit), b.i32(0))
+                    });
+                    copy_async(b, place, from, unit, bytes);
+                };
+                if count == COPIERS {
+                    copy();
+                } else {
+                    b.if_(b.cmpi("ult", self.thread, number(b, count)), copy);
+                }
+                to += self.factor_bytes(coded, size);
+            }
+        };
+        if coded.lasts() { b.if_(coded.is_first(b, step), copy) } else { copy() }
     }
 
     /// All steps of one tile.
@@ -370,7 +458,11 @@ impl<'c> Team<'_, 'c> {
             self.wait(self.empty(next.stage), b.xori(next.parity, b.i32(1)));
             let due = b.cmpi("eq", ahead, b.i32(0));
             b.if_(b.andi(leader, due), || self.copy_weights(next.stage, step, rows, column_tile));
-            let to = at_const(b, self.stage_at(next.stage), u64::from(self.weight_bytes()));
+            let stage = self.stage_at(next.stage);
+            if let Some(coded) = &self.coded {
+                self.copy_factors(coded, [stage, step], rows, column_tile);
+            }
+            let to = at_const(b, stage, u64::from(self.weight_bytes()));
             self.issue_rows(&operand, 0, tiles, rows, [to, step]);
             commit(b);
             // The step that has landed by now is announced. Ordinary writes must be fenced before `wgmma` reads them.
@@ -410,188 +502,4 @@ impl<'c> Team<'_, 'c> {
             self.b.if_(more, || self.issue_rows(operand, end, higher, rows, [to, step]));
         }
     }
-
-    /// The multiplying warpgroup number `group`: its 64 packed rows of all tiles.
-    fn multiply_all(&self, group: V<'c>) {
-        let b = self.b;
-        let pairs = self.filled_pairs();
-        let leads = b.cmpi("eq", self.lane, b.i32(0));
-        let results = [vec!["i32"; 3], vec!["f32"; sums(self.schedule.most_rows())]].concat();
-        self.walk(pairs, &[b.i32(0), b.i32(0)], |rows, column_tile, carried| {
-            let start = Position { stage: carried[0], parity: carried[1] };
-            let end = self.choose(&self.mode.tiles, rows, &results, &|tile| self.multiply(tile, group, leads, start));
-            let sums = landed(b, &end[3..]);
-            b.if_(leads, || self.arrive(self.empty(end[2])));
-            self.store_group(rows, column_tile, group, &sums);
-            end[..2].to_vec()
-        });
-    }
-
-    /// The products of one tile. Gives the position after it, the last stage, and sums, of which the highest tile has
-    /// the most; some of them are still on their way.
-    fn multiply(&self, tile: &Tile, group: V<'c>, leads: V<'c>, start: Position<'c>) -> Vec<V<'c>> {
-        let b = self.b;
-        let base = b.op("llvm.ptrtoint", &[self.shared], "i32", &[]);
-        // Descriptors: the address in units of 16 bytes, groups of eight rows 1024 bytes apart, 128-byte swizzle.
-        let layout = b.i64(0x4000_0040_0001_0000);
-        let descriptor = |address: V<'c>| b.ori(wide(b, b.shrui(address, b.i32(4))), layout);
-        let w = descriptor(b.addi(base, b.mulc(group, i64::from(GROUP_COLUMNS) * 128)));
-        let a = descriptor(b.addc(base, i64::from(self.weight_bytes())));
-        let units = b.shrui(self.stride, b.i32(4));
-        let nothing = b.op("llvm.mlir.poison", &[], "f32", &[]);
-        // There is no step before the first whose stage could be freed, and no sums: the first products set them.
-        let carried = [vec![start.stage, start.parity, self.nobody()], vec![nothing; sums(tile.rows)]].concat();
-        let mut end = b.rolled(b.i32(0), b.i32(self.steps()), b.i32(1), &carried, |step, carried| {
-            let position = Position { stage: carried[0], parity: carried[1] };
-            self.wait(self.full(position.stage), position.parity);
-            let along = wide(b, b.muli(position.stage, units));
-            b.op0("nvvm.wgmma.fence.aligned", &[], &[]);
-            let sums = products(b, tile, step, [b.addi(w, along), b.addi(a, along)], &carried[3..]);
-            b.op0("nvvm.wgmma.commit.group.sync.aligned", &[], &[]);
-            // The step before is done now, and with it the use of its stage.
-            b.op0("nvvm.wgmma.wait.group.sync.aligned", &[], &[("group", "1 : i64")]);
-            b.if_(leads, || self.arrive(self.empty(carried[2])));
-            let next = self.advance(position);
-            [vec![next.stage, next.parity, position.stage], sums].concat()
-        });
-        end.resize(3 + sums(self.schedule.most_rows()), nothing);
-        end
-    }
-
-    /// Stores the sums of a warpgroup, some rows at a time. In every lane `l` with `g = l / 4` and `t = l % 4`, sums
-    /// `4j..4j + 4` are packed rows `g` (tokens `8j + 2t` and the next) and `g + 8` of the warp's sixteen.
-    fn store_group(&self, rows: Rows<'c>, column_tile: V<'c>, group: V<'c>, sums: &[V<'c>]) {
-        let (b, spec) = (self.b, self.spec);
-        let each = super::matrices(spec);
-        let (least, most) = (self.mode.tiles[0].rows, self.schedule.most_rows());
-        let height = part_rows(spec, most);
-        let columns = GROUP_COLUMNS / each;
-        let base = at(b, self.shared, b.mulc(group, i64::from(part_bytes(spec, most))));
-        let base = at_const(b, base, u64::from(self.schedule.staging(spec)));
-        let tile_columns = b.mulc(column_tile, i64::from(self.mode.out_columns(spec)));
-        let first_column = b.addi(tile_columns, b.mulc(group, i64::from(columns)));
-        let column = b.addi(b.mulc(self.warp, i64::from(16 / each)), b.shrui(self.lane, b.i32(2)));
-        let origin = [b.shli(b.andi(self.lane, b.i32(3)), b.i32(1)), column];
-        // The rows of the lowest tile are a part of their own.
-        let ends = [least.min(height)].into_iter().chain((height..=most).step_by(height as usize));
-        let mut first_row = 0;
-        for end in ends {
-            let part = Part { base, first_row, rows: end - first_row, first_column, columns, swizzled: true };
-            b.if_(b.cmpi("sgt", rows.count, number(b, first_row)), || {
-                self.store(rows, &part, origin, |values| {
-                    let sums = &sums[self::sums(first_row)..self::sums(end)];
-                    if spec.out == DType::Bf16 {
-                        self.turn(&part, sums, values)
-                    } else {
-                        self.spread(&part, sums, values)
-                    }
-                });
-                // The memory is written again.
-                self.meet();
-            });
-            first_row = end;
-        }
-    }
-
-    /// Writes bf16 results: `stmatrix` turns blocks of eight columns of eight tokens around.
-    fn turn(&self, part: &Part<'c>, sums: &[V<'c>], values: &mut Values<'_, '_, 'c>) {
-        let b = self.b;
-        let each = super::matrices(self.spec);
-        // Blocks of a warp with the same tokens.
-        let beside = (2 / each) as usize;
-        let blocks: Vec<_> = (0..sums.len() / 4 * beside)
-            .map(|i| {
-                let (j, half) = (i / beside, i % beside);
-                let results = [0, 1].map(|c| {
-                    let all: Vec<_> = (half..2 / beside + half).map(|h| sums[4 * j + 2 * h + c]).collect();
-                    values.value((8 * j + c) as u32, 8 * half as u32, &all)
-                });
-                b.bitcast(b.cast("arith.truncf", vector(b, &results), "vector<2xbf16>"), "i32")
-            })
-            .collect();
-        // Lanes 0-7 name the rows of the first block, lanes 8-15 those of the second, and so on.
-        let (block, row) = (b.shrui(self.lane, b.i32(3)), b.andi(self.lane, b.i32(7)));
-        let (j, half) = (b.divui(block, number(b, 2 / each)), b.remui(block, number(b, 2 / each)));
-        let piece = b.addi(b.mulc(self.warp, i64::from(2 / each)), half);
-        let to = part.address(b, b.addi(b.mulc(j, 8), row), b.mulc(piece, 16), 2);
-        let mut first = 0;
-        while first < blocks.len() {
-            let count = [4, 2, 1].into_iter().find(|n| first + n <= blocks.len()).unwrap_or(1);
-            let rows = 8 * (first / beside) as u32;
-            let operands =
-                [&[at_const(b, to, u64::from(rows * part.columns * 2))], &blocks[first..first + count]].concat();
-            b.intrinsic0(&format!("llvm.nvvm.stmatrix.sync.aligned.m8n8.x{count}.trans.b16.p3"), &operands);
-            first += count;
-        }
-    }
-
-    /// Writes f32 results one by one.
-    fn spread(&self, part: &Part<'c>, sums: &[V<'c>], values: &mut Values<'_, '_, 'c>) {
-        let each = super::matrices(self.spec) as usize;
-        let mut places = Vec::new();
-        for (j, c) in (0..sums.len() / 4).flat_map(|j| [(j, 0), (j, 1)]) {
-            let row = (8 * j + c) as u32;
-            let of = [0, 1].map(|half| 4 * j + 2 * half + c);
-            places.extend(of.chunks(each).zip([0, 8]).map(|(of, column)| Place {
-                row,
-                column,
-                columns: vec![of.to_vec()],
-            }));
-        }
-        self.write(part, &places, sums, values);
-    }
-}
-
-impl Kernel<'_, '_> {
-    /// The threads of a multiplying warpgroup meet.
-    pub(super) fn meet_group(&self) {
-        let b = self.b;
-        // Barrier 0 is that of the block; warpgroup 0 copies.
-        let group = b.shrui(register(b, "tid.x"), b.i32(7));
-        barrier_of(b, group, 128);
-    }
-}
-
-/// Sums of a lane: those of a warpgroup are 64 packed rows of so many tokens.
-fn sums(rows: u32) -> usize {
-    (rows / 2) as usize
-}
-
-/// Adds the products of a step, from the descriptors of its weights and of its rows. One piece of assembly holds them
-/// all: its operands are the sums, and the compiler's time goes by how often so many are named.
-fn products<'c>(b: &Builder<'c>, tile: &Tile, step: V<'c>, [w, a]: [V<'c>; 2], sums: &[V<'c>]) -> Vec<V<'c>> {
-    let registers = (0..sums.len()).map(|i| format!("${i}")).collect::<Vec<_>>().join(", ");
-    let mut operands = vec![step];
-    // Operands are numbered after the results and the sums.
-    let number = |operands: &[V<'c>]| 2 * sums.len() + operands.len() - 1;
-    let mut text = format!("{{ .reg .pred add; setp.ne.b32 add, ${}, 0;", number(&operands));
-    for part in 0..tile.depth / 16 {
-        // 16 elements are 32 bytes inside the swizzled line.
-        let along = i64::from(part) * 2;
-        operands.push(b.addc(w, along));
-        let left = number(&operands);
-        operands.push(b.addc(a, along));
-        let right = number(&operands);
-        let add = if part == 0 { "add" } else { "1" };
-        text += &format!(
-            " wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16 {{{registers}}}, ${left}, ${right}, {add}, 1, 1, 0, 0;",
-            tile.rows,
-        );
-    }
-    on_sums(b, &format!("{text} }}"), sums, &operands, &["r", "l", "l", "l", "l", "l", "l", "l", "l"])
-}
-
-/// The sums when all products are done. They pass through the wait, so that no use can move before it.
-fn landed<'c>(b: &Builder<'c>, sums: &[V<'c>]) -> Vec<V<'c>> {
-    on_sums(b, "wgmma.wait_group.sync.aligned 0;", sums, &[], &[])
-}
-
-/// Assembly that reads and writes sums, with operands besides.
-fn on_sums<'c>(b: &Builder<'c>, text: &str, sums: &[V<'c>], operands: &[V<'c>], kinds: &[&str]) -> Vec<V<'c>> {
-    let each = |of: &dyn Fn(usize) -> String| (0..sums.len()).map(of).collect::<Vec<_>>();
-    let kinds = kinds.iter().map(|k| (*k).to_owned()).collect();
-    let constraints = [each(&|_| "=f".into()), each(&|i| i.to_string()), kinds].concat().join(",");
-    let ty = format!("!llvm.struct<({})>", each(&|_| "f32".into()).join(", "));
-    let result = asm(b, text, &constraints, &[sums, operands].concat(), &ty);
-    (0..sums.len()).map(|i| field(b, result, i, "f32")).collect()
 }

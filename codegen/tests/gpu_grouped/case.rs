@@ -41,10 +41,10 @@ pub(crate) enum Argument {
 }
 
 /// Numbers in `(-1, 1)` with a fixed sequence.
-struct Numbers(u64);
+pub(crate) struct Numbers(u64);
 
 impl Numbers {
-    fn next(&mut self) -> f64 {
+    pub(crate) fn next(&mut self) -> f64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 40) as f64 / f64::from(1 << 23) - 1.0
     }
@@ -197,8 +197,15 @@ impl Case {
         }
         let matrices = spec.matrices as u64;
         let size = 2.0 / (spec.k as f64).sqrt();
-        let w: Vec<f64> =
-            (0..spec.experts * matrices * spec.n * spec.k).map(|_| rounded(numbers.next() * size, spec.w)).collect();
+        let (w, packed) = if spec.codes.is_some() {
+            let coded = crate::codes::draw(spec, layout, &mut numbers);
+            (coded.weights, coded.packed)
+        } else {
+            let count = spec.experts * matrices * spec.n * spec.k;
+            let w: Vec<f64> = (0..count).map(|_| rounded(numbers.next() * size, spec.w)).collect();
+            let packed = bytes(&self.pack(&w, layout), spec.w);
+            (w, vec![packed])
+        };
         let bias: Vec<f64> =
             (0..spec.experts * matrices * spec.n).map(|_| rounded(numbers.next(), DType::F32)).collect();
         let offsets = self.offsets();
@@ -232,8 +239,8 @@ impl Case {
         }
 
         let ints = |values: &[u64]| values.iter().flat_map(|v| (*v as i32).to_le_bytes()).collect::<Vec<_>>();
-        let mut arguments =
-            vec![Argument::Read(bytes(&a, spec.a)), Argument::Read(bytes(&self.pack(&w, layout), spec.w))];
+        let mut arguments = vec![Argument::Read(bytes(&a, spec.a))];
+        arguments.extend(packed.into_iter().map(Argument::Read));
         if spec.bias {
             arguments.push(Argument::Read(bytes(&bias, DType::F32)));
         }

@@ -1,11 +1,14 @@
 //! Grouped products run on the interpreter and agree with sums in f64.
 
 mod case;
+mod codes;
 
 use case::{Argument, Case, Routing, dense, down, up};
 use moec_abi::{DType, Expr, TensorMap};
 use moec_codegen::{
-    Target, gpu,
+    Target,
+    codes::{Codes, Number},
+    gpu,
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     mlir::{Keep, Session},
 };
@@ -99,13 +102,13 @@ fn lines(ptx: &str, findings: &[Finding]) -> String {
 fn tensor_map(map: &TensorMap, base: u64) -> TensorMapDesc {
     let known = |e: &Expr| e.known().expect("weights do not depend on tokens");
     TensorMapDesc {
-        dtype: MapType::Bf16,
+        dtype: if map.dtype == DType::I32 { MapType::S32 } else { MapType::Bf16 },
         base,
         dims: map.dims.iter().map(known).collect(),
         strides: map.strides.iter().map(known).collect(),
         box_dims: map.box_dims.clone(),
         element_strides: Vec::new(),
-        swizzle: Swizzle::B128,
+        swizzle: if map.swizzle == 0 { Swizzle::None } else { Swizzle::B128 },
     }
 }
 
@@ -199,6 +202,95 @@ fn few_rows() {
         check_decode(&spec, Target::Sm90a, &[(1, Routing::Even), (5, Routing::Skewed)]);
         let spec = Grouped { out: DType::F32, k, n, a_stride, out_stride: n, ..down(DType::Bf16) };
         check_decode(&spec, Target::Sm80, &[(1, Routing::Even), (5, Routing::Skewed)]);
+    }
+}
+
+/// Codes of every kind, with one group for each row, several in a stage, and one for several stages.
+fn kinds() -> Vec<Codes> {
+    let integer =
+        |bits, offset, group, zero| Codes { bits, number: Number::Integer { offset }, group, zero, scale: DType::F32 };
+    let fp8 = |group| Codes { bits: 8, number: Number::E4m3, group, zero: false, scale: DType::F32 };
+    let mxfp4 = Codes { bits: 4, number: Number::E2m1, group: 32, zero: false, scale: DType::U8 };
+    vec![
+        fp8(128),
+        fp8(64),
+        mxfp4,
+        integer(8, 128, 1 << 20, false),
+        integer(8, 0, 16, true),
+        integer(4, 0, 32, true),
+        integer(4, 8, 128, false),
+        integer(2, 1, 1 << 20, false),
+        integer(2, 0, 64, true),
+    ]
+}
+
+#[test]
+fn codes_on_hopper() {
+    for (i, codes) in kinds().into_iter().enumerate() {
+        let codes = Some(codes);
+        check_hopper(&Grouped { codes, ..up(DType::Bf16) }, &[(9, Routing::Even), (150, Routing::Skewed)]);
+        if i % 2 == 0 {
+            let spec = Grouped { codes, k: 320, a_stride: 320, ..down(DType::Bf16) };
+            check_hopper(&spec, &[(40, Routing::AllTo(3))]);
+        } else {
+            // Rows that end inside a stage, inside a group, and outside whole tiles.
+            let spec = Grouped { codes, bias: true, k: 100, n: 70, a_stride: 102, out_stride: 70, ..up(DType::Bf16) };
+            check_hopper(&spec, &[(1, Routing::Even), (9, Routing::Skewed)]);
+        }
+    }
+}
+
+#[test]
+fn few_rows_of_codes() {
+    let shapes = [(2048, 40, 2048), (1304, 9, 1312), (8, 1, 8), (320, 24, 320)];
+    let check = |spec: &Grouped, cases| {
+        let (schedule, _) = gpu::decode(spec, Target::Sm90a).expect("codes have a kernel for few rows");
+        run(spec, &schedule, Target::Sm90a, cases);
+    };
+    for (i, codes) in kinds().into_iter().enumerate() {
+        let codes = Some(codes);
+        let (k, n, a_stride) = shapes[i % 4];
+        let spec = Grouped { codes, bias: true, k, n, a_stride, out_stride: n + 1, ..up(DType::Bf16) };
+        check(&spec, &[(1, Routing::Even), (5, Routing::Skewed)]);
+        let (k, n, a_stride) = shapes[(i + 1) % 4];
+        let spec = Grouped { codes, out: DType::F32, k, n, a_stride, out_stride: n, ..down(DType::Bf16) };
+        check(&spec, &[(3, Routing::AllTo(1))]);
+    }
+}
+
+#[test]
+fn codes_are_read_once_and_without_bank_conflicts() {
+    for codes in kinds() {
+        for (spec, k, n) in [(up(DType::Bf16), 2048, 256), (down(DType::Bf16), 512, 1024)] {
+            let codes = Codes { group: codes.group.min(k), ..codes };
+            let scale = RowScale::None;
+            let spec = Grouped { codes: Some(codes), k, n, a_stride: k, out_stride: n, experts: 2, scale, ..spec };
+            let kernels = gpu::variants(&spec, Target::Sm90a);
+            let kinds: Vec<_> = kernels.iter().map(|v| v.schedule.kind).collect();
+            assert_eq!(kinds, [gpu::Kind::Decode, gpu::Kind::Wgmma], "{codes:?}");
+            for variant in kernels {
+                let counts = run(&spec, &variant.schedule, Target::Sm90a, &[(1, Routing::Even)]);
+                let factor = codes.scale.bytes() + if codes.zero { 4 } else { 0 };
+                // Rows with one group: eight warps of a block read its factors.
+                let readers = if codes.groups(k) == 1 && variant.name == "_few" { 8 } else { 1 };
+                let row = k * codes.bits / 8 + codes.groups(k) * factor * readers;
+                let weights = 2 * spec.matrices as u64 * n * row;
+                // Each column tile reads the row of its expert.
+                let operand = 2 * variant.schedule.modes[0].column_tiles(&spec) * k * 2;
+                let read = counts.global_bytes_read - operand;
+                println!("{} {codes:?}: {read} of {weights} and {operand}: {counts:?}", spec.symbol);
+                assert!(read >= weights, "{counts:?}");
+                assert!(read <= weights + weights / 10, "{codes:?}: {weights}, {counts:?}");
+                assert!(counts.bank_conflicts() * 20 <= counts.shared_wavefronts_ideal, "{codes:?}: {counts:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn codes_on_older_devices() {
+    for codes in kinds() {
+        check(&Grouped { codes: Some(codes), ..up(DType::Bf16) }, Target::Sm80, &[(9, Routing::Skewed)]);
     }
 }
 

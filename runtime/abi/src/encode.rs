@@ -274,6 +274,7 @@ fn layout_numbers(layout: &Layout) -> (u64, [u64; 3]) {
         Layout::Rows { columns } => (0, [columns, 0, 0]),
         Layout::Panels { panel, depth, columns } => (1, [panel, depth, columns]),
         Layout::Interleaved { block, columns } => (2, [block, columns, 0]),
+        Layout::Fragments { lanes, unit, columns } => (3, [lanes, unit, columns]),
     }
 }
 

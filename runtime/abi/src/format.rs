@@ -9,7 +9,7 @@
 //! | buffer | kind (0 input, 1 output, 2 weight, 3 workspace), ordinal among its kind or slot, alignment in bytes, expression of its bytes, expression of its workspace offset, zeroed (0, 1) |
 //! | launch | expression of items, grain, scratch bytes, number of arguments, position of arguments |
 //! | argument | kind (0 buffer, 1 buffer and byte offset, 2 value), buffer, expression |
-//! | slot | packed bytes, offset in the weights, experts, first expert, type, matrices, position of matrices, layout (0 rows, 1 panels, 2 interleaved), its three numbers, position of the experts' offsets |
+//! | slot | packed bytes, offset in the weights, experts, first expert, type, matrices, position of matrices, layout (0 rows, 1 panels, 2 interleaved; 3 fragments is for GPUs alone), its three numbers, position of the experts' offsets |
 //! | matrix | type, plain (0, 1), views, position of views, rows, their position, columns, their position |
 //! | view | kind (0 expert, 1 index, 2 expert rows, 3 slice, 4 transpose, 5 reshape), four numbers; a reshape has rank and position of sizes |
 //! | text | two positions of NUL-terminated bytes for each input, then output: when null, when misaligned |

@@ -130,6 +130,22 @@ pub enum Layout {
         /// Unit of the padded row length, in elements.
         columns: u64,
     },
+    /// `[e][r / 8][m][c / depth][r % 8][lane][piece][c % unit]`, where `depth` is eight pieces for each lane, `lane` is
+    /// `c / unit % lanes` and `piece` is `c / unit / lanes % 8`. Inputs are in memory as they are in the registers of
+    /// tensor cores: what a lane multiplies of a row lies together.
+    Fragments {
+        /// Lanes that share the inputs of a row.
+        lanes: u64,
+        /// Neighbouring inputs of a lane.
+        unit: u64,
+        /// Unit of the padded row length, in elements.
+        columns: u64,
+    },
+}
+
+impl Layout {
+    /// Rows that lie side by side in [`Layout::Fragments`], and the pieces that a lane has of each.
+    pub const FRAGMENT: u64 = 8;
 }
 
 /// Packed weights: what a kernel reads.
@@ -162,6 +178,9 @@ impl Layout {
         match *self {
             Self::Rows { columns: unit } | Self::Interleaved { columns: unit, .. } => round_up(columns, unit),
             Self::Panels { depth, columns: unit, .. } => round_up(round_up(columns, unit), depth),
+            Self::Fragments { lanes, unit, columns: whole } => {
+                round_up(round_up(columns, whole), lanes.saturating_mul(unit).saturating_mul(Self::FRAGMENT))
+            }
         }
     }
 
@@ -171,6 +190,7 @@ impl Layout {
             Self::Rows { .. } => rows,
             Self::Panels { panel, .. } => round_up(rows, panel),
             Self::Interleaved { block, .. } => round_up(rows, block),
+            Self::Fragments { .. } => round_up(rows, Self::FRAGMENT),
         }
     }
 }
