@@ -101,7 +101,9 @@ fn kernels_of_codes_assemble_without_spills() {
 fn assemble(session: &Session, spec: &Grouped, schedule: &gpu::Schedule, target: Target) {
     let compiled =
         session.compile(&target, Keep::default(), |b| gpu::emit(b, spec, schedule, target)).expect("compiles");
-    let codes = spec.codes.map_or(String::new(), |c| format!("_{}x{}", c.bits, c.group));
+    let codes = spec
+        .codes
+        .map_or(String::new(), |c| format!("_{:?}_{}x{}", c.number, c.bits, c.group).replace([' ', '{', '}', ':'], ""));
     let name = format!("{}_{:?}{codes}_{:?}_{}", spec.symbol, spec.a, schedule.kind, target.name());
     let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.ptx"));
     std::fs::write(&file, &compiled.code).expect("the folder is writable");

@@ -1,4 +1,4 @@
-//! What the expert products of five layers do on Hopper, from 1 to 16384 tokens.
+//! What the expert products of layers do on Hopper, from 1 to 16384 tokens.
 //!
 //! One block of every tile height is run on the simulator, at two depths and two numbers of rows. Counts are linear in
 //! both, and are scaled to the layer's depth and to the tiles of one drawn routing: all figures are counted on a
@@ -7,6 +7,7 @@
 use moec::{Target, estimate};
 use moec_abi::{DType, Expr};
 use moec_codegen::{
+    codes::{Codes, Number},
     gpu,
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     mlir::{Keep, Session},
@@ -26,15 +27,29 @@ pub struct Layer {
     top: u64,
     /// Inner width of the shared expert.
     shared: u64,
+    /// How weights are stored, if not in bf16.
+    codes: Option<Codes>,
 }
 
+impl Layer {
+    /// Bytes of a row of weights over `k` inputs.
+    fn row_bytes(&self, k: u64) -> u64 {
+        self.codes.map_or(2 * k, |codes| k * codes.bits / 8 + codes.groups(k) * codes.scale.bytes())
+    }
+}
+
+const FP8: Codes = Codes { bits: 8, number: Number::E4m3, group: 128, zero: false, scale: DType::F32 };
+const MXFP4: Codes = Codes { bits: 4, number: Number::E2m1, group: 32, zero: false, scale: DType::U8 };
+
 /// The layers of the table.
-pub const LAYERS: [Layer; 5] = [
-    Layer { name: "Mixtral-8x7B", hidden: 4096, inner: 14336, experts: 8, top: 2, shared: 0 },
-    Layer { name: "Qwen3-30B-A3B", hidden: 2048, inner: 768, experts: 128, top: 8, shared: 0 },
-    Layer { name: "DeepSeek-V3", hidden: 7168, inner: 2048, experts: 256, top: 8, shared: 2048 },
-    Layer { name: "OLMoE", hidden: 2048, inner: 1024, experts: 64, top: 8, shared: 0 },
-    Layer { name: "gpt-oss-120b as bf16", hidden: 2880, inner: 2880, experts: 128, top: 4, shared: 0 },
+pub const LAYERS: [Layer; 7] = [
+    Layer { name: "Mixtral-8x7B", hidden: 4096, inner: 14336, experts: 8, top: 2, shared: 0, codes: None },
+    Layer { name: "Qwen3-30B-A3B", hidden: 2048, inner: 768, experts: 128, top: 8, shared: 0, codes: None },
+    Layer { name: "DeepSeek-V3 as bf16", hidden: 7168, inner: 2048, experts: 256, top: 8, shared: 2048, codes: None },
+    Layer { name: "DeepSeek-V3", hidden: 7168, inner: 2048, experts: 256, top: 8, shared: 2048, codes: Some(FP8) },
+    Layer { name: "OLMoE", hidden: 2048, inner: 1024, experts: 64, top: 8, shared: 0, codes: None },
+    Layer { name: "gpt-oss-120b as bf16", hidden: 2880, inner: 2880, experts: 128, top: 4, shared: 0, codes: None },
+    Layer { name: "gpt-oss-120b", hidden: 2880, inner: 2880, experts: 128, top: 4, shared: 0, codes: Some(MXFP4) },
 ];
 
 /// The numbers of tokens of the table.
@@ -141,27 +156,28 @@ fn run(module: &Module, spec: &Grouped, schedule: &gpu::Schedule, rows: u64) -> 
     };
     let known = |e: &Expr| e.eval(rows).expect("small");
     let map = schedule.weight_map(spec, 0);
-    let weights = map.dims.iter().map(known).product::<u64>() * 2;
+    let weights = map.dims.iter().map(known).product::<u64>() * map.dtype.bytes();
+    let scales = 4 * spec.n.next_multiple_of(8) * spec.matrices as u64 * spec.codes.map_or(0, |c| c.groups(spec.k));
     let offsets = zeros(8);
     let args = schedule.parameters(spec).into_iter().map(|parameter| match parameter {
         gpu::Parameter::Operand => Arg::U64(zeros(rows * spec.a_stride * 2)),
         gpu::Parameter::Weights => Arg::U64(zeros(weights)),
         gpu::Parameter::WeightMap => Arg::TensorMap(TensorMapDesc {
-            dtype: MapType::Bf16,
+            dtype: if map.dtype == DType::I32 { MapType::S32 } else { MapType::Bf16 },
             base: zeros(weights),
             dims: map.dims.iter().map(known).collect(),
             strides: map.strides.iter().map(known).collect(),
             box_dims: map.box_dims.clone(),
             element_strides: Vec::new(),
-            swizzle: Swizzle::B128,
+            swizzle: if map.swizzle == 0 { Swizzle::None } else { Swizzle::B128 },
         }),
         gpu::Parameter::Offsets => Arg::U64(offsets),
         gpu::Parameter::Map => Arg::U64(zeros(rows * 4)),
+        gpu::Parameter::Scales => Arg::U64(zeros(scales)),
         gpu::Parameter::Out => Arg::U64(zeros(rows * spec.out_stride * 2)),
         gpu::Parameter::Tokens => Arg::U64(rows),
         gpu::Parameter::Bias
         | gpu::Parameter::Scale
-        | gpu::Parameter::Scales
         | gpu::Parameter::Zeros
         | gpu::Parameter::Given(_)
         | gpu::Parameter::GivenMap(_) => unreachable!("these products have none"),
@@ -209,13 +225,14 @@ impl Sample {
     fn tile(
         &mut self,
         make: fn(u64, u64) -> Grouped,
+        codes: Option<Codes>,
         schedule: &gpu::Schedule,
         mode: &gpu::Mode,
         height: u32,
     ) -> &Tile {
         let any = make(64, 8);
         let n = u64::from(mode.columns) / any.matrices as u64;
-        let key = (any.symbol, format!("{:?} {mode:?}", schedule.kind), height);
+        let key = (any.symbol, format!("{:?} {codes:?} {mode:?}", schedule.kind), height);
         let session = &self.session;
         self.tiles.entry(key).or_insert_with(|| {
             // Rounds of the kernel for few tokens are whole at these depths.
@@ -224,7 +241,7 @@ impl Sample {
             let rows = [lower, height];
             let alone = gpu::Schedule { modes: vec![gpu::Mode { limit: None, ..mode.clone() }], ..schedule.clone() };
             let corners = depths.map(|k| {
-                let spec = make(k, n);
+                let spec = Grouped { codes, ..make(k, n) };
                 let built = session.compile(&Target::Sm90a, Keep::default(), |b| {
                     gpu::emit(b, &spec, &alone, Target::Sm90a);
                 });
@@ -257,7 +274,7 @@ impl Sample {
         let (mut sum, mut blocks) = (Scaled::default(), 0.0);
         for (height, [tiles, all]) in heights {
             let (tiles, all) = (tiles as f64, all as f64);
-            let one = self.tile(make, &variant.schedule, mode, height).at(layer.k as f64, all / tiles);
+            let one = self.tile(make, layer.codes, &variant.schedule, mode, height).at(layer.k as f64, all / tiles);
             sum.iter_mut().zip(one).for_each(|(s, c)| *s += c * tiles * columns);
             blocks += tiles * columns;
         }
@@ -268,8 +285,9 @@ impl Sample {
     pub fn cell(&mut self, layer: &Layer, tokens: u64, choice: Choice) -> Cell {
         let rows = routing(layer, tokens, choice);
         let hit = rows.iter().filter(|r| **r > 0).count() as u64;
-        let wide = |spec: Grouped| Grouped { experts: layer.experts, rows_per_token: layer.top, ..spec };
-        let dense = |spec: Grouped| Grouped { rows: RowSource::Dense, ..spec };
+        let wide =
+            |spec: Grouped| Grouped { experts: layer.experts, rows_per_token: layer.top, codes: layer.codes, ..spec };
+        let dense = |spec: Grouped| Grouped { rows: RowSource::Dense, codes: layer.codes, ..spec };
         let mut parts = vec![
             self.product(up, &rows, tokens, &wide(up(layer.hidden, layer.inner))),
             self.product(down, &rows, tokens, &wide(down(layer.inner, layer.hidden))),
@@ -278,7 +296,9 @@ impl Sample {
             parts.push(self.product(up, &[tokens], tokens, &dense(up(layer.hidden, layer.shared))));
             parts.push(self.product(down, &[tokens], tokens, &dense(down(layer.shared, layer.hidden))));
         }
-        let weights = 3 * layer.hidden * 2 * (hit * layer.inner + layer.shared);
+        let network = |inner| 2 * inner * layer.row_bytes(layer.hidden) + layer.hidden * layer.row_bytes(inner);
+        let shared_network = if layer.shared > 0 { network(layer.shared) } else { 0 };
+        let weights = hit * network(layer.inner) + shared_network;
         let shared = if layer.shared > 0 { tokens * (4 * layer.shared + 2 * layer.hidden) } else { 0 };
         let routes = tokens * layer.top * (4 * layer.inner + 2 * layer.hidden);
         let floor = weights + tokens * layer.hidden * 2 + routes + shared;

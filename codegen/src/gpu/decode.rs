@@ -161,23 +161,22 @@ impl<'c> Kernel<'_, 'c> {
         let each = ring.len() / depth as usize;
         let own = self.units() as usize * 4;
         let carried = [vec![b.f32(0.0); own], ring].concat();
-        let last = b.i32(int(i64::from(rounds) - 1));
-        // Each step is multiplied, and its registers are filled with the step of the next round.
+        let last = b.i32(int(i64::from(rounds)));
+        // Each step is multiplied, and its registers are filled with the step of the next round, if there is one.
         let carried = b.rolled(b.i32(0), last, b.i32(1), &carried, |round, carried| {
             let (sums, ring) = carried.split_at(own);
             let (mut sums, mut next) = (sums.to_vec(), Vec::new());
             let from = b.mulc(b.addc(round, 1), i64::from(depth));
+            let more = b.cmpi("slt", b.addc(round, 1), last);
             for (u, values) in ring.chunks(each).enumerate() {
                 sums = self.step_products(&source, &sums, values);
-                next.extend(self.step_values(&source, b.addc(from, u as i64)));
+                let load = || self.step_values(&source, b.addc(from, u as i64));
+                next.extend(b.if_else(more, &vec!["i32"; each], load, || values.to_vec()));
             }
             sums.extend(next);
             sums
         });
-        let (sums, ring) = carried.split_at(own);
-        let add = |sums: Vec<V<'c>>, values: &[V<'c>]| self.step_products(&source, &sums, values);
-        let sums = ring.chunks(each).fold(sums.to_vec(), add);
-        self.reduce(rows, column_tile, &sums);
+        self.reduce(rows, column_tile, &carried[..own]);
     }
 
     fn source(&self, rows: Rows<'c>, column_tile: V<'c>) -> Source<'c> {
@@ -237,7 +236,7 @@ impl<'c> Kernel<'_, 'c> {
             let line = b.addi(b.mulc(step, i64::from(WARPS)), self.warp);
             let first = coded.group(b, line);
             for i in 0..coded.each {
-                // Groups past the last one are those of inputs that are zero.
+                // Inputs of groups past the last one are zero.
                 let last = int(i64::try_from(coded.groups).expect("groups fit in memory") - 1);
                 let group = b.minsi(b.addc(first, i64::from(i)), b.i32(last));
                 values.extend(self.factor_values(&coded, &source.factors, group));
@@ -267,11 +266,15 @@ impl<'c> Kernel<'_, 'c> {
             let raw: Vec<_> = group.iter().map(|mine| shuffle(b, *mine, lane)).collect();
             coded.factor(b, &raw)
         };
-        let of_group = |group: &[V<'c>]| (0..2 * self.units()).map(|i| of_row(group, i)).collect();
-        let groups: Vec<Vec<_>> = all.chunks(source.factors.len()).map(of_group).collect();
         let mut sums = sums.to_vec();
+        let (mut known, mut factors) = (None, Vec::new());
         for block in 0..4 {
-            let factors = &groups[coded.group_of(block)];
+            let group = coded.group_of(block);
+            if known != Some(group) {
+                let mine = &all[group * source.factors.len()..][..source.factors.len()];
+                factors = (0..2 * self.units()).map(|i| of_row(mine, i)).collect();
+                known = Some(group);
+            }
             let pair = |row: usize, half: u32| coded.pair(b, &codes[row], 2 * block + half, factors[row]);
             let right = &operand[2 * block as usize..][..2];
             for (unit, sums) in sums.chunks_mut(4).enumerate() {
