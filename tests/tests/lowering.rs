@@ -275,6 +275,30 @@ fn thirteen_codes_are_decoded_in_the_kernel() {
     }
 }
 
+/// Products of experts have a kernel for few tokens, and one with `wgmma`, which takes a tensor map; both read the same
+/// codes.
+fn check_hopper_kernels(name: &str, program: &moec_abi::Program) {
+    let of_product = |product: &str| {
+        let kernels = program.launches.iter().filter(|l| l.symbol.contains(product));
+        let kinds = kernels.map(|l| {
+            let map = l.args.iter().find_map(|a| if let moec_abi::Arg::TensorMap(map) = a { Some(map) } else { None });
+            let moec_abi::Grid::Gpu(grid) = &l.grid else { panic!("{name}: {} runs on no GPU", l.name) };
+            let weights = match (map, &l.args[1]) {
+                (Some(map), _) => map.buffer,
+                (None, moec_abi::Arg::Buffer(buffer)) => *buffer,
+                (None, other) => panic!("{name}: {} reads {other:?}", l.name),
+            };
+            (grid.tokens[0] == 0, map.is_some(), weights)
+        });
+        kinds.collect::<Vec<_>>()
+    };
+    for product in ["_up", "_down"] {
+        let kinds = of_product(product);
+        let weights = kinds.first().map(|k| k.2).unwrap_or_default();
+        assert_eq!(kinds, [(true, false, weights), (false, true, weights)], "{name}: kernels of {product}");
+    }
+}
+
 #[test]
 fn thirteen_codes_of_checkpoints_stay_codes() {
     // One block of 128 x 128 codes, or 32 codes, shares a scale; kernels keep one for each row of a block.
@@ -291,6 +315,9 @@ fn thirteen_codes_of_checkpoints_stay_codes() {
             let of = |rows: fn(&moec_abi::Slot) -> bool| -> Vec<&moec_abi::Slot> {
                 program.slots.iter().filter(|s| s.experts > 1 && rows(s)).collect()
             };
+            if target == Target::Sm90a {
+                check_hopper_kernels(name, program);
+            }
             let coded = |packing: &moec_abi::Packing| {
                 matches!(packing, moec_abi::Packing::Fp8Codes | moec_abi::Packing::Mxfp4Codes)
             };
