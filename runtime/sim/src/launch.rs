@@ -4,7 +4,7 @@
 
 use crate::clock::Scope;
 use crate::counts;
-use crate::exec::{Cluster, Env, GlobalShadow, GlobalSync, PAGE_BYTES, Turn};
+use crate::exec::{Cluster, Env, GlobalShadow, GlobalSync, PAGE_BYTES, Spare, Turn};
 use crate::op::{Atomic, Bulk, Code, FUNC_BASE, Op, Rmw, Where};
 use crate::report::{Counts, Findings};
 use crate::shadow::Shadow;
@@ -233,10 +233,8 @@ fn mark(memory: &mut Memory, pages: Vec<Vec<OnceLock<Mutex<Shadow>>>>) {
             let Some(shadow) = shadow.into_inner().and_then(|s| s.into_inner().ok()) else { continue };
             let words = memory.before.entry(alloc.base).or_insert_with(|| vec![0; alloc.bytes.div_ceil(4) as usize]);
             let first = page * PAGE_BYTES as usize / 4;
-            shadow.marks(|word, mark| {
-                if let Some(m) = words.get_mut(first + word) {
-                    *m |= mark;
-                }
+            shadow.marks(|word, marks| {
+                words.iter_mut().skip(first + word).zip(marks).for_each(|(m, mark)| *m |= mark);
             });
         }
     }
@@ -424,8 +422,9 @@ fn independent(code: &Code, reachable: &BTreeSet<usize>) -> bool {
 /// A cluster with what was found in it and counted.
 type Part = (u32, Findings, Counts);
 
-fn finish(mut c: Cluster<'_>) -> Part {
+fn finish(mut c: Cluster<'_>, spare: &mut Spare) -> Part {
     counts::summarise(&mut c);
+    c.give_back(spare);
     (c.id, c.findings, c.counts)
 }
 
@@ -434,8 +433,8 @@ fn in_parallel(env: &Env<'_>, clusters: u32) -> Result<Vec<Part>, Error> {
     (0..clusters)
         .into_par_iter()
         .with_min_len(1)
-        .map(|id| {
-            let mut c = Cluster::new(env, id, GlobalSync::default());
+        .map_init(Spare::default, |spare, id| {
+            let mut c = Cluster::new(env, id, GlobalSync::default(), spare);
             loop {
                 match c.run(ROUNDS)? {
                     Turn::Done => break,
@@ -446,13 +445,14 @@ fn in_parallel(env: &Env<'_>, clusters: u32) -> Result<Vec<Part>, Error> {
                     }
                 }
             }
-            Ok(finish(c))
+            Ok(finish(c, spare))
         })
         .collect()
 }
 
 fn in_turns(env: &Env<'_>, clusters: u32) -> Result<Vec<Part>, Error> {
     let sync = GlobalSync::default();
+    let mut spare = Spare::default();
     let mut out = Vec::new();
     let mut waiting: VecDeque<u32> = (0..clusters).collect();
     // The order of blocks is not specified; the seed turns it round.
@@ -465,7 +465,7 @@ fn in_turns(env: &Env<'_>, clusters: u32) -> Result<Vec<Part>, Error> {
         while running.len() < RESIDENT
             && let Some(id) = waiting.pop_front()
         {
-            running.push_back(Cluster::new(env, id, sync.clone()));
+            running.push_back(Cluster::new(env, id, sync.clone(), &mut spare));
         }
         let n = running.len();
         if n == 0 {
@@ -477,7 +477,7 @@ fn in_turns(env: &Env<'_>, clusters: u32) -> Result<Vec<Part>, Error> {
             match c.run(ROUNDS)? {
                 Turn::Done => {
                     worked = true;
-                    out.push(finish(c));
+                    out.push(finish(c, &mut spare));
                 }
                 Turn::Worked => {
                     worked = true;
@@ -490,7 +490,7 @@ fn in_turns(env: &Env<'_>, clusters: u32) -> Result<Vec<Part>, Error> {
         if idle >= STUCK {
             for mut c in running.drain(..) {
                 c.report_deadlock();
-                out.push(finish(c));
+                out.push(finish(c, &mut spare));
             }
             return Ok(out);
         }

@@ -241,9 +241,13 @@ pub(crate) struct Plain {
 }
 
 impl Plain {
-    pub(crate) fn new(bytes: usize) -> Plain {
+    /// Nothing in it is written.
+    pub(crate) fn clear(&mut self, bytes: usize) {
         let words = bytes.div_ceil(4) + 1;
-        Plain { words: vec![u32::MAX; words], init: vec![0; words] }
+        self.words.clear();
+        self.words.resize(words, u32::MAX);
+        self.init.clear();
+        self.init.resize(words, 0);
     }
 
     #[inline]
@@ -292,6 +296,18 @@ impl Plain {
             2 => one(i, 3 << (at % 4)),
             _ => one(i, 1 << (at % 4)),
         }
+    }
+
+    /// Sixteen bytes at a multiple of four.
+    #[inline]
+    pub(crate) fn line(&self, at: u64) -> [u32; 4] {
+        self.words[(at / 4) as usize..].first_chunk().copied().unwrap_or_default()
+    }
+
+    /// Whether all of the sixteen bytes at a multiple of four are written, or copied from elsewhere.
+    #[inline]
+    pub(crate) fn line_written(&self, at: u64) -> bool {
+        self.init[(at / 4) as usize..].iter().take(4).all(|f| f & 0xf == 0xf)
     }
 
     /// What is known of the bytes of a word: which are written, and which of those are copies of unwritten memory.

@@ -122,6 +122,28 @@ impl Access<'_> {
         self.ordered(e, lanes.trailing_zeros()) && lanes & !self.known_lanes(e) == 0
     }
 
+    /// Whether a write is surely nothing to worry about: known by the clock alone, with the fence that it may need. Of
+    /// several threads, they know the same.
+    #[inline(always)]
+    pub(crate) fn knows_write(&self, last: Epoch) -> bool {
+        let c = last.component();
+        last.cluster() == self.cluster & 0x3f_ffff
+            && (c == self.me || self.view.v.get(c) >= last.time())
+            && (!self.touch.in_async_proxy() || last.touch().in_async_proxy() || self.view.p.get(c) >= last.time())
+            || self.both_strong(last, 0)
+    }
+
+    /// Whether readers in the own cluster are surely known.
+    #[inline(always)]
+    pub(crate) fn knows_readers(&self, e: Epoch, lanes: u32) -> bool {
+        e.cluster() == self.cluster & 0x3f_ffff
+            && match e.touch().is_async() {
+                true => self.view.v.get(e.component()) >= e.time(),
+                false => lanes & !self.known_lanes(e) == 0,
+            }
+    }
+
+    #[inline(always)]
     pub(crate) fn epoch(&self) -> Epoch {
         if self.touch.is_async() {
             Epoch::new(self.touch, self.cluster, self.agent, self.agent_time)

@@ -77,36 +77,55 @@ pub(crate) struct Shadow {
     lists: Pool<Vec<Reader>>,
 }
 
+/// What an access leaves in a cell: that these lanes have read, or who has written.
+#[derive(Clone, Copy)]
+pub(crate) enum Note {
+    Read(Epoch, u32),
+    Write(Epoch),
+}
+
 /// Bytes of a line.
 pub(crate) const LINE: u64 = 16;
 
 impl Shadow {
     /// Cells for `bytes` bytes.
     pub(crate) fn new(bytes: usize) -> Shadow {
+        let mut new = Shadow::default();
+        new.clear(bytes);
+        new
+    }
+
+    /// As new, in the memory that it has.
+    pub(crate) fn clear(&mut self, bytes: usize) {
         let lines = bytes.div_ceil(LINE as usize);
-        Shadow { lines: vec![Cell::default(); lines], split: vec![0; lines], ..Shadow::default() }
+        self.lines.clear();
+        self.lines.resize(lines, Cell::default());
+        self.split.clear();
+        self.split.resize(lines, 0);
+        (self.parts, self.lists) = (Pool::default(), Pool::default());
     }
 
-    /// Whether these lanes have read the line at this time already, so that nothing new can be found.
-    #[inline]
+    /// Registers an access to a whole line where nothing is wrong with it and one cell tells so, as with most accesses;
+    /// says whether it did.
+    #[inline(always)]
+    pub(crate) fn quick_line(&mut self, line: usize, note: Note, a: &Access<'_>) -> bool {
+        self.split[line] == 0 && quick(&mut self.lists, &mut self.lines[line], note, a)
+    }
+
+    /// As [`Self::quick_line`], for a word.
+    #[inline(always)]
+    pub(crate) fn quick_word(&mut self, word: usize, note: Note, a: &Access<'_>) -> bool {
+        let Some(parts) = self.split[word / 4].checked_sub(1) else { return false };
+        let p = &mut self.parts.all[parts as usize];
+        p.split[word % 4] == 0 && quick(&mut self.lists, &mut p.cells[word % 4], note, a)
+    }
+
+    /// Whether a reader has read the line at this time already, so that nothing new can be found.
     pub(crate) fn has_read_line(&self, line: usize, e: Epoch, lanes: u32) -> bool {
-        self.split[line] == 0 && self.has(&self.lines[line], e, lanes)
-    }
-
-    /// As [`Self::has_read_line`], for a word.
-    #[inline]
-    pub(crate) fn has_read(&self, word: usize, e: Epoch, lanes: u32) -> bool {
-        match self.split[word / 4] {
-            0 => self.has(&self.lines[word / 4], e, lanes),
-            parts => {
-                let p = &self.parts.all[parts as usize - 1];
-                p.split[word % 4] == 0 && self.has(&p.cells[word % 4], e, lanes)
-            }
+        if self.split[line] != 0 {
+            return false;
         }
-    }
-
-    #[inline]
-    fn has(&self, c: &Cell, e: Epoch, lanes: u32) -> bool {
+        let c = &self.lines[line];
         match c.list {
             0 => c.r == e && c.lanes & lanes != 0,
             CROWD => c.w.is_none(),
@@ -141,23 +160,22 @@ impl Shadow {
         }
     }
 
-    /// Which words have been read and written, as [`READ`] and [`WRITTEN`].
-    pub(crate) fn marks(&self, mut tell: impl FnMut(usize, u8)) {
+    /// Which words have been read and written, as [`READ`] and [`WRITTEN`]: those of each line that was touched.
+    pub(crate) fn marks(&self, mut tell: impl FnMut(usize, [u8; 4])) {
         let of = |c: &Cell| {
             let read = if c.lanes != 0 || c.list != 0 { READ } else { 0 };
             read | if c.w.is_none() { 0 } else { WRITTEN }
         };
         for (line, c) in self.lines.iter().enumerate() {
-            let parts = self.split[line].checked_sub(1).map(|p| &self.parts.all[p as usize]);
-            for w in 0..4 {
-                let mark = match parts {
-                    None => of(c),
-                    Some(p) => match p.split[w].checked_sub(1) {
-                        None => of(&p.cells[w]),
-                        Some(b) => self.parts.all[b as usize].cells.iter().map(of).fold(0, |x, y| x | y),
-                    },
-                };
-                tell(line * 4 + w, mark);
+            let marks = match self.split[line].checked_sub(1).map(|p| &self.parts.all[p as usize]) {
+                None => [of(c); 4],
+                Some(p) => std::array::from_fn(|w| match p.split[w].checked_sub(1) {
+                    None => of(&p.cells[w]),
+                    Some(b) => self.parts.all[b as usize].cells.iter().map(of).fold(0, |x, y| x | y),
+                }),
+            };
+            if marks != [0; 4] {
+                tell(line * 4, marks);
             }
         }
     }
@@ -283,6 +301,45 @@ impl Shadow {
         *place = parts;
         i
     }
+}
+
+/// What [`cell`] does, where it finds nothing and makes no list: the last write is known, and so are the readers, or they
+/// are there already.
+#[inline(always)]
+fn quick(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, note: Note, a: &Access<'_>) -> bool {
+    let known = c.w.is_none() || a.knows_write(c.w);
+    match note {
+        Note::Write(e) => {
+            let free = known && c.list == 0 && (c.lanes == 0 || a.knows_readers(c.r, c.lanes));
+            if free {
+                *c = Cell { w: e, wpc: a.pc, ..Cell::default() };
+            }
+            free
+        }
+        Note::Read(e, lanes) => match c.list {
+            0 if c.lanes != 0 && c.r == e => add_lanes(&mut c.lanes, lanes, known),
+            0 if known && (c.lanes == 0 || a.knows_readers(c.r, c.lanes)) => {
+                (c.r, c.lanes, c.rpc) = (e, lanes, a.pc);
+                true
+            }
+            0 => false,
+            CROWD => known,
+            list => {
+                let list = &mut lists.all[list as usize - 1];
+                list.iter_mut().rev().take(RECENT).any(|r| r.e == e && add_lanes(&mut r.lanes, lanes, known))
+            }
+        },
+    }
+}
+
+/// Adds lanes to a reader when what they read is known; nothing new can be found where they are there already.
+#[inline(always)]
+fn add_lanes(to: &mut u32, lanes: u32, known: bool) -> bool {
+    let fine = known || *to & lanes == lanes;
+    if fine {
+        *to |= lanes;
+    }
+    fine
 }
 
 fn cell(lists: &mut Pool<Vec<Reader>>, c: &mut Cell, write: bool, same: Same<'_>, a: &Access<'_>) -> Option<Conflict> {

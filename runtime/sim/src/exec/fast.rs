@@ -11,7 +11,7 @@ use super::{Cluster, PAGE_BYTES, lanes};
 use crate::clock::{Epoch, Touch};
 use crate::op::{Access, Where};
 use crate::order::{self, Conflict};
-use crate::shadow::{LINE, Shadow};
+use crate::shadow::{LINE, Note, Shadow};
 use crate::space;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -92,7 +92,7 @@ impl Cluster<'_> {
         let touch = if matches!(access, Use::CopyTo) { Touch::Copy } else { Touch::Plain };
         // A read for a copy carries the mark of unwritten bytes along, and so may rows whose use nobody knows.
         let fine = |init: u8, mask: u8| match access {
-            Use::Load => init & mask == mask && init >> 4 & mask == 0,
+            Use::Load => init & (mask << 4 | mask) == mask,
             Use::Rows => init & mask == mask,
             Use::Store(..) | Use::CopyFrom | Use::CopyTo => true,
         };
@@ -129,6 +129,7 @@ impl Cluster<'_> {
                 independent: env.independent,
                 waited: &self.waited,
             };
+            let note = if write { Note::Write(access.epoch()) } else { Note::Read(epoch.1, 1 << l) };
             let o = offsets[l];
             // Whether the write changes nothing: asked only where it would be a race.
             let same = || {
@@ -166,25 +167,21 @@ impl Cluster<'_> {
                         (&mut **s, at % PAGE_BYTES)
                     }
                 };
+                let word = (at / 4) as usize;
+                let marks = |w: usize| match target {
+                    Target::Shared => smem.marks(w),
+                    Target::Global(i) => env.memory.allocs[i].marks(w),
+                };
                 let (conflict, written) = if unit == LINE {
                     let line = (offset / LINE) as usize;
-                    let known = !write && shadow.has_read_line(line, epoch.1, 1 << l);
-                    let conflict = if known { None } else { shadow.touch_line(line, write, &same, &access) };
-                    let first = (at / 4) as usize;
-                    let written = match target {
-                        Target::Shared => (first..first + 4).all(|w| fine(smem.marks(w), 0xf)),
-                        Target::Global(i) => (first..first + 4).all(|w| fine(env.memory.allocs[i].marks(w), 0xf)),
-                    };
-                    (conflict, written)
+                    let quick = shadow.quick_line(line, note, &access);
+                    let conflict = if quick { None } else { shadow.touch_line(line, write, &same, &access) };
+                    (conflict, write || (word..word + 4).all(|w| fine(marks(w), 0xf)))
                 } else {
-                    let word = (offset / 4) as usize;
-                    let known = !write && shadow.has_read(word, epoch.1, 1 << l);
-                    let conflict = if known { None } else { shadow.touch(word, mask, write, &same, &access) };
-                    let written = match target {
-                        Target::Shared => fine(smem.marks((at / 4) as usize), mask),
-                        Target::Global(i) => fine(env.memory.allocs[i].marks((at / 4) as usize), mask),
-                    };
-                    (conflict, written)
+                    let cell = (offset / 4) as usize;
+                    let quick = mask == 0xf && shadow.quick_word(cell, note, &access);
+                    let conflict = if quick { None } else { shadow.touch(cell, mask, write, &same, &access) };
+                    (conflict, write || fine(marks(word), mask))
                 };
                 if conflict.is_some() || !written {
                     faults.push((l, o, conflict));

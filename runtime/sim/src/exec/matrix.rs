@@ -23,13 +23,16 @@ impl Cluster<'_> {
                 };
                 for (i, r) in d.iter().enumerate() {
                     let mut out = [0u64; 32];
+                    let mut values = [[0u32; 4]; 8];
+                    for (v, row) in values.iter_mut().zip(&rows[i * 8..]) {
+                        if let Some((b, at)) = row {
+                            *v = self.blocks[*b].smem.line(*at);
+                        }
+                    }
                     for (l, o) in out.iter_mut().enumerate() {
-                        let (g, t) = (l as u64 / 4, l as u64 % 4 * 2);
-                        let e = |r: u64, c: u64| match rows[i * 8 + r as usize] {
-                            Some((b, at)) => self.blocks[b].smem.load(at + c * 2, 2),
-                            None => 0,
-                        };
-                        *o = if *trans { e(t, g) | e(t + 1, g) << 16 } else { e(g, t) | e(g, t + 1) << 16 };
+                        let (g, t) = (l / 4, l % 4);
+                        let e = |r: usize, c: usize| values[r][c / 2] >> (16 * (c % 2)) & 0xffff;
+                        *o = u64::from(if *trans { e(2 * t, g) | e(2 * t + 1, g) << 16 } else { values[g][t] });
                     }
                     super::run::blend(&mut warp.frames[frame as usize].regs[*r as usize], &out, m);
                 }
@@ -97,11 +100,11 @@ impl Cluster<'_> {
         place: (crate::op::Addr, crate::op::Where),
         count: usize,
         write: bool,
-    ) -> Option<Vec<Option<(usize, u64)>>> {
+    ) -> Option<[Option<(usize, u64)>; 32]> {
         let addrs = addresses(warp, frame, place.0);
-        let mut out = vec![None; count * 8];
+        let mut out = [None; 32];
         if !write && let Some(offsets) = self.load_rows(at, warp, pc, &addrs, place.1, count * 8) {
-            out.iter_mut().zip(offsets).for_each(|(o, offset)| *o = Some((at.block, offset)));
+            out.iter_mut().zip(offsets).take(count * 8).for_each(|(o, offset)| *o = Some((at.block, offset)));
             return Some(out);
         }
         let mut seen = Seen::default();
@@ -175,21 +178,36 @@ fn place(lane: usize, reg: usize, per: usize, groups: usize) -> (usize, usize) {
 const M: usize = 16;
 const N: usize = 8;
 
-/// Reads an operand of `groups` times eight rows into rows of `K` values.
+/// The elements of a register, lane after lane; says how many there are of a lane.
+#[inline(always)]
+fn elements(e: Elem, from: &V, into: &mut [f64; 128]) -> usize {
+    let per = (4 / e.bytes() as usize).max(1);
+    let lanes = from.iter().zip(into.chunks_exact_mut(per));
+    match e {
+        Elem::Bf16 => lanes.for_each(|(v, to)| {
+            to[0] = f64::from(f32::from_bits((*v as u32) << 16));
+            to[1] = f64::from(f32::from_bits(*v as u32 & 0xffff_0000));
+        }),
+        Elem::F16 => lanes.for_each(|(v, to)| {
+            to[0] = f64::from(num::f16_to_f32(*v as u16));
+            to[1] = f64::from(num::f16_to_f32((*v >> 16) as u16));
+        }),
+        _ => lanes.for_each(|(v, to)| {
+            to.iter_mut().enumerate().for_each(|(x, to)| *to = value(e, v >> (8 * e.bytes() * x as u32)));
+        }),
+    }
+    per
+}
+
+/// Reads an operand of `groups` times eight rows into rows of `K` values. Four lanes hold a row of a register.
 #[inline(always)]
 fn fetch<const K: usize>(list: &[u32], e: Elem, groups: usize, regs: &[V], out: &mut [[f64; K]]) {
-    let (bits, per) = (8 * e.bytes(), (4 / e.bytes() as usize).max(1));
+    let mut values = [0f64; 128];
     for (i, r) in list.iter().enumerate() {
-        for (lane, v) in regs[*r as usize].iter().enumerate() {
-            let (row, col) = place(lane, i, per, groups);
-            let to = &mut out[row][col..][..per];
-            match e {
-                Elem::Bf16 => {
-                    to[0] = f64::from(f32::from_bits((*v as u32) << 16));
-                    to[1] = f64::from(f32::from_bits(*v as u32 & 0xffff_0000));
-                }
-                _ => (0..per).for_each(|x| to[x] = value(e, v >> (bits * x as u32))),
-            }
+        let width = 4 * elements(e, &regs[*r as usize], &mut values);
+        let (first, column) = place(0, i, width / 4, groups);
+        for (row, values) in out[first..first + 8].iter_mut().zip(values.chunks_exact(width)) {
+            row[column..column + width].copy_from_slice(values);
         }
     }
 }
@@ -255,8 +273,10 @@ fn mma_of<const K: usize>(regs: &mut [V], op: &Mma) {
     for (i, out) in results.iter_mut().enumerate().take(op.d.len()) {
         let addends = &regs[op.c[i] as usize];
         if op.c_ty == Elem::F32 {
-            for (lane, (o, c)) in out.iter_mut().zip(addends).enumerate() {
-                let s = f64::from(f32::from_bits(*c as u32)) + dots[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
+            // Of each row, a lane has two columns side by side, one to a register.
+            let dots = dots[8 * (i / 2)..][..8].as_flattened().chunks_exact(2);
+            for ((o, c), dots) in out.iter_mut().zip(addends).zip(dots) {
+                let s = f64::from(f32::from_bits(*c as u32)) + dots[i % 2];
                 *o = u64::from(num::canon(s as f32).to_bits());
             }
             continue;

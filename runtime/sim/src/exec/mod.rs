@@ -21,6 +21,8 @@ mod flight;
 mod maps;
 mod matrix;
 mod mbar;
+mod operand;
+mod product;
 mod run;
 mod schedule;
 mod seen;
@@ -31,8 +33,8 @@ mod wgmma;
 
 use crate::clock::{BEFORE, Clock, Memo, Snapshot, View};
 use crate::launch::Lanes;
-use crate::memory::{Memory, READ, WRITTEN};
-use crate::op::Code;
+use crate::memory::{Memory, Plain, READ, WRITTEN};
+use crate::op::{Code, V};
 use crate::report::{Counts, Finding, FindingKind, Findings};
 use crate::shadow::Shadow;
 use state::{At, Block, Flight};
@@ -157,6 +159,15 @@ pub(crate) struct Cluster<'e> {
     empty: Rc<Clock>,
     /// The end of the launches before.
     before: Rc<Clock>,
+    /// Registers of warps that have ended.
+    registers: Vec<Vec<V>>,
+}
+
+/// Memory of blocks that have ended, for those that come after them.
+#[derive(Debug, Default)]
+pub(crate) struct Spare {
+    shared: Vec<(Plain, Shadow)>,
+    registers: Vec<Vec<V>>,
 }
 
 /// The barrier of the cluster.

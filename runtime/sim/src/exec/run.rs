@@ -3,7 +3,7 @@
 use super::state::{At, Group, State, Warp};
 use super::{Cluster, lanes};
 use crate::launch::Lanes;
-use crate::op::{BarKind, Inst, NONE, Op, Timer, V, Where};
+use crate::op::{BarKind, Inst, Kernel, NONE, Op, Reg, Timer, V, Where};
 use crate::report::FindingKind;
 use crate::space;
 use std::sync::atomic::Ordering::Relaxed;
@@ -65,10 +65,7 @@ impl Cluster<'_> {
             let frame = &mut warp.frames[frame_id as usize];
             match &inst.op {
                 Op::Alu { k, d, a, b, c, imm } => {
-                    let mut out: V = [0; 32];
-                    let r = &frame.regs;
-                    k(&r[*a as usize], &r[*b as usize], &r[*c as usize], *imm, &mut out);
-                    blend(&mut frame.regs[*d as usize], &out, m);
+                    lane_wise(&mut frame.regs, *k, *d, [*a, *b, *c], *imm, m);
                     pc += 1;
                     continue;
                 }
@@ -332,6 +329,22 @@ fn active(inst: &Inst, regs: &[V], mask: u32) -> u32 {
         bits |= ((*v & 1) as u32) << l;
     }
     mask & if inst.negate { !bits } else { bits }
+}
+
+/// Runs a lane-wise operation, straight into its register where all lanes take part and it reads others.
+#[inline(always)]
+fn lane_wise(regs: &mut [V], k: Kernel, d: Reg, sources: [Reg; 3], imm: u64, mask: u32) {
+    let (d, [a, b, c]) = (d as usize, sources.map(|s| s as usize));
+    if mask == u32::MAX && a != d && b != d && c != d {
+        let (below, rest) = regs.split_at_mut(d);
+        if let Some((out, above)) = rest.split_first_mut() {
+            let source = |i: usize| if i < d { &below[i] } else { &above[i - d - 1] };
+            return k(source(a), source(b), source(c), imm, out);
+        }
+    }
+    let mut out: V = [0; 32];
+    k(&regs[a], &regs[b], &regs[c], imm, &mut out);
+    blend(&mut regs[d], &out, mask);
 }
 
 /// Writes the lanes of `mask`.

@@ -114,6 +114,14 @@ impl Seen {
         let (mut waves, mut ideal) = (0, 0);
         for part in 0..parts {
             let lanes_here = self.mask & (((1u64 << per) - 1) << (part * per)) as u32;
+            // Where every lane has banks of its own, one wavefront serves them all.
+            let bank = |l: usize| self.addr[l] / u64::from(bytes.max(4)) % (32 / words);
+            let banks = lanes(lanes_here).fold(0u32, |x, l| x | 1 << bank(l));
+            if banks.count_ones() == lanes_here.count_ones() {
+                waves += u64::from(lanes_here != 0);
+                ideal += u64::from(lanes_here != 0);
+                continue;
+            }
             // The different words of each bank, as chains through `next`; 32 words at most.
             const END: u8 = u8::MAX;
             let (mut head, mut next, mut word) = ([END; 32], [END; 32], [0u64; 32]);

@@ -1,7 +1,7 @@
 //! Making clusters, blocks, warps and frames.
 
 use super::state::{At, Bar, Block, Frame, Group, Warp};
-use super::{Cluster, ClusterBar, Env, GlobalSync};
+use super::{Cluster, ClusterBar, Env, GlobalSync, Spare};
 use crate::clock::{Clock, Memo, View};
 use crate::memory::Plain;
 use crate::op::{Slot, Special, V};
@@ -14,7 +14,7 @@ use std::rc::Rc;
 
 impl<'e> Cluster<'e> {
     /// A cluster at the start of its kernel. `id` counts clusters, x first.
-    pub(crate) fn new(env: &'e Env<'e>, id: u32, sync: GlobalSync) -> Cluster<'e> {
+    pub(crate) fn new(env: &'e Env<'e>, id: u32, sync: GlobalSync, spare: &mut Spare) -> Cluster<'e> {
         let empty = Rc::new(Clock::default());
         let n = env.cluster_size();
         let mut c = Cluster {
@@ -41,6 +41,7 @@ impl<'e> Cluster<'e> {
             order: Vec::new(),
             idle: 0,
             empty,
+            registers: std::mem::take(&mut spare.registers),
         };
         let per = [0, 1, 2].map(|i| env.grid[i] / env.cluster[i]);
         let at = [id % per[0], id / per[0] % per[1], id / per[0] / per[1]];
@@ -48,7 +49,7 @@ impl<'e> Cluster<'e> {
             let [cx, cy, _] = env.cluster;
             let inside = [rank % cx, rank / cx % cy, rank / cx / cy];
             let ctaid = [0, 1, 2].map(|i| at[i] * env.cluster[i] + inside[i]);
-            c.add_block(ctaid);
+            c.add_block(ctaid, spare.shared.pop().unwrap_or_default());
         }
         for b in 0..c.blocks.len() {
             for w in 0..c.blocks[b].warps.len() {
@@ -58,14 +59,26 @@ impl<'e> Cluster<'e> {
         c
     }
 
-    fn add_block(&mut self, ctaid: [u32; 3]) {
+    /// Gives the memory of its blocks to clusters after it.
+    pub(crate) fn give_back(&mut self, spare: &mut Spare) {
+        spare.registers.append(&mut self.registers);
+        for block in &mut self.blocks {
+            spare.shared.push((std::mem::take(&mut block.smem), std::mem::take(&mut block.shadow)));
+            let frames = block.warps.iter_mut().flat_map(|w| &mut w.frames);
+            spare.registers.extend(frames.map(|f| std::mem::take(&mut f.regs)));
+        }
+    }
+
+    fn add_block(&mut self, ctaid: [u32; 3], (mut smem, mut shadow): (Plain, Shadow)) {
         let env = self.env;
         let threads = env.threads();
         let shared = env.shared_end as usize;
+        smem.clear(shared);
+        shadow.clear(if env.check { shared } else { 0 });
         let block = Block {
             ctaid,
-            smem: Plain::new(shared),
-            shadow: Shadow::new(if env.check { shared } else { 0 }),
+            smem,
+            shadow,
             warps: Vec::new(),
             bars: (0..16).map(|_| Bar { all: true, ..Bar::default() }).collect(),
             mbars: BTreeMap::new(),
@@ -120,9 +133,11 @@ impl<'e> Cluster<'e> {
         let id = match free {
             Some(i) => warp.free_frames.swap_remove(i),
             None => {
+                let mut regs = self.registers.pop().unwrap_or_default();
+                self.slots(at, func, &mut regs);
                 warp.frames.push(Frame {
                     func,
-                    regs: self.slots(at, func),
+                    regs,
                     area: vec![0xff; f.area_bytes as usize * 32],
                     ..Frame::default()
                 });
@@ -142,13 +157,12 @@ impl<'e> Cluster<'e> {
         id
     }
 
-    fn slots(&self, at: At, func: usize) -> Vec<V> {
+    fn slots(&self, at: At, func: usize, into: &mut Vec<V>) {
         let env = self.env;
-        let f = &env.code.funcs[func];
-        f.slots
-            .iter()
-            .enumerate()
-            .map(|(i, s)| match s {
+        let slots = &env.code.funcs[func].slots;
+        into.resize(slots.len(), [0; 32]);
+        for (i, (s, v)) in slots.iter().zip(into).enumerate() {
+            *v = match s {
                 // Undefined registers differ from seed to seed, so that a result made of one does too.
                 Slot::Register(ty) => {
                     let poison = (env.seed ^ i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 0x8000_0000;
@@ -170,8 +184,8 @@ impl<'e> Cluster<'e> {
                     [base.wrapping_add(*o as u64); 32]
                 }
                 Slot::Local(_) => [0; 32],
-            })
-            .collect()
+            };
+        }
     }
 
     fn special(&self, at: At, s: Special) -> V {

@@ -2,13 +2,12 @@
 
 use crate::clock::{Clock, Snapshot, Sync, View};
 use crate::memory::Plain;
-use crate::op::{Rmw, V, Wgmma};
+use crate::op::{Rmw, V};
 use crate::shadow::Shadow;
 use crate::syntax::Ty;
 use crate::tensormap::TensorMapDesc;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
-use std::sync::Arc;
 
 /// A thread: block in the cluster, warp in the block, lane.
 #[derive(Clone, Copy, Debug)]
@@ -119,31 +118,44 @@ pub(crate) struct WgmmaQueue {
 /// For the registers of each frame, one more than the last group of matrix operations that uses them and has not been
 /// awaited; zero for the others.
 #[derive(Debug, Default)]
-pub(crate) struct InFlight(BTreeMap<u32, Vec<u32>>);
+pub(crate) struct InFlight {
+    groups: Vec<Vec<u32>>,
+    /// Frame and register of those that are not zero.
+    used: Vec<(u32, u32)>,
+}
 
 impl InFlight {
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.used.is_empty()
     }
 
     pub(crate) fn insert(&mut self, frame: u32, registers: &[u32], group: u32) {
         let Some(last) = registers.iter().max() else { return };
-        let groups = self.0.entry(frame).or_default();
+        if self.groups.len() <= frame as usize {
+            self.groups.resize(frame as usize + 1, Vec::new());
+        }
+        let groups = &mut self.groups[frame as usize];
         if groups.len() <= *last as usize {
             groups.resize(*last as usize + 1, 0);
         }
-        registers.iter().for_each(|r| groups[*r as usize] = group + 1);
+        for r in registers {
+            if std::mem::replace(&mut groups[*r as usize], group + 1) == 0 {
+                self.used.push((frame, *r));
+            }
+        }
     }
 
     pub(crate) fn contains(&self, frame: u32, register: u32) -> bool {
-        self.0.get(&frame).is_some_and(|groups| groups.get(register as usize).is_some_and(|g| *g != 0))
+        let groups = self.groups.get(frame as usize);
+        groups.is_some_and(|groups| groups.get(register as usize).is_some_and(|g| *g != 0))
     }
 
     /// The first so many groups have been awaited.
-    pub(crate) fn complete(&mut self, groups: u32) {
-        self.0.retain(|_, of| {
-            of.iter_mut().for_each(|g| *g = if *g > groups { *g } else { 0 });
-            of.iter().any(|g| *g != 0)
+    pub(crate) fn complete(&mut self, awaited: u32) {
+        self.used.retain(|(frame, register)| {
+            let group = &mut self.groups[*frame as usize][*register as usize];
+            *group = if *group > awaited { *group } else { 0 };
+            *group != 0
         });
     }
 }
@@ -153,7 +165,8 @@ impl InFlight {
 pub(crate) struct PendingWgmma {
     pub(crate) group: u32,
     pub(crate) frame: u32,
-    pub(crate) op: Arc<Wgmma>,
+    /// The instruction.
+    pub(crate) pc: u32,
     pub(crate) a_desc: u64,
     pub(crate) b_desc: u64,
     pub(crate) scale_d: bool,

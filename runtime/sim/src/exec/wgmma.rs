@@ -1,10 +1,12 @@
-//! Warpgroup matrix operations: descriptors, operands in shared memory, and their asynchrony.
+//! Warpgroup matrix operations and their asynchrony.
 //!
 //! Each warp computes its own sixteen rows. Operations run when a wait completes them (or at once, by the seed), for
 //! all four warps together, since the completion of one warp's wait lets others overwrite the operands.
 
 use super::access::{Spot, Toucher};
-use super::matrix::{accumulate_int, value};
+use super::matrix::accumulate_int;
+use super::operand::{Descriptor, Operand, element};
+use super::product::{COLUMNS, multiply};
 use super::run::Flow;
 use super::state::{At, Block, PendingWgmma, State, Warp};
 use super::{Agent, Cluster};
@@ -13,62 +15,9 @@ use crate::num::{self, Round};
 use crate::op::{Elem, NONE, Op, Wgmma};
 use crate::order;
 use crate::report::FindingKind;
-use crate::shadow::LINE;
-use crate::tensormap::Swizzle;
+use crate::shadow::{LINE, Note};
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock};
-
-/// A shared-memory matrix descriptor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Descriptor {
-    start: u64,
-    leading: u64,
-    stride: u64,
-    base_offset: u64,
-    swizzle: Swizzle,
-}
-
-impl Descriptor {
-    fn decode(d: u64) -> Descriptor {
-        let field = |at: u32| (d >> at & 0x3fff) << 4;
-        let swizzle = match d >> 62 {
-            0 => Swizzle::None,
-            1 => Swizzle::B128,
-            2 => Swizzle::B64,
-            _ => Swizzle::B32,
-        };
-        Descriptor { start: field(0), leading: field(16), stride: field(32), base_offset: d >> 49 & 7, swizzle }
-    }
-
-    /// Address of the 16 bytes that hold (mn, k) and what follows it along the major dimension.
-    fn chunk(&self, mn: u64, k: u64, bytes: u64, mn_major: bool) -> u64 {
-        let span = match self.swizzle {
-            Swizzle::None => 16,
-            Swizzle::B32 => 32,
-            Swizzle::B64 => 64,
-            Swizzle::B128 => 128,
-        };
-        let linear = match (mn_major, self.swizzle) {
-            (false, Swizzle::None) => mn / 8 * self.stride + k * bytes / 16 * self.leading + mn % 8 * 16,
-            (false, Swizzle::B32 | Swizzle::B64 | Swizzle::B128) => mn / 8 * self.stride + mn % 8 * span + k * bytes,
-            (true, Swizzle::None) => mn / 8 * self.stride + k / 8 * self.leading + k % 8 * 16,
-            (true, Swizzle::B32 | Swizzle::B64 | Swizzle::B128) => {
-                let per = span / bytes;
-                mn / per * self.leading + k / 8 * self.stride + k % 8 * span + mn % per * bytes
-            }
-        };
-        self.swizzle.apply(self.start + linear)
-    }
-}
-
-/// An operand read from shared memory: values by row (mn) or by k, and the chunks it came from.
-struct Operand {
-    /// `values[k * rows + mn]`.
-    values: Vec<f32>,
-    chunks: Vec<u64>,
-    outside: Option<u64>,
-}
 
 /// Values of B by descriptor, columns, type and order: the four warps of a warpgroup, whose operations run together
 /// with nothing in between, multiply by the same ones.
@@ -78,79 +27,26 @@ type Shared = BTreeMap<(u64, usize, u8, bool), Vec<f32>>;
 const MOST_K: usize = 32;
 const MOST_N: usize = 256;
 
-fn table(e: Elem) -> Option<&'static [f32; 256]> {
-    static E4M3: OnceLock<[f32; 256]> = OnceLock::new();
-    static E5M2: OnceLock<[f32; 256]> = OnceLock::new();
-    let make = |e: Elem| std::array::from_fn(|i| value(e, i as u64) as f32);
-    match e {
-        Elem::E4m3 => Some(E4M3.get_or_init(|| make(e))),
-        Elem::E5m2 => Some(E5M2.get_or_init(|| make(e))),
-        Elem::Bf16 | Elem::F16 | Elem::Tf32 | Elem::S8 | Elem::U8 | Elem::F32 | Elem::S32 | Elem::F64 => None,
+impl Wgmma {
+    /// The rows of A that a warp multiplies.
+    fn a(&self, desc: u64, rank: usize) -> Operand {
+        let (desc, rows) = (Descriptor::decode(desc), 16 * rank..16 * rank + 16);
+        Operand { desc, rows, k: self.k, e: self.a_ty, mn_major: self.trans_a }
+    }
+
+    fn b(&self, desc: u64) -> Operand {
+        let desc = Descriptor::decode(desc);
+        Operand { desc, rows: 0..self.n, k: self.k, e: self.b_ty, mn_major: self.trans_b }
     }
 }
 
-fn element(e: Elem, bits: u64) -> f32 {
-    match e {
-        Elem::Bf16 => num::bf16_to_f32(bits as u16),
-        Elem::F16 => num::f16_to_f32(bits as u16),
-        Elem::Tf32 => f32::from_bits(bits as u32 & 0xffff_e000),
-        Elem::S8 => f32::from(bits as i8),
-        Elem::U8 => f32::from(bits as u8),
-        Elem::E4m3 | Elem::E5m2 => table(e).map_or(0.0, |t| t[bits as usize & 255]),
-        Elem::F32 | Elem::S32 | Elem::F64 => value(e, bits) as f32,
-    }
-}
-
-impl Cluster<'_> {
-    #[expect(clippy::too_many_arguments, reason = "an operand is all of these")]
-    fn operand(
-        &self,
-        block: usize,
-        desc: u64,
-        rows: std::ops::Range<usize>,
-        k: usize,
-        e: Elem,
-        mn_major: bool,
-        read: bool,
-    ) -> Operand {
-        let d = Descriptor::decode(desc);
-        let bytes = u64::from(e.bytes());
-        let per = 16 / bytes as usize;
-        let n = rows.len();
-        let mut out =
-            Operand { values: if read { vec![0.0; n * k] } else { Vec::new() }, chunks: Vec::new(), outside: None };
-        let mut visit = |mn: usize, kk: usize| {
-            let at = d.chunk((rows.start + mn) as u64, kk as u64, bytes, mn_major);
-            if at < crate::space::SHARED_BASE || at + 16 > self.env.shared_end {
-                out.outside = out.outside.or(Some(at));
-                return;
-            }
-            if !read {
-                out.chunks.push(at);
-                return;
-            }
-            let m = &self.blocks[block].smem;
-            let words = [m.load(at, 8), m.load(at + 8, 8)];
-            let mut put = |i: usize, v: f32| {
-                let (mn, kk) = if mn_major { (mn + i, kk) } else { (mn, kk + i) };
-                out.values[kk * n + mn] = v;
-            };
-            if e == Elem::Bf16 {
-                (0..8).for_each(|i| put(i, f32::from_bits(((words[i / 4] >> (i % 4 * 16)) as u32) << 16)));
-            } else {
-                let ones = super::access::ones(bytes as u32);
-                for i in 0..per {
-                    let bit = i * bytes as usize * 8;
-                    put(i, element(e, words[bit / 64] >> (bit % 64) & ones));
-                }
-            }
-        };
-        if mn_major {
-            (0..k).for_each(|kk| (0..n).step_by(per).for_each(|mn| visit(mn, kk)));
-        } else {
-            (0..n).for_each(|mn| (0..k).step_by(per).for_each(|kk| visit(mn, kk)));
+impl<'e> Cluster<'e> {
+    /// The operation of an instruction.
+    fn wgmma_op(&self, pc: u32) -> Option<&'e Wgmma> {
+        match &self.env.code.insts[pc as usize].op {
+            Op::Wgmma(op) => Some(op),
+            _ => None,
         }
-        out
     }
 
     pub(super) fn wgmma(&mut self, at: At, warp: &mut Warp, gi: usize, op: &Wgmma, m: u32) -> Flow {
@@ -169,7 +65,7 @@ impl Cluster<'_> {
         let pending = PendingWgmma {
             group: warp.wgmma.committed,
             frame,
-            op: Arc::new(op.clone()),
+            pc,
             a_desc: scalar(op.a_desc),
             b_desc: scalar(op.b_desc),
             scale_d: scalar(op.scale_d) & 1 == 1,
@@ -216,16 +112,14 @@ impl Cluster<'_> {
     fn check_operands(&mut self, at: At, warp: &mut Warp, pc: u32, lane: usize, w: &PendingWgmma) {
         let rank = at.warp % 4;
         let agent = (self.agent(Agent::Mma(at.block, at.warp / 4)).0, w.group + 1);
-        let op = w.op.clone();
-        let mut parts = Vec::new();
-        if op.a_desc != NONE {
-            parts.push(self.operand(at.block, w.a_desc, 16 * rank..16 * rank + 16, op.k, op.a_ty, op.trans_a, false));
-        }
+        let Some(op) = self.wgmma_op(pc) else { return };
+        let end = self.env.shared_end;
         // B is the same for the four warps; one of them registers it.
-        if rank == 0 {
-            parts.push(self.operand(at.block, w.b_desc, 0..op.n, op.k, op.b_ty, op.trans_b, false));
+        let parts = [(op.a_desc != NONE).then(|| op.a(w.a_desc, rank)), (rank == 0).then(|| op.b(w.b_desc))];
+        let mut outside = None;
+        for part in parts.iter().flatten() {
+            part.chunks(|_, _, o| outside = outside.or_else(|| (!Operand::inside(o, end)).then_some(o)));
         }
-        let outside = parts.iter().find_map(|p| p.outside);
         if outside.is_some() {
             let text = "an operand of wgmma reaches outside shared memory";
             self.report(FindingKind::OutOfBounds, pc, at, lane, outside, text, None);
@@ -262,15 +156,18 @@ impl Cluster<'_> {
         let (reader, mask) = access.reader();
         let Block { smem, shadow, .. } = &mut self.blocks[at.block];
         let mut faults = Vec::new();
-        for o in parts.iter().flat_map(|p| &p.chunks) {
-            let line = (*o / LINE) as usize;
-            if shadow.has_read_line(line, reader, mask) {
-                continue;
-            }
-            let conflict = shadow.touch_line(line, false, &|| false, &access);
-            if conflict.is_some() || !(smem.written(*o, 8, false) && smem.written(*o + 8, 8, false)) {
-                faults.push((*o, conflict));
-            }
+        for part in parts.iter().flatten() {
+            part.chunks(|_, _, o| {
+                let line = (o / LINE) as usize;
+                if !Operand::inside(o, end) || shadow.has_read_line(line, reader, mask) {
+                    return;
+                }
+                let quick = shadow.quick_line(line, Note::Read(reader, mask), &access);
+                let conflict = if quick { None } else { shadow.touch_line(line, false, &|| false, &access) };
+                if conflict.is_some() || !smem.line_written(o) {
+                    faults.push((o, conflict));
+                }
+            });
         }
         let t = Toucher { at, lane, pc, touch: Touch::Mma, agent };
         for (o, conflict) in faults {
@@ -340,12 +237,14 @@ impl Cluster<'_> {
     }
 
     fn execute_wgmma(&mut self, at: At, warp: &mut Warp, w: &PendingWgmma, shared: &mut Shared) {
-        let op = &*w.op;
-        let rank = at.warp % 4;
-        let (n, k) = (op.n, op.k);
-        let b = shared
-            .entry((w.b_desc, n, op.b_ty as u8, op.trans_b))
-            .or_insert_with(|| self.operand(at.block, w.b_desc, 0..n, k, op.b_ty, op.trans_b, true).values);
+        let Some(op) = self.wgmma_op(w.pc) else { return };
+        let (n, k, end) = (op.n, op.k, self.env.shared_end);
+        let smem = &self.blocks[at.block].smem;
+        let b = shared.entry((w.b_desc, n, op.b_ty as u8, op.trans_b)).or_insert_with(|| {
+            let mut b = vec![0f32; n * k];
+            op.b(w.b_desc).read(smem, end, (1, n), &mut b);
+            b
+        });
         // A by rows: a[row * k + kk].
         let mut a = [0f32; 16 * MOST_K];
         let a = &mut a[..16 * k];
@@ -362,8 +261,7 @@ impl Cluster<'_> {
                 }
             }
         } else {
-            let v = self.operand(at.block, w.a_desc, 16 * rank..16 * rank + 16, k, op.a_ty, op.trans_a, true).values;
-            (0..16).for_each(|row| (0..k).for_each(|kk| a[row * k + kk] = v[kk * 16 + row]));
+            op.a(w.a_desc, at.warp % 4).read(smem, end, (k, 1), a);
         }
         if op.negate_a != op.negate_b {
             a.iter_mut().for_each(|x| *x = -*x);
@@ -377,22 +275,21 @@ impl Cluster<'_> {
             if !w.scale_d {
                 *out = [0; 32];
             }
-            // Element `e` of a lane: two columns side by side, then the rows eight below, then the next eight columns.
-            let start = |e: usize| 8 * (e / 2 % 2) * n + e / 4 * 8 + e % 2;
-            let places = |e: usize| (0..32).map(move |lane| start(e) + lane / 4 * n + lane % 4 * 2);
+            // Pair `e` of a lane has two columns side by side: the rows eight below come next, then the next eight columns.
+            let pairs = |e: usize| dots[8 * COLUMNS * e..][..8 * COLUMNS].chunks_exact(2);
             match op.d_ty {
-                Elem::S32 => out.iter_mut().zip(places(i)).for_each(|(o, at)| {
-                    *o = accumulate_int(*o, dots[at] as i64, op.satfinite);
+                Elem::S32 => out.iter_mut().zip(pairs(i / 2)).for_each(|(o, dots)| {
+                    *o = accumulate_int(*o, dots[i % 2] as i64, op.satfinite);
                 }),
-                Elem::F16 => out.iter_mut().zip(places(2 * i).zip(places(2 * i + 1))).for_each(|(o, at)| {
-                    let one = |h: u32, at: usize| {
-                        let c = f64::from(num::f16_to_f32((*o >> (16 * h)) as u16));
-                        u64::from(num::encode(c + f64::from(dots[at]), num::F16, Round::NearestEven, false)) << (16 * h)
+                Elem::F16 => out.iter_mut().zip(pairs(i)).for_each(|(o, dots)| {
+                    let one = |h: u32| {
+                        let c = f64::from(num::f16_to_f32((*o >> (16 * h)) as u16)) + f64::from(dots[h as usize]);
+                        u64::from(num::encode(c, num::F16, Round::NearestEven, false)) << (16 * h)
                     };
-                    *o = one(0, at.0) | one(1, at.1);
+                    *o = one(0) | one(1);
                 }),
-                _ => out.iter_mut().zip(places(i)).for_each(|(o, at)| {
-                    *o = u64::from(num::canon(f32::from_bits(*o as u32) + dots[at]).to_bits());
+                _ => out.iter_mut().zip(pairs(i / 2)).for_each(|(o, dots)| {
+                    *o = u64::from(num::canon(f32::from_bits(*o as u32) + dots[i % 2]).to_bits());
                 }),
             }
         }
@@ -424,80 +321,5 @@ impl Cluster<'_> {
                 None,
             );
         }
-    }
-}
-
-/// `dots[i][j] = sum over k of a[i][k] * b[k][j]` for sixteen rows. Sums of integers of eight bits stay exact in f32
-/// only up to 2^24, which products over 32 steps do not reach.
-fn multiply(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has what the function was compiled for.
-            return unsafe { multiply_512(a, b, dots, n, k) };
-        }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: as above.
-            return unsafe { multiply_256(a, b, dots, n, k) };
-        }
-    }
-    multiply_by_rows(a, b, dots, n, k);
-}
-
-/// With wider vectors. Products and sums stay apart, so that every width rounds alike.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn multiply_512(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
-    multiply_by_rows(a, b, dots, n, k);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn multiply_256(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
-    multiply_by_rows(a, b, dots, n, k);
-}
-
-#[inline(always)]
-fn multiply_by_rows(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
-    if n.is_multiple_of(16) {
-        multiply_columns::<16>(a, b, dots, n, k);
-    } else {
-        multiply_columns::<8>(a, b, dots, n, k);
-    }
-}
-
-/// Four rows and `W` columns at a time, whose sums stay in registers.
-#[inline(always)]
-fn multiply_columns<const W: usize>(a: &[f32], b: &[f32], dots: &mut [f32], n: usize, k: usize) {
-    for (a, dots) in a.chunks_exact(4 * k).zip(dots.chunks_exact_mut(4 * n)) {
-        for c in (0..n).step_by(W) {
-            let mut sums = [[0f32; W]; 4];
-            for kk in 0..k {
-                let column = &b[kk * n + c..][..W];
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let x = a[row * k + kk];
-                    sums.iter_mut().zip(column).for_each(|(s, y)| *s += x * y);
-                }
-            }
-            sums.iter().enumerate().for_each(|(row, sums)| dots[row * n + c..][..W].copy_from_slice(sums));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn descriptors_find_rows_and_chunks() {
-        let d = Descriptor::decode(0x1000 >> 4 | 1 << 16 | 64 << 32 | 1 << 62);
-        assert_eq!((d.start, d.leading, d.stride, d.swizzle), (0x1000, 16, 1024, Swizzle::B128));
-        // Row 9, k 8 of bf16: second group of rows, first row of it plus one, chunk 1 swizzled by row 1.
-        assert_eq!(d.chunk(9, 8, 2, false), (0x1000 + 1024 + 128));
-        // MN-major: k picks the row of 128 bytes.
-        let t = Descriptor::decode(0x1000 >> 4 | 128 << 16 | 64 << 32 | 1 << 62);
-        assert_eq!(t.chunk(64, 3, 2, true), 0x1000 + 2048 + 3 * 128 + (3 << 4));
-        let none = Descriptor::decode(0x1000 >> 4 | 8 << 16 | 16 << 32);
-        assert_eq!(none.chunk(9, 8, 2, false), 0x1000 + 256 + 128 + 16);
     }
 }
