@@ -144,10 +144,28 @@ impl View {
         self.own += 1;
     }
 
-    /// Takes over `v` and `p` wholly.
-    pub(crate) fn acquire(&mut self, memo: &mut Memo, v: &Rc<Clock>, p: &Rc<Clock>) {
-        self.v = memo.join(&self.v, v);
-        self.p = memo.join(&self.p, p);
+    /// The threads of these views take over `v` and `p` wholly. Threads of a warp mostly know the same, so that what one
+    /// of them knows afterwards the next one does too.
+    pub(crate) fn acquire<'a>(
+        views: impl Iterator<Item = &'a mut View>,
+        memo: &mut Memo,
+        v: &Rc<Clock>,
+        p: &Rc<Clock>,
+    ) {
+        let mut last: Option<[Rc<Clock>; 4]> = None;
+        for view in views {
+            let [old_v, old_p, new_v, new_p] = match last {
+                Some(known) if Rc::ptr_eq(&known[0], &view.v) && Rc::ptr_eq(&known[1], &view.p) => known,
+                _ => [view.v.clone(), view.p.clone(), memo.join(&view.v, v), memo.join(&view.p, p)],
+            };
+            (view.v, view.p) = (new_v.clone(), new_p.clone());
+            last = Some([old_v, old_p, new_v, new_p]);
+        }
+    }
+
+    /// Whether two threads know the same and are at the same time.
+    pub(crate) fn alike(&self, other: &View) -> bool {
+        self.own == other.own && Rc::ptr_eq(&self.v, &other.v) && Rc::ptr_eq(&self.p, &other.p)
     }
 
     /// Shows everything this thread knows to the async proxy.

@@ -462,7 +462,7 @@ mod tests {
         let (v, p) = s.share();
         let mut memo = Memo::default();
         for w in views {
-            w.acquire(&mut memo, &v, &p);
+            View::acquire(std::iter::once(w), &mut memo, &v, &p);
         }
     }
 

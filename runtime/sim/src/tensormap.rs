@@ -314,11 +314,9 @@ impl TensorMapDesc {
         self.box_dims.iter().map(|b| u64::from(*b)).product::<u64>() * u64::from(self.dtype.bytes())
     }
 
-    /// Calls `f` for each run of the box at `coords`: offset in the unswizzled box, bytes, and global address where the
-    /// run is in range. A run lies in one piece of sixteen bytes of the box, which a swizzle moves as a whole.
-    pub(crate) fn each(&self, coords: &[i64], mut f: impl FnMut(u64, u64, Option<u64>)) {
-        let bytes = u64::from(self.dtype.bytes());
-        let width = u64::from(self.box_dims[0]);
+    /// Calls `f` for each row of the box at `coords`, with the address of the element that is first in the tensor's row,
+    /// where the row is in range.
+    fn rows(&self, coords: &[i64], mut f: impl FnMut(u64, Option<u64>)) {
         let step = |i: usize| i64::from(self.element_strides.get(i).copied().unwrap_or(1));
         let rows: u64 = self.box_dims[1..].iter().map(|b| u64::from(*b)).product();
         let mut at = [0u32; 5];
@@ -331,22 +329,7 @@ impl TensorMapDesc {
                     _ => None,
                 };
             }
-            let address = |x: u64| {
-                let c = u64::try_from(coords[0] + x as i64 * step(0)).ok().filter(|c| *c < self.dims[0])?;
-                Some(start?.wrapping_add(c * bytes))
-            };
-            let mut x = 0;
-            while x < width {
-                let offset = (row * width + x) * bytes;
-                let first = address(x);
-                let room = ((16 - offset % 16) / bytes).max(1).min(width - x);
-                let mut n = 1;
-                while n < room && address(x + n) == first.map(|a| a + n * bytes) {
-                    n += 1;
-                }
-                f(offset, n * bytes, first);
-                x += n;
-            }
+            f(row, start);
             for (a, b) in at[1..].iter_mut().zip(&self.box_dims[1..]) {
                 *a += 1;
                 if *a < *b {
@@ -355,6 +338,61 @@ impl TensorMapDesc {
                 *a = 0;
             }
         }
+    }
+
+    /// The elements of a row of the box that are in range, from the first to behind the last.
+    fn inside(&self, coords: &[i64]) -> (u64, u64) {
+        let (width, step) =
+            (i64::from(self.box_dims[0]), i64::from(self.element_strides.first().copied().unwrap_or(1)));
+        // The first x with `coords[0] + x * step` not below the bound.
+        let from = |bound: i64| (bound.saturating_sub(coords[0]) + step - 1).div_euclid(step).clamp(0, width) as u64;
+        (from(0), from(i64::try_from(self.dims[0]).unwrap_or(i64::MAX)))
+    }
+
+    /// Calls `f` for each run of the box at `coords`: offset in the unswizzled box, bytes, and global address where the
+    /// run is in range. A run lies in one piece of sixteen bytes of the box, which a swizzle moves as a whole.
+    pub(crate) fn each(&self, coords: &[i64], mut f: impl FnMut(u64, u64, Option<u64>)) {
+        let bytes = u64::from(self.dtype.bytes());
+        let (width, (from, to)) = (u64::from(self.box_dims[0]), self.inside(coords));
+        let step = self.element_strides.first().map_or(1, |s| u64::from(*s));
+        self.rows(coords, |row, start| {
+            let (from, to) = if start.is_some() { (from, to) } else { (width, width) };
+            let mut x = 0;
+            while x < width {
+                let offset = (row * width + x) * bytes;
+                let piece = x + ((16 - offset % 16) / bytes).max(1);
+                let (end, valid) = match x {
+                    _ if x < from => (piece.min(from), None),
+                    _ if x < to => (if step == 1 { piece.min(to) } else { x + 1 }, start),
+                    _ => (piece, None),
+                };
+                let end = end.min(width);
+                let first = (coords[0].wrapping_add((x * step) as i64) as u64).wrapping_mul(bytes);
+                f(offset, (end - x) * bytes, valid.map(|start| start.wrapping_add(first)));
+                x = end;
+            }
+        });
+    }
+
+    /// Address and bytes of each stretch of memory that the box at `coords` takes in.
+    pub(crate) fn stretches(&self, coords: &[i64]) -> Vec<(u64, u64)> {
+        let mut all: Vec<(u64, u64)> = Vec::new();
+        let mut add = |at: u64, n: u64| match all.last_mut() {
+            Some((start, len)) if *start + *len == at => *len += n,
+            _ => all.push((at, n)),
+        };
+        if self.element_strides.first().is_none_or(|s| *s == 1) {
+            let (bytes, (from, to)) = (u64::from(self.dtype.bytes()), self.inside(coords));
+            let first = (coords[0].wrapping_add(from as i64) as u64).wrapping_mul(bytes);
+            self.rows(coords, |_, start| {
+                if let Some(start) = start.filter(|_| from < to) {
+                    add(start.wrapping_add(first), (to - from) * bytes);
+                }
+            });
+        } else {
+            self.each(coords, |_, n, at| at.into_iter().for_each(|at| add(at, n)));
+        }
+        all
     }
 }
 

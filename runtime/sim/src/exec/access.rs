@@ -4,11 +4,11 @@ use super::run::Flow;
 use super::seen::Seen;
 use super::state::{At, Warp};
 use super::{Cluster, PAGE_BYTES, lanes};
-use crate::clock::Touch;
+use crate::clock::{Epoch, Touch};
 use crate::op::{Access, Addr, Order, Where};
 use crate::order::{self, Conflict};
 use crate::report::FindingKind;
-use crate::shadow::{LINE, Shadow};
+use crate::shadow::{LINE, Note, Shadow};
 use crate::space;
 use crate::syntax::Ty;
 use std::sync::{Mutex, PoisonError};
@@ -202,6 +202,51 @@ impl Cluster<'_> {
             }
             None => true,
         }
+    }
+
+    /// Registers the read of the same words of shared memory by several lanes: at once where they know the same and
+    /// nothing is wrong, else lane by lane.
+    pub(super) fn read_together(&mut self, warp: &Warp, lanes: u32, t: Toucher, place: (usize, u64), bytes: u32) {
+        let mut rest = lanes;
+        if self.quick_together(warp, rest, t, place, bytes) {
+            return;
+        }
+        while rest != 0 {
+            let lane = rest.trailing_zeros() as usize;
+            rest &= rest - 1;
+            self.touch(warp, Toucher { lane, ..t }, Spot::Shared(place.0, place.1), bytes, false, false);
+            // The first one has made room for its warp among the readers.
+            if lane == lanes.trailing_zeros() as usize && self.quick_together(warp, rest, t, place, bytes) {
+                return;
+            }
+        }
+    }
+
+    fn quick_together(&mut self, warp: &Warp, lanes: u32, t: Toucher, place: (usize, u64), bytes: u32) -> bool {
+        let (first, base) = (&warp.views[t.lane], self.component(t.at, 0));
+        if !super::lanes(lanes).all(|l| warp.views[l].alike(first)) {
+            return false;
+        }
+        let access = order::Access {
+            view: first,
+            peers: None,
+            cluster: self.id,
+            // None of them: what one lane did, the others need not know.
+            me: u32::MAX,
+            warp: base,
+            block_size: self.env.block_size(),
+            touch: t.touch,
+            agent: 0,
+            agent_time: 0,
+            pc: t.pc,
+            memo: &order::Memo::default(),
+            independent: self.env.independent,
+            waited: &self.waited,
+        };
+        let note = Note::Read(Epoch::new(t.touch, self.id, base, first.own), lanes);
+        let mut words = (place.1 / 4) as usize..((place.1 + u64::from(bytes)) / 4) as usize;
+        let shadow = &mut self.blocks[place.0].shadow;
+        words.all(|word| shadow.quick_word(word, note, &access))
     }
 
     pub(super) fn conflict(&mut self, t: Toucher, c: Conflict, addr: u64, write: bool) {
@@ -423,9 +468,13 @@ fn touch_range(
 ) -> Option<Conflict> {
     let mut found = None;
     let (mut at, end) = (offset, offset + bytes);
+    let (reader, lanes) = access.reader();
+    let note = if write { Note::Write(access.epoch()) } else { Note::Read(reader, lanes) };
     while at < end {
         let (conflict, next) = if at % LINE == 0 && end - at >= LINE {
-            (shadow.touch_line((at / LINE) as usize, write, same, access), at + LINE)
+            let line = (at / LINE) as usize;
+            let quick = shadow.quick_line(line, note, access);
+            (if quick { None } else { shadow.touch_line(line, write, same, access) }, at + LINE)
         } else {
             let next = (at / 4 * 4 + 4).min(end);
             let mask = ((1u32 << (next - at)) - 1) << (at % 4);

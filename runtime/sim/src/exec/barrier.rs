@@ -2,8 +2,8 @@
 
 use super::run::{Flow, arrives_only, blend};
 use super::state::{At, BarDone, Group, State, Warp};
-use super::{Cluster, lanes};
-use crate::clock::{Clock, Sync, Touch};
+use super::{Cluster, lanes, of};
+use crate::clock::{Clock, Sync, Touch, View};
 use crate::op::{BarKind, Collective, Inst, NONE, Op};
 use crate::report::FindingKind;
 use std::collections::BTreeMap;
@@ -173,9 +173,7 @@ impl Cluster<'_> {
             blend(&mut warp.frames[frame].regs[*d as usize], &[v; 32], mask);
         }
         if self.env.check {
-            for l in lanes(mask) {
-                warp.views[l].acquire(&mut self.memo, &done.v, &done.p);
-            }
+            View::acquire(of(&mut warp.views, mask), &mut self.memo, &done.v, &done.p);
         }
         true
     }
@@ -371,9 +369,7 @@ impl Cluster<'_> {
             && acquire
             && let Some((v, p)) = self.cluster_bar.done.clone()
         {
-            for l in lanes(mask) {
-                warp.views[l].acquire(&mut self.memo, &v, &p);
-            }
+            View::acquire(of(&mut warp.views, mask), &mut self.memo, &v, &p);
         }
         true
     }
@@ -415,8 +411,6 @@ impl Cluster<'_> {
         }
         let (v, p) = sync.share();
         let (v, p): (Rc<_>, Rc<_>) = (v, p);
-        for l in lanes(m) {
-            warp.views[l].acquire(&mut self.memo, &v, &p);
-        }
+        View::acquire(of(&mut warp.views, m), &mut self.memo, &v, &p);
     }
 }

@@ -258,20 +258,10 @@ impl Cluster<'_> {
 
     /// Registers an access to the global side, run by run.
     fn touch_global(&mut self, warp: &Warp, t: Toucher, source: &Source, bytes: u32, write: bool) -> bool {
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        match source {
-            Source::Linear(a) => runs.push((*a, u64::from(bytes))),
-            Source::Tensor(map, coords) => {
-                map.each(coords, |_, n, a| {
-                    if let Some(a) = a {
-                        match runs.last_mut() {
-                            Some((start, len)) if *start + *len == a => *len += n,
-                            _ => runs.push((a, n)),
-                        }
-                    }
-                });
-            }
-        }
+        let runs = match source {
+            Source::Linear(a) => vec![(*a, u64::from(bytes))],
+            Source::Tensor(map, coords) => map.stretches(coords),
+        };
         let mut moved = 0;
         for (addr, len) in runs.into_iter().filter(|r| r.1 > 0) {
             let Some(spot) = self.global_spot(addr, len) else {

@@ -3,8 +3,8 @@
 use super::access::{Spot, Toucher, addresses, get, set};
 use super::run::Flow;
 use super::state::{At, Mbarrier, State, Warp};
-use super::{Agent, Cluster, lanes};
-use crate::clock::{Scope, Sync, Touch};
+use super::{Agent, Cluster, lanes, of};
+use crate::clock::{Scope, Sync, Touch, View};
 use crate::op::{Addr, Mbar, NONE, Where};
 use crate::report::FindingKind;
 
@@ -247,7 +247,14 @@ impl Cluster<'_> {
         let Mbar::Wait { d, state, parity, suspends, order } = op else { return Flow::Next };
         let mut results = [false; 32];
         let mut blocked = None;
+        // Mostly all lanes ask the same.
+        let mut last = None;
         for l in lanes(m) {
+            let question = (addrs[l], get(warp, frame, *state, l));
+            if let Some((_, answer)) = last.filter(|(q, _)| *q == question) {
+                results[l] = answer;
+                continue;
+            }
             let Some(Spot::Shared(b, offset)) = self.resolve(space, addrs[l], 8, warp, frame, at, l, pc) else {
                 continue;
             };
@@ -256,13 +263,14 @@ impl Cluster<'_> {
                 results[l] = true;
                 continue;
             }
-            let s = get(warp, frame, *state, l);
+            let s = question.1;
             let Some(bar) = self.blocks[b].mbars.get(&(offset as u32)) else { continue };
             let wanted = if *parity { s & 1 } else { s >> 63 };
             results[l] = bar.phase & 1 != wanted;
             if !results[l] {
                 blocked = Some((b, offset as u32, bar.phase));
             }
+            last = Some((question, results[l]));
         }
         let any = lanes(m).any(|l| results[l]);
         let gave_up = std::mem::take(&mut warp.groups[gi].give_up);
@@ -274,17 +282,21 @@ impl Cluster<'_> {
                 return Flow::Stay(State::Mbar { block, offset, phase });
             }
         }
-        for l in lanes(m) {
-            set(warp, frame, *d, l, u64::from(results[l]));
+        lanes(m).for_each(|l| set(warp, frame, *d, l, u64::from(results[l])));
+        let mut rest = m;
+        while rest != 0 && self.env.check {
+            let l = Self::first_lane(rest);
+            let group = lanes(rest).filter(|k| addrs[*k] == addrs[l]).fold(0, |x, k| x | 1 << k);
+            rest &= !group;
             let Some(Spot::Shared(b, offset)) = self.shared_of(space, addrs[l], at) else { continue };
             let strong = Toucher { at, lane: l, pc, touch: Touch::Strong(Scope::Cluster), agent: (0, 0) };
-            self.touch(warp, strong, Spot::Shared(b, offset), 8, false, false);
-            if results[l]
+            self.read_together(warp, group, strong, (b, offset), 8);
+            let through = lanes(group).filter(|k| results[*k]).fold(0, |x, k| x | 1 << k);
+            if through != 0
                 && order.acquire
-                && self.env.check
                 && let Some(bar) = self.blocks[b].mbars.get(&(offset as u32))
             {
-                warp.views[l].acquire(&mut self.memo, &bar.done.0, &bar.done.1);
+                View::acquire(of(&mut warp.views, through), &mut self.memo, &bar.done.0, &bar.done.1);
                 let (agent, time) = (bar.agent, bar.time - 1);
                 self.has_waited(agent, time);
             }

@@ -261,6 +261,11 @@ impl<'e> Cluster<'e> {
     }
 }
 
+/// What belongs to the lanes of a mask.
+pub(crate) fn of<T>(all: &mut [T], mask: u32) -> impl Iterator<Item = &mut T> {
+    all.iter_mut().enumerate().filter(move |(l, _)| mask >> l & 1 == 1).map(|(_, x)| x)
+}
+
 /// The set lanes of a mask, in order.
 pub(crate) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     let mut rest = mask;

@@ -1,7 +1,8 @@
 //! The step of an instruction.
 
 use super::state::{At, Group, State, Warp};
-use super::{Cluster, lanes};
+use super::{Cluster, lanes, of};
+use crate::clock::View;
 use crate::launch::Lanes;
 use crate::op::{BarKind, Inst, Kernel, NONE, Op, Reg, Timer, V, Where};
 use crate::report::FindingKind;
@@ -246,9 +247,7 @@ impl Cluster<'_> {
                 self.blocks[at.block].awaited = true;
                 if self.env.check {
                     let before = self.before.clone();
-                    for l in lanes(m) {
-                        warp.views[l].acquire(&mut self.memo, &before, &before);
-                    }
+                    View::acquire(of(&mut warp.views, m), &mut self.memo, &before, &before);
                 }
                 Flow::Next
             }

@@ -185,12 +185,10 @@ impl<'e> Cluster<'e> {
             return Flow::Next;
         }
         let first = at.warp / 4 * 4;
-        let peers: Vec<usize> =
-            (first..first + 4).filter(|w| *w != at.warp && *w < self.blocks[at.block].warps.len()).collect();
+        let peers = (first..self.blocks[at.block].warps.len().min(first + 4)).filter(|w| *w != at.warp);
         // The operations are those of four warps; the wait ends when all of them have issued theirs.
-        if peers.iter().any(|w| {
-            self.blocks[at.block].warps[*w].wgmma.committed < complete && self.blocks[at.block].warps[*w].live != 0
-        }) {
+        let behind = |w: &Warp| w.wgmma.committed < complete && w.live != 0;
+        if peers.clone().any(|w| behind(&self.blocks[at.block].warps[w])) {
             return Flow::Stay(State::Wgmma);
         }
         let mut shared = Shared::default();
