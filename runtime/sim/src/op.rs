@@ -202,6 +202,23 @@ pub(crate) struct Mma {
     pub(crate) c: Vec<Reg>,
 }
 
+/// `wmma.mma`.
+#[derive(Clone, Debug)]
+pub(crate) struct Wmma {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) a_ty: Elem,
+    pub(crate) b_ty: Elem,
+    pub(crate) c_ty: Elem,
+    pub(crate) d_ty: Elem,
+    pub(crate) satfinite: bool,
+    pub(crate) d: Vec<Reg>,
+    pub(crate) a: Vec<Reg>,
+    pub(crate) b: Vec<Reg>,
+    pub(crate) c: Vec<Reg>,
+}
+
 /// `wgmma.mma_async`.
 #[derive(Clone, Debug)]
 pub(crate) struct Wgmma {
@@ -425,12 +442,14 @@ pub(crate) enum Op {
         a: Reg,
     },
     Mma(Box<Mma>),
+    Wmma(Box<Wmma>),
     Wgmma(Box<Wgmma>),
     WgmmaFence,
     WgmmaCommit,
     WgmmaWait {
         pending: u32,
     },
+    /// `setmaxnreg`, which all warps of a warpgroup execute together.
     SetMaxReg,
     CpAsync {
         dst: Addr,
@@ -490,10 +509,12 @@ impl Op {
             | Op::Stmatrix { .. }
             | Op::Movmatrix { .. }
             | Op::Mma(_)
+            | Op::Wmma(_)
             | Op::Wgmma(_)
             | Op::WgmmaFence
             | Op::WgmmaCommit
             | Op::WgmmaWait { .. }
+            | Op::SetMaxReg
             | Op::TensormapCopy { .. } => (true, false),
             Op::Brx { .. } | Op::Call(_) | Op::Ret | Op::Exit | Op::Trap | Op::BulkWait { .. } => (false, true),
             Op::Mbar { op, .. } => (false, matches!(**op, Mbar::Wait { .. })),
@@ -514,7 +535,6 @@ impl Op {
             | Op::ActiveMask { .. }
             | Op::Fence { .. }
             | Op::ProxyFence
-            | Op::SetMaxReg
             | Op::CpAsync { .. }
             | Op::CpAsyncCommit
             | Op::CpAsyncWait { .. }

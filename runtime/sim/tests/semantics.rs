@@ -651,3 +651,15 @@ fn a_copy_that_arrives_at_an_mbarrier_is_known_to_its_own_thread() -> Result<(),
     }
     Ok(())
 }
+
+#[test]
+fn warps_of_a_warpgroup_resize_their_registers_together() -> Result<(), Error> {
+    let guarded = |guard: &str| {
+        format!("setp.lt.u32 %p0, %r0, {guard}; @!%p0 bra DONE;\nsetmaxnreg.dec.sync.aligned.u32 40;\nDONE:\n")
+    };
+    assert_eq!(kinds(&run(&guarded("128"), 1, 256, 1, 32, 0)?.0), []);
+    let (report, _) = run(&guarded("96"), 1, 256, 1, 32, 0)?;
+    let found: Vec<_> = report.findings.iter().map(|f| (f.kind, f.line, f.times)).collect();
+    assert_eq!(found, [(FindingKind::Misuse, 16, 3)]);
+    Ok(())
+}

@@ -18,6 +18,7 @@ mod memory;
 mod operand;
 mod tensor;
 mod video;
+mod wmma;
 
 pub(crate) use half_float::combine as combine_half;
 
@@ -395,7 +396,9 @@ fn class_of(p: Name<'_>) -> Class {
         "bra" | "brx" | "call" | "ret" | "exit" | "trap" => Class::Control,
         "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => Class::Warp,
         "bar" | "barrier" | "mbarrier" | "fence" | "membar" => Class::Barrier,
-        "mma" | "wgmma" => Class::Tensor,
+        "wmma" if p.get(1) == Some(&"load") => Class::Load,
+        "wmma" if p.get(1) == Some(&"store") => Class::Store,
+        "mma" | "wmma" | "wgmma" => Class::Tensor,
         "cp" => Class::AsyncCopy,
         "ex2" | "lg2" | "rcp" | "rsqrt" | "sqrt" | "sin" | "cos" | "tanh" => Class::Special,
         "add" | "sub" | "mul" | "mad" | "fma" | "div" | "min" | "max" | "neg" | "abs" | "setp" | "set" => {

@@ -16,7 +16,7 @@ impl Decoder<'_> {
         r
     }
 
-    fn slot(&mut self, s: Slot) -> Reg {
+    pub(super) fn slot(&mut self, s: Slot) -> Reg {
         if let Some((_, r)) = self.others.iter().find(|(o, _)| *o == s) {
             return *r;
         }

@@ -5,7 +5,7 @@ use crate::Error;
 use crate::op::{Elem, Mma, NONE, Op, Wgmma};
 use crate::syntax::{Name, Operand, Operands, Ty};
 
-fn elem(s: &str) -> Option<Elem> {
+pub(super) fn elem(s: &str) -> Option<Elem> {
     Some(match s {
         "bf16" => Elem::Bf16,
         "f16" => Elem::F16,
@@ -22,7 +22,7 @@ fn elem(s: &str) -> Option<Elem> {
 }
 
 /// `m16n8k16` to its three numbers.
-fn shape(s: &str) -> Option<(usize, usize, usize)> {
+pub(super) fn shape(s: &str) -> Option<(usize, usize, usize)> {
     let (m, rest) = s.strip_prefix('m')?.split_once('n')?;
     let (n, k) = rest.split_once('k')?;
     Some((m.parse().ok()?, n.parse().ok()?, k.parse().ok()?))
@@ -70,6 +70,7 @@ impl Decoder<'_> {
                 self.emit(Op::Movmatrix { d, a });
             }
             "mma" => self.mma(p, o)?,
+            "wmma" => return self.wmma(p, o),
             "wgmma" => match p.get(1).copied() {
                 Some("fence") => self.emit(Op::WgmmaFence),
                 Some("commit_group") => self.emit(Op::WgmmaCommit),

@@ -188,6 +188,7 @@ impl Cluster<'_> {
         self.complete_cluster(None);
         if self.blocks[at.block].warps.iter().all(|w| w.live == 0) {
             self.blocks[at.block].exited = true;
+            self.resized_apart(at.block);
             if self.blocks.len() > 1 && self.env.check {
                 self.outlived(at.block);
             }
@@ -195,6 +196,24 @@ impl Cluster<'_> {
             if !self.blocks[at.block].awaited {
                 self.env.hasty.store(true, Ordering::Relaxed);
             }
+        }
+    }
+
+    /// A block has ended: the warps of each warpgroup should have executed the same `setmaxnreg`s.
+    fn resized_apart(&mut self, block: usize) {
+        let mut apart = Vec::new();
+        for (group, warps) in self.blocks[block].warps.chunks(4).enumerate() {
+            for (w, warp) in warps.iter().enumerate() {
+                for (i, pc) in warp.resized.iter().enumerate() {
+                    if warps.iter().any(|peer| peer.resized.get(i) != Some(pc)) {
+                        apart.push((4 * group + w, *pc));
+                    }
+                }
+            }
+        }
+        for (warp, pc) in apart {
+            let text = "setmaxnreg that other warps of the warpgroup do not execute, or not in this order";
+            self.report(FindingKind::Misuse, pc, At { block, warp }, 0, None, text, None);
         }
     }
 

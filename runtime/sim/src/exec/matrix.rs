@@ -74,9 +74,18 @@ impl Cluster<'_> {
                 mma(warp, frame, op);
                 Flow::Next
             }
+            Op::Wmma(op) => {
+                self.counts.tensor_flops += 2 * (op.m * op.n * op.k) as u64;
+                super::wmma::wmma(warp, frame, op);
+                Flow::Next
+            }
             Op::Wgmma(op) => self.wgmma(at, warp, gi, op, m),
             Op::WgmmaFence => {
                 warp.wgmma.fenced = true;
+                Flow::Next
+            }
+            Op::SetMaxReg => {
+                warp.resized.push(pc);
                 Flow::Next
             }
             Op::WgmmaCommit => {

@@ -30,6 +30,7 @@ mod setup;
 pub(crate) mod state;
 mod sync;
 mod wgmma;
+mod wmma;
 
 use crate::clock::{BEFORE, Clock, Memo, Snapshot, View};
 use crate::launch::Lanes;

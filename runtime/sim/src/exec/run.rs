@@ -88,7 +88,7 @@ impl Cluster<'_> {
                     warp.groups[gi].pc = pc;
                     return false;
                 }
-                Op::Nop | Op::SetMaxReg => {
+                Op::Nop => {
                     pc += 1;
                     continue;
                 }
@@ -146,7 +146,7 @@ impl Cluster<'_> {
         let (pc, fid) = (warp.groups[gi].pc, warp.groups[gi].frame);
         let f = fid as usize;
         match &inst.op {
-            Op::Alu { .. } | Op::Bra { .. } | Op::Nop | Op::SetMaxReg => Flow::Next,
+            Op::Alu { .. } | Op::Bra { .. } | Op::Nop => Flow::Next,
             Op::Pack { d, parts, bits } => {
                 let regs = &mut warp.frames[f].regs;
                 let field = if *bits >= 64 { u64::MAX } else { (1 << bits) - 1 };
@@ -273,10 +273,12 @@ impl Cluster<'_> {
             | Op::Stmatrix { .. }
             | Op::Movmatrix { .. }
             | Op::Mma(_)
+            | Op::Wmma(_)
             | Op::Wgmma(_)
             | Op::WgmmaFence
             | Op::WgmmaCommit
-            | Op::WgmmaWait { .. } => {
+            | Op::WgmmaWait { .. }
+            | Op::SetMaxReg => {
                 if m != warp.live {
                     return Flow::Stay(State::Gather);
                 }

@@ -187,6 +187,8 @@ pub(crate) struct Warp {
     pub(crate) local_size: u64,
     pub(crate) copies: Vec<CopyQueue>,
     pub(crate) wgmma: WgmmaQueue,
+    /// Each `setmaxnreg` that it has executed.
+    pub(crate) resized: Vec<u32>,
     /// Bulk groups committed by each lane, and the groups it has waited for.
     pub(crate) bulk: BTreeMap<u32, BulkGroups>,
     /// For the detection of spinning: last strong read and how often it gave the same.
