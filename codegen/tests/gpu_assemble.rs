@@ -4,7 +4,7 @@ use moec_abi::DType;
 use moec_codegen::{
     Target,
     codes::{Codes, Number},
-    gpu,
+    gpu::{self, tuned::Choice},
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     mlir::{Keep, Session},
 };
@@ -67,8 +67,13 @@ fn kernels_assemble_without_spills() {
     for target in [Target::Sm80, Target::Sm89, Target::Sm90a] {
         for spec in [up(DType::Bf16), down(DType::Bf16), up(DType::F32), down(DType::F32)] {
             let few = gpu::decode(&spec, target).map(|(schedule, _)| schedule);
-            for schedule in
-                [Some(gpu::schedule(&spec, target, 0)), gpu::specialised(&spec, target), few].into_iter().flatten()
+            for schedule in [
+                Some(gpu::schedule(&spec, target, &Choice::without_few(&spec, target))),
+                gpu::specialised(&spec, target, &Choice::without_few(&spec, target)),
+                few,
+            ]
+            .into_iter()
+            .flatten()
             {
                 assemble(&session, &spec, &schedule, target);
             }

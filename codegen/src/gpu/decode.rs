@@ -42,7 +42,7 @@ const SMALL: (u64, u64) = (1024, 512);
 pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
     let whole = [spec.k, spec.a_stride].iter().all(|n| n.is_multiple_of(8));
     // All kernels of a product read the same order of codes: that of fragments, where the others do.
-    let codes = spec.codes.is_none() || super::specialised(spec, target).is_some();
+    let codes = spec.codes.is_none() || super::schedule::has_wgmma(spec, target);
     if spec.a != DType::Bf16 || spec.w != DType::Bf16 || !codes || !whole {
         return None;
     }

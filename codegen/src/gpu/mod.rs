@@ -21,6 +21,7 @@ mod schedule;
 mod simt;
 mod swizzle;
 mod tile;
+pub mod tuned;
 mod warpgroup;
 mod wgmma;
 
@@ -39,6 +40,7 @@ use moec_abi::DType;
 use schedule::matrices;
 use simt::Simt;
 use tile::{Height, Rows, int};
+use tuned::Choice;
 
 /// A kernel for some numbers of tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,14 +53,20 @@ pub struct Variant {
     pub tokens: [u64; 2],
 }
 
-/// The kernels of a product: together they take every number of tokens.
+/// The kernels of a product that nobody measured: together they take every number of tokens.
 pub fn variants(spec: &Grouped, target: Target) -> Vec<Variant> {
-    let (few, from) = match decode(spec, target) {
-        Some((schedule, most)) => (Some(Variant { name: "_few", schedule, tokens: [0, most] }), most + 1),
-        None => (None, 0),
+    variants_as(spec, target, &Choice::usual(spec, target))
+}
+
+/// The kernels of a product, with the numbers of a measurement.
+pub fn variants_as(spec: &Grouped, target: Target, choice: &Choice) -> Vec<Variant> {
+    let few = decode(spec, target).map(|(schedule, most)| (schedule, most.min(choice.few_tokens)));
+    let (few, from) = match few {
+        Some((schedule, most)) if most > 0 => (Some(Variant { name: "_few", schedule, tokens: [0, most] }), most + 1),
+        Some(_) | None => (None, 0),
     };
     // The kernels of one architecture come first; the portable ones serve everything else.
-    let schedule = specialised(spec, target).unwrap_or_else(|| schedule(spec, target, from.saturating_sub(1)));
+    let schedule = specialised(spec, target, choice).unwrap_or_else(|| schedule(spec, target, choice));
     few.into_iter().chain([Variant { name: "", schedule, tokens: [from, u64::MAX] }]).collect()
 }
 

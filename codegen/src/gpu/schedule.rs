@@ -1,6 +1,6 @@
 //! Tile shapes, and what follows from them for packing and launching.
 
-use super::{coded::Coded, epilogue::GAP};
+use super::{coded::Coded, epilogue::GAP, tuned::Choice};
 use crate::{
     Target,
     codes::Codes,
@@ -139,8 +139,15 @@ impl Mode {
     }
 }
 
-/// Picks the schedule of a product from kernels that every GPU target runs, for more than `served` tokens.
-pub fn schedule(spec: &Grouped, target: Target, served: u64) -> Schedule {
+/// Picks the schedule of a product from kernels that every GPU target runs, for more tokens than the kernel for few
+/// tokens takes.
+pub fn schedule(spec: &Grouped, target: Target, choice: &Choice) -> Schedule {
+    let mut schedule = portable(spec, target, choice.few_tokens);
+    schedule.limit(choice.tallest);
+    schedule
+}
+
+fn portable(spec: &Grouped, target: Target, served: u64) -> Schedule {
     if spec.a != DType::Bf16 || spec.w != DType::Bf16 || spec.codes.is_some_and(|codes| !shares_fragments(spec, &codes))
     {
         let (depth, stages) = spec.codes.map_or((32, 3), |codes| codes_stage(&codes));
@@ -183,28 +190,36 @@ pub fn schedule(spec: &Grouped, target: Target, served: u64) -> Schedule {
 
 /// The schedule with the instructions of this target alone, if it has any for the product. Its kernel takes a tensor
 /// map in place of the weights: see [`Schedule::parameters`].
-pub fn specialised(spec: &Grouped, target: Target) -> Option<Schedule> {
-    if target != Target::Sm90a || spec.a != DType::Bf16 || spec.w != DType::Bf16 {
+pub fn specialised(spec: &Grouped, target: Target, choice: &Choice) -> Option<Schedule> {
+    if !has_wgmma(spec, target) {
         return None;
     }
     let coded = spec.codes.is_some();
-    if coded && Coded::new(spec).is_none() {
-        return None;
-    }
     // Most of shared memory is the ring: the rarer an expert's rows, the more of it is weights.
     let ring = |limit, rows: &[u32]| {
-        let tiles = |stages| rows.iter().map(|rows| tile(*rows, 64, stages, 1)).collect();
+        let kept = || rows.iter().filter(|r| **r <= choice.tallest || **r == rows[0]);
+        let tiles = |stages| kept().map(|rows| tile(*rows, 64, stages, 1)).collect();
         let mode = Mode { limit, columns: 128, tiles: tiles(1) };
         let stages = (RING_BYTES / mode.stage_stride(spec)).min(super::wgmma::STAGES);
         Mode { tiles: tiles(stages), ..mode }
     };
-    let few = ring(Some(spec.experts * 48), &[16, 64]);
+    let few = ring(Some(spec.experts * choice.rare_rows), &[16, 64]);
     // Codes take less of a stage than values, and the registers of decoded ones are not free for sums: lower tiles do
     // as much for each byte.
     let many = if coded { ring(None, &[16, 64, 128]) } else { ring(None, &[16, 64, 128, 192, 256]) };
-    let modes = if has_few_columns(spec) { vec![ring(None, &[64])] } else { vec![few, many] };
+    let modes = match (has_few_columns(spec), choice.rare_rows) {
+        (true, _) => vec![ring(None, &[64])],
+        (false, 0) => vec![many],
+        (false, _) => vec![few, many],
+    };
     let walk = Some(HOPPER_MULTIPROCESSORS);
     Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes, dependent: true, walk })
+}
+
+/// Whether a product's kernel multiplies with `wgmma`.
+pub(super) fn has_wgmma(spec: &Grouped, target: Target) -> bool {
+    let coded = spec.codes.is_none() || Coded::new(spec).is_some();
+    target == Target::Sm90a && spec.a == DType::Bf16 && spec.w == DType::Bf16 && coded
 }
 
 /// Whether only low and narrow tiles make enough blocks of any number of rows: so it is with the logits of routers.
@@ -236,6 +251,14 @@ const HOPPER_MULTIPROCESSORS: u64 = 132;
 const MULTIPROCESSORS: u64 = 128;
 
 impl Schedule {
+    /// Leaves out tiles of more than so many rows, but for the lowest.
+    fn limit(&mut self, tallest: u32) {
+        for mode in &mut self.modes {
+            let lowest = mode.tiles.iter().map(|t| t.rows).min();
+            mode.tiles.retain(|t| t.rows <= tallest || Some(t.rows) == lowest);
+        }
+    }
+
     /// Order of the packed weights.
     pub fn layout(&self, spec: &Grouped) -> Layout {
         match (self.kind, Coded::new(spec)) {

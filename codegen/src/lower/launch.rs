@@ -1,7 +1,7 @@
 //! Launches of grouped products: one for matrices of one form, several for factors and mixtures.
 
 use super::{
-    Kernels, Lowering,
+    Kernels, Lowering, TunedProduct,
     forms::{Factors, Form, Stored},
     grouped::Product,
     memory::{self, Place, dim},
@@ -474,8 +474,10 @@ impl<'g> Lowering<'g> {
                 grid: Grid::Cpu(grid),
             }];
         }
-        let variants =
-            gpu::variants(spec, self.target).into_iter().map(|gpu::Variant { name, schedule, tokens: range }| {
+        let choice = self.tuned.choice(spec, self.target);
+        self.products.push(TunedProduct { spec: spec.clone(), choice: choice.clone() });
+        let variants = gpu::variants_as(spec, self.target, &choice).into_iter().map(
+            |gpu::Variant { name, schedule, tokens: range }| {
                 let spec = Grouped { symbol: format!("{}{name}", spec.symbol), ..spec.clone() };
                 self.schedules.push(format!("{}: {schedule}", spec.symbol));
                 let mut grid = schedule.grid(&spec);
@@ -483,7 +485,8 @@ impl<'g> Lowering<'g> {
                 grid.tokens = range;
                 let (layout, scales) = (schedule.layout(&spec), schedule.scale_layout());
                 Variant { name, kernel: Kernels::Gpu(spec, schedule), layout, scales, grid: Grid::Gpu(grid) }
-            });
+            },
+        );
         variants.collect()
     }
 }

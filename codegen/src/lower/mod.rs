@@ -14,7 +14,11 @@ mod weights;
 use crate::{
     CodegenError, Target,
     batch::{BatchKernel, Quantise, Share},
-    cpu, gpu,
+    cpu,
+    gpu::{
+        self,
+        tuned::{Choice, Table},
+    },
     grouped::Grouped,
     mlir::{Builder, Compiled, Keep, Session},
     plan::PlanKernel,
@@ -42,6 +46,8 @@ pub struct Options {
     pub layers: Vec<u64>,
     /// Checkpoint prefix of each of these layers.
     pub prefixes: Vec<String>,
+    /// What was measured of products on GPUs.
+    pub tuned: Table,
 }
 
 /// A layer form, compiled for one target.
@@ -53,6 +59,24 @@ pub struct CompiledForm {
     pub compiled: Compiled,
     /// The schedule of each grouped product, for people.
     pub schedules: Vec<String>,
+    /// The grouped products on a GPU.
+    pub products: Vec<TunedProduct>,
+}
+
+/// A grouped product on a GPU, and the numbers that it was compiled with.
+#[derive(Clone, Debug)]
+pub struct TunedProduct {
+    /// What is computed; its symbol is the start of the kernels' symbols.
+    pub spec: Grouped,
+    /// The numbers.
+    pub choice: Choice,
+}
+
+impl TunedProduct {
+    /// Its name in tables.
+    pub fn name(&self, target: Target) -> String {
+        gpu::tuned::product(&self.spec, target)
+    }
 }
 
 /// A kernel that is part of the module.
@@ -70,11 +94,13 @@ enum Kernels<'g> {
 ///
 /// # Errors
 /// [`CodegenError::Unsupported`] for what the target cannot do; the others are bugs of an emitter.
-pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<CompiledForm, CodegenError> {
+pub fn compile<'g>(session: &'g Session, graph: &'g Graph, options: &'g Options) -> Result<CompiledForm, CodegenError> {
     let mut lowering = Lowering {
         session,
         graph,
         target: options.target,
+        tuned: &options.tuned,
+        products: Vec::new(),
         memory: Memory::new(graph),
         slots: Vec::new(),
         launches: Vec::new(),
@@ -86,7 +112,7 @@ pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<Co
         lowering.node(id)?;
     }
     let domains = domains::of_inputs(graph, &lowering.memory);
-    let Lowering { memory, slots, launches, kernels, schedules, .. } = lowering;
+    let Lowering { memory, slots, launches, kernels, schedules, products, .. } = lowering;
     let mut failure = None;
     let compiled = match &options.code {
         Some(code) => Compiled { code: code.clone(), ..Compiled::default() },
@@ -121,7 +147,7 @@ pub fn compile(session: &Session, graph: &Graph, options: &Options) -> Result<Co
         binary: None,
         domains,
     };
-    Ok(CompiledForm { program, compiled, schedules })
+    Ok(CompiledForm { program, compiled, schedules, products })
 }
 
 /// Nodes in the order of their launches: a gate runs as soon as its operands are there, so that whoever fetches experts
@@ -178,6 +204,8 @@ pub(crate) struct Lowering<'g> {
     launches: Vec<Launch>,
     kernels: Vec<Kernels<'g>>,
     schedules: Vec<String>,
+    tuned: &'g Table,
+    products: Vec<TunedProduct>,
 }
 
 impl<'g> Lowering<'g> {

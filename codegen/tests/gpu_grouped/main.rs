@@ -8,7 +8,7 @@ use moec_abi::{DType, Expr, TensorMap};
 use moec_codegen::{
     Target,
     codes::{Codes, Number},
-    gpu,
+    gpu::{self, tuned::Choice},
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     mlir::{Keep, Session},
 };
@@ -17,12 +17,13 @@ use moec_sim::{Arg, Counts, Finding, Launch, MapType, Memory, Module, Options, S
 type Cases<'a> = &'a [(u64, Routing)];
 
 fn check(spec: &Grouped, target: Target, cases: Cases<'_>) {
-    check_schedule(spec, &gpu::schedule(spec, target, 0), target, cases);
+    check_schedule(spec, &gpu::schedule(spec, target, &Choice::without_few(spec, target)), target, cases);
 }
 
 fn check_hopper(spec: &Grouped, cases: Cases<'_>) {
     // So few blocks walk from tile to tile even here.
-    let schedule = gpu::specialised(spec, Target::Sm90a).expect("bf16 has a Hopper kernel");
+    let schedule = gpu::specialised(spec, Target::Sm90a, &Choice::without_few(spec, Target::Sm90a))
+        .expect("bf16 has a Hopper kernel");
     let schedule = gpu::Schedule { walk: Some(5), ..schedule };
     check_schedule(spec, &schedule, Target::Sm90a, cases);
 }
@@ -344,8 +345,12 @@ fn weights_are_read_once_and_without_bank_conflicts() {
         let spec = Grouped { k, n, a_stride: k, out_stride: n, experts: 2, ..spec };
         let schedules = [
             (gpu::decode(&spec, Target::Sm90a).expect("rows are of 16-byte pieces").0, Target::Sm90a),
-            (gpu::schedule(&spec, Target::Sm80, 0), Target::Sm80),
-            (gpu::specialised(&spec, Target::Sm90a).expect("bf16 has a Hopper kernel"), Target::Sm90a),
+            (gpu::schedule(&spec, Target::Sm80, &Choice::without_few(&spec, Target::Sm80)), Target::Sm80),
+            (
+                gpu::specialised(&spec, Target::Sm90a, &Choice::without_few(&spec, Target::Sm90a))
+                    .expect("bf16 has a Hopper kernel"),
+                Target::Sm90a,
+            ),
         ];
         for (schedule, target) in schedules {
             let counts = run(&spec, &schedule, target, &[(1, Routing::Even)]);

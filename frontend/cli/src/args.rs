@@ -2,7 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 /// Compiler for mixture-of-experts layers.
 #[derive(Debug, Parser)]
@@ -153,6 +153,9 @@ pub(crate) struct Compile {
     /// Leave PTX as it is, even when ptxas is there
     #[arg(long)]
     pub no_cubin: bool,
+    /// What `bench --tune` measured on the GPU
+    #[arg(long, value_name = "FILE")]
+    pub tuned: Option<PathBuf>,
     /// How layers are spread.
     #[command(flatten)]
     pub spread: SpreadFiles,
@@ -263,6 +266,15 @@ pub(crate) struct Bench {
     /// Compare with other implementations: torch
     #[arg(long, value_name = "NAME", value_parser = ["torch"])]
     pub peers: Option<String>,
+    /// Measure which schedules are fastest on this GPU, into FILE; a file that is there is gone on with
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "moec-tuned.json", conflicts_with = "peers")]
+    pub tune: Option<PathBuf>,
+    /// Time for --tune, such as 90s, 10m or 2h
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
+    pub budget: Duration,
+    /// What `bench --tune` measured before
+    #[arg(long, value_name = "FILE", conflicts_with = "tune")]
+    pub tuned: Option<PathBuf>,
 }
 
 /// `plan`.
@@ -453,4 +465,19 @@ pub(crate) struct Explain {
 pub(crate) struct Completions {
     /// Shell
     pub shell: Shell,
+}
+
+/// A time such as `90s`, `10m` or `2h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let seconds = match text.as_bytes().last() {
+        Some(b's') => 1,
+        Some(b'm') => 60,
+        Some(b'h') => 3600,
+        _ => 0,
+    };
+    let number = text.get(..text.len().saturating_sub(1)).and_then(|n| n.parse::<u32>().ok());
+    match (number, seconds) {
+        (Some(n), 1..) => Ok(Duration::from_secs(u64::from(n) * seconds)),
+        (_, _) => Err("a number with s, m or h is due, such as 10m".to_owned()),
+    }
 }

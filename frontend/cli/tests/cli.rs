@@ -285,6 +285,32 @@ fn bench_gives_rows() {
 }
 
 #[test]
+fn tuning_goes_on_and_its_table_compiles() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = TINY.replace("float32", "bfloat16");
+    fs::write(folder.path().join("config.json"), config).expect("is written");
+    let tried = || -> usize {
+        let text = fs::read_to_string(folder.path().join("table.json")).expect("was written");
+        let table: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        table["tried"].as_array().map_or(0, Vec::len)
+    };
+    let line = "bench config.json --tokens 4 --device sim --target sm_80 --tune table.json --budget 1s";
+    for _ in 0..2 {
+        let before = if folder.path().join("table.json").is_file() { tried() } else { 0 };
+        let done = moec(folder.path(), line);
+        assert_eq!(done.code, 0, "{}", done.err);
+        assert!(done.err.contains("us"), "{}", done.err);
+        assert!(tried() > before, "{}", done.err);
+    }
+    let done = moec(folder.path(), "compile config.json -o out --target sm_80 --no-cubin --tuned table.json");
+    assert_eq!(done.code, 0, "{}", done.err);
+    let other = moec(folder.path(), &line.replace("--tokens 4", "--tokens 5"));
+    assert!(other.code == 1 && other.err.contains("E0404"), "{}", other.err);
+    let cpu = moec(folder.path(), "bench config.json --tune table.json");
+    assert!(cpu.code == 1 && cpu.err.contains("--device cuda"), "{}", cpu.err);
+}
+
+#[test]
 fn every_list_has_rows_and_every_code_a_page() {
     let folder = folder();
     for what in ["targets", "passes", "ops", "emit", "families", "codes"] {

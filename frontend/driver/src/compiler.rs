@@ -4,7 +4,8 @@ use crate::{Error, ptxas};
 use moec_abi::Manifest;
 use moec_codegen::{
     Target,
-    lower::{self, CompiledForm},
+    gpu::tuned::Table,
+    lower::{self, CompiledForm, TunedProduct},
     mlir::{Keep, Session},
 };
 use moec_frontend::{Form, Model};
@@ -33,6 +34,8 @@ pub struct Compiler {
     pub dump_passes: bool,
     /// Assemble PTX to cubins, if an assembler is found.
     pub cubins: bool,
+    /// What was measured of products on GPUs.
+    pub tuned: Table,
 }
 
 /// What happened to one form.
@@ -63,6 +66,8 @@ pub struct TargetReport {
     pub assembly: Option<String>,
     /// Schedules of the grouped products.
     pub schedules: Vec<String>,
+    /// The grouped products on a GPU, with the numbers that can be measured.
+    pub products: Vec<TunedProduct>,
     /// Time per stage.
     pub stages: Vec<(&'static str, Duration)>,
 }
@@ -109,6 +114,7 @@ impl Default for Compiler {
             keep: Keep::default(),
             dump_passes: false,
             cubins: false,
+            tuned: Table::default(),
         }
     }
 }
@@ -185,6 +191,7 @@ impl Compiler {
                 code: known,
                 layers: forms[form].layers.clone(),
                 prefixes: forms[form].prefixes.clone(),
+                tuned: self.tuned.clone(),
             };
             let compiled = lower::compile(session, kernels, &options)?;
             if let Ok(mut known) = shared.0.lock() {
@@ -196,7 +203,7 @@ impl Compiler {
             Ok::<_, Error>((compiled, cubin))
         });
         for ((form, target), result) in jobs.iter().zip(results) {
-            let (CompiledForm { mut program, compiled, schedules }, cubin) = result?;
+            let (CompiledForm { mut program, compiled, schedules, products }, cubin) = result?;
             if let Some(cubin) = cubin {
                 let name = format!("kernels/{}.{}.cubin", program.name, program.target);
                 artefact.files.insert(name.clone(), cubin);
@@ -210,6 +217,7 @@ impl Compiler {
                 llvm: compiled.llvm,
                 assembly: compiled.assembly,
                 schedules,
+                products,
                 stages: compiled.stages,
             });
         }

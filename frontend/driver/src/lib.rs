@@ -21,12 +21,13 @@ mod reference;
 pub mod routing;
 pub mod run;
 mod stored;
+pub mod tune;
 pub mod verify;
 
 pub use compiler::{Artefact, Compiler, FormReport, TargetReport, host_target};
 pub use error::Error;
 pub use moec_abi as abi;
-pub use moec_codegen::{Target, mlir::Keep};
+pub use moec_codegen::{Target, gpu::tuned::Table, lower::TunedProduct, mlir::Keep};
 pub use moec_frontend as frontend;
 pub use moec_ir as ir;
 pub use moec_passes as passes;

@@ -4,7 +4,7 @@ use super::run::{Loaded, load};
 use crate::{args::Bench, context::Context, failure::Failure};
 use moec::{
     Target,
-    abi::DType,
+    abi::{DType, Launch, Program},
     bench::{self, Options, Row},
     estimate::{self, Estimate},
     frontend::{Form, FormFacts},
@@ -14,6 +14,7 @@ use moec::{
     routing::Routing,
     run::{Input, Prepared},
     runtime::{Device, Sim},
+    sim::Tally,
 };
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -24,10 +25,14 @@ pub(crate) fn run(cx: &Context, args: &Bench) -> Result<(), Failure> {
         return Err(Failure::Usage("`--tokens` takes numbers from 1 on".to_owned()));
     }
     let routing = Spread::parse(&args.routing)?;
+    if let Some(file) = &args.tune {
+        return super::tune::run(cx, args, &routing, file);
+    }
     if args.on.device == "sim" {
         return counts(cx, args, &routing);
     }
-    let loaded = load(cx, &args.what, &args.on, &["output", "topk_indices"])?;
+    let tuned = super::tune::table(args.tuned.as_deref())?;
+    let loaded = load(cx, &args.what, &args.on, &["output", "topk_indices"], tuned)?;
     let layers: Vec<u64> = match args.on.layer {
         Some(layer) => vec![layer],
         None => first_layers(&loaded),
@@ -52,7 +57,7 @@ fn first_layers(loaded: &Loaded) -> Vec<u64> {
 }
 
 /// `--routing` as it was written, before a layer is there.
-enum Spread {
+pub(crate) enum Spread {
     Made(Routing),
     File(String),
 }
@@ -86,7 +91,7 @@ impl Spread {
     }
 }
 
-fn facts(graph: &Graph) -> FormFacts {
+pub(crate) fn facts(graph: &Graph) -> FormFacts {
     Form { graph: graph.clone(), layers: vec![0], prefixes: vec![String::new()] }.facts()
 }
 
@@ -188,9 +193,24 @@ fn value(row: &Row, peer: Option<(&Peer, &PeerRow)>) -> Result<Value, Failure> {
     Ok(value)
 }
 
+/// The least time of each kernel of a launch that was simulated.
+pub(crate) fn estimates(program: &Program, tally: &Tally, tokens: u64, facts: &FormFacts) -> Vec<(String, Estimate)> {
+    // Uniform routing hits so many experts in the mean.
+    let (experts, routes) = (facts.experts.max(1) as f64, (facts.top_k * tokens) as f64);
+    let share = 1.0 - (1.0 - 1.0 / experts).powf(routes);
+    let one = |launch: &Launch| {
+        let counts = tally.kernels.get(&launch.symbol)?;
+        let footprint = estimate::footprint(program, launch, tokens, share);
+        let target = Target::from_name(&program.target)?;
+        Some((launch.name.clone(), estimate::estimate(counts, footprint, target)?))
+    };
+    program.launches.iter().filter_map(one).collect()
+}
+
 /// Counts of the simulator, a row for each number of tokens.
 fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
-    let mut loaded = load(cx, &args.what, &args.on, &["output", "topk_indices"])?;
+    let tuned = super::tune::table(args.tuned.as_deref())?;
+    let mut loaded = load(cx, &args.what, &args.on, &["output", "topk_indices"], tuned)?;
     // The device is kept as what it is, so that it can be asked for its counts.
     let sim = Arc::new(Sim::new(moec::sim::Options::default()));
     loaded.device = Arc::clone(&sim) as Arc<dyn Device>;
@@ -205,21 +225,9 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
         bench::once(&prepared, &graph, &facts(&graph), &options)?;
         let tally = sim.take_counts();
         let seconds = sim.take_busy().as_secs_f64();
-        let c = tally.total;
+        let c = &tally.total;
         let program = prepared.program()?;
-        // Uniform routing hits so many experts in the mean.
-        let (experts, routes) = (facts(&graph).experts.max(1) as f64, (facts(&graph).top_k * tokens) as f64);
-        let share = 1.0 - (1.0 - 1.0 / experts).powf(routes);
-        let kernels: Vec<(String, Estimate)> = program
-            .launches
-            .iter()
-            .filter_map(|launch| {
-                let counts = tally.kernels.get(&launch.symbol)?;
-                let footprint = estimate::footprint(program, launch, tokens, share);
-                let target = Target::from_name(&program.target)?;
-                Some((launch.name.clone(), estimate::estimate(counts, footprint, target)?))
-            })
-            .collect();
+        let kernels = estimates(program, &tally, tokens, &facts(&graph));
         let row = json!({
             "model": loaded.artefact.manifest().model, "layer": prepared.layer().number(), "device": "sim",
             "target": program.target, "tokens": tokens, "routing": args.routing,

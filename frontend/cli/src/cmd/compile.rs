@@ -11,7 +11,7 @@ use crate::{
     wanted,
 };
 use moec::{
-    Artefact, Compiler, Error, FormReport, Keep, Target,
+    Artefact, Compiler, Error, FormReport, Keep, Table, Target,
     frontend::{Form, LayerKind, Model},
     ir::{Code, Diagnostic},
     ptxas,
@@ -34,7 +34,8 @@ pub(crate) fn run(cx: &Context, args: &Compile) -> Result<(), Failure> {
     let (targets, found) = targets(args, model)?;
     let names: Vec<&str> = targets.iter().map(|t| t.name()).collect();
     cx.say("Targeting", &format!("{}{found}", names.join(", ")));
-    let mut artefact = compile(cx, args, model, targets, &requests)?;
+    let table = super::tune::table(args.tuned.as_deref())?;
+    let mut artefact = compile(cx, args, model, targets, &requests, &table)?;
     artefact.manifest.inputs = source.inputs;
     let assembled = assembled(cx, args, &artefact, &requests)?;
     let kernels: usize = artefact.manifest.programs.iter().map(|p| p.launches.len()).sum();
@@ -43,6 +44,9 @@ pub(crate) fn run(cx: &Context, args: &Compile) -> Result<(), Failure> {
         "Compiled",
         &format!("{forms} layer form{} to {kernels} kernels{assembled}", if forms == 1 { "" } else { "s" }),
     );
+    for target in super::tune::untuned(&artefact, &table) {
+        cx.say("Untuned", &format!("{}: schedules are estimates; `moec bench --tune` measures them", target.name()));
+    }
     artefact.package()?;
     developer(cx, &args.developer, &artefact)?;
     let mut bytes = 0;
@@ -117,6 +121,7 @@ fn compile(
     model: &Model,
     targets: Vec<Target>,
     requests: &[Request],
+    table: &Table,
 ) -> Result<Artefact, Failure> {
     let mut keep = emit::keep(requests);
     if args.developer.save_temps.is_some() {
@@ -128,7 +133,7 @@ fn compile(
         names if names.iter().any(|o| o == "all") => Vec::new(),
         names => names.to_vec(),
     };
-    let compiler = Compiler { targets, outputs, keep, dump_passes, cubins: !args.no_cubin };
+    let compiler = Compiler { targets, outputs, keep, dump_passes, cubins: !args.no_cubin, tuned: table.clone() };
     let spread = super::spread::read(&args.spread)?;
     let build = |compiler: &Compiler| match &spread {
         None => compiler.compile(model),

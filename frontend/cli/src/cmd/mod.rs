@@ -15,4 +15,5 @@ pub(crate) mod place;
 pub(crate) mod plan;
 pub(crate) mod run;
 pub(crate) mod spread;
+pub(crate) mod tune;
 pub(crate) mod verify;

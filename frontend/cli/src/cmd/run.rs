@@ -7,7 +7,7 @@ use crate::{
     wanted,
 };
 use moec::{
-    Compiler, FormReport,
+    Compiler, FormReport, Table,
     run::{self, Comparison, Launched, Prepared, Tensor},
     runtime::{Artefact, Device},
 };
@@ -25,7 +25,7 @@ pub(crate) struct Loaded {
 }
 
 /// Reads an artefact, or compiles a model with these results.
-pub(crate) fn load(cx: &Context, what: &Path, on: &Where, outputs: &[&str]) -> Result<Loaded, Failure> {
+pub(crate) fn load(cx: &Context, what: &Path, on: &Where, outputs: &[&str], tuned: Table) -> Result<Loaded, Failure> {
     let (device, target) = wanted::device(&on.device, on.threads, on.target.as_deref())?;
     if what.join("manifest.json").is_file() {
         let artefact = Arc::new(Artefact::load(what)?);
@@ -42,7 +42,7 @@ pub(crate) fn load(cx: &Context, what: &Path, on: &Where, outputs: &[&str]) -> R
     let model = source.model;
     let start = Instant::now();
     let outputs = wanted::outputs(&model, outputs);
-    let compiler = Compiler { targets: vec![target], outputs, ..Compiler::default() };
+    let compiler = Compiler { targets: vec![target], outputs, tuned, ..Compiler::default() };
     let forms: Vec<_> = match on.layer {
         None => model.forms.clone(),
         Some(layer) => model.forms.iter().filter(|f| f.layers.contains(&layer)).cloned().collect(),
@@ -81,7 +81,7 @@ pub(crate) fn run(cx: &Context, args: &Run) -> Result<(), Failure> {
     }
     let input = wanted::input(&args.input)?;
     let wanted_outputs: &[&str] = if args.compare { &["output", "topk_indices", "topk_weights"] } else { &["output"] };
-    let loaded = load(cx, &args.what, &args.on, wanted_outputs)?;
+    let loaded = load(cx, &args.what, &args.on, wanted_outputs, Table::default())?;
     let prepared = loaded.prepare(&args.on)?;
     for reason in &prepared.choice {
         cx.detail("Choice", reason);

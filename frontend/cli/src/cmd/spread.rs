@@ -42,7 +42,7 @@ pub(crate) fn run(cx: &Context, args: &Run, spread: &Spread) -> Result<(), Failu
         return Err(Failure::Usage("--plan compiles every rank, so it needs a MODEL, not an artefact".to_owned()));
     }
     let outputs = ["output"];
-    let loaded: Loaded = super::run::load(cx, &args.what, &args.on, &outputs)?;
+    let loaded: Loaded = super::run::load(cx, &args.what, &args.on, &outputs, moec::Table::default())?;
     let prepared = loaded.prepare(&args.on)?;
     let (tokens, inputs) = prepared.inputs(&wanted::input(&args.input)?)?;
     let model = wanted::model(cx, &args.what)?.model;

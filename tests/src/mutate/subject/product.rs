@@ -3,7 +3,8 @@
 use super::{Fault, Outcome, Program, Spread, Subject};
 use moec_abi::{DType, Expr};
 use moec_codegen::{
-    Target, gpu,
+    Target,
+    gpu::{self, tuned::Choice},
     grouped::{Epilogue, Grouped, RowScale, RowSource},
     mlir::{Keep, Session},
 };
@@ -56,12 +57,26 @@ fn down(dtype: DType, k: u64) -> Grouped {
 pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
     let mut all = Vec::new();
     for spec in [up(DType::F32, 136), down(DType::F32, 136)] {
-        all.extend(modes(&spec, &gpu::schedule(&spec, Target::Sm80, 0), "simt", Target::Sm80, seeds, filter));
+        all.extend(modes(
+            &spec,
+            &gpu::schedule(&spec, Target::Sm80, &Choice::without_few(&spec, Target::Sm80)),
+            "simt",
+            Target::Sm80,
+            seeds,
+            filter,
+        ));
     }
     for spec in [up(DType::Bf16, 584), down(DType::Bf16, 584)] {
         // Kernels for Ada are those for Ampere.
         let target = if spec.matrices == 1 { Target::Sm89 } else { Target::Sm80 };
-        all.extend(modes(&spec, &gpu::schedule(&spec, target, 0), "mma", target, seeds, filter));
+        all.extend(modes(
+            &spec,
+            &gpu::schedule(&spec, target, &Choice::without_few(&spec, target)),
+            "mma",
+            target,
+            seeds,
+            filter,
+        ));
         for target in [target, Target::Sm90a] {
             if let Some((schedule, _)) = gpu::decode(&spec, target) {
                 all.extend(modes(&spec, &schedule, "decode", target, seeds, filter));
@@ -71,7 +86,7 @@ pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
     // Tiles of fewer steps than the ring has stages: warps of different tiles are under way at once.
     for spec in [up(DType::Bf16, 200), down(DType::Bf16, 200)] {
         let hopper = Target::Sm90a;
-        if let Some(schedule) = gpu::specialised(&spec, hopper) {
+        if let Some(schedule) = gpu::specialised(&spec, hopper, &Choice::without_few(&spec, hopper)) {
             // One block walks through all tiles, so that its ring is filled again and again.
             let schedule = gpu::Schedule { walk: Some(1), ..schedule };
             all.extend(modes(&spec, &schedule, "wgmma", hopper, seeds, filter));
