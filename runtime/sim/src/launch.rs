@@ -5,7 +5,7 @@
 use crate::clock::Scope;
 use crate::counts;
 use crate::exec::{Cluster, Env, GlobalShadow, GlobalSync, PAGE_BYTES, Spare, Turn};
-use crate::op::{Atomic, Bulk, Code, FUNC_BASE, Op, Rmw, Where};
+use crate::op::{Atomic, Bulk, Code, FUNC_BASE, Op, Rmw, Slot, Special, Where};
 use crate::report::{Counts, Findings};
 use crate::shadow::Shadow;
 use crate::space;
@@ -157,6 +157,7 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     if let Some(g) = reachable.iter().map(|g| &code.funcs[*g]).find(|g| g.local_bytes > 1 << 19) {
         return Err(bad(launch, format!("`{}` takes {} bytes of local memory", g.name, g.local_bytes)));
     }
+    let workspace = workspace(code, &reachable, memory)?;
     let (var_addr, shared_end) = layout(module, memory, &reachable, launch.dynamic_shared)?;
     let limit = 227 * 1024;
     if shared_end - space::SHARED_BASE > limit {
@@ -193,6 +194,7 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
         const_bank,
         shared_end,
         dynamic_shared: launch.dynamic_shared,
+        workspace,
         check: options.check,
         independent: independent(code, &reachable),
         before,
@@ -222,6 +224,9 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     memory.before = if env.hasty.into_inner() { marks } else { BTreeMap::new() };
     if options.check && code.insts.iter().any(|i| matches!(i.op, Op::LaunchWait)) {
         mark(memory, pages);
+    }
+    if workspace != 0 {
+        memory.free(workspace)?;
     }
     Ok(report)
 }
@@ -292,6 +297,18 @@ fn reachable(code: &Code, entry: usize) -> BTreeSet<usize> {
         }
     }
     seen
+}
+
+/// Sixteen zero words for the barrier of the grid, when a function asks for their address: every launch may be
+/// cooperative here, since blocks that wait for each other take turns.
+fn workspace(code: &Code, reachable: &BTreeSet<usize>, memory: &mut Memory) -> Result<u64, Error> {
+    let asks = |s: &Slot| matches!(s, Slot::Special(Special::GridWorkspace { .. }));
+    if !reachable.iter().any(|f| code.funcs[*f].slots.iter().any(asks)) {
+        return Ok(0);
+    }
+    let address = memory.alloc(64, 64);
+    memory.write(address, &[0; 64])?;
+    Ok(address)
 }
 
 /// Makes the `.global` variables of the module at its first launch in this memory.

@@ -206,6 +206,83 @@ fn zero_sign(s: f64, p: f64, c: f64, mode: Round) -> f32 {
     f32::from_bits(encode(s, F32, mode, false))
 }
 
+/// The error of a rounded sum.
+fn sum_error(a: f64, b: f64, s: f64) -> f64 {
+    let bb = s - a;
+    (a - (s - bb)) + (b - bb)
+}
+
+/// A result that was rounded to nearest, rounded the way of `mode` instead; `err` has the sign of what is missing.
+fn toward(r: f64, err: f64, finite: bool, mode: Round) -> f64 {
+    if r.is_infinite() && finite {
+        let stays = match mode {
+            Round::Up => r > 0.0,
+            Round::Down => r < 0.0,
+            Round::NearestEven | Round::NearestAway => true,
+            Round::Zero => false,
+        };
+        return if stays { r } else { f64::MAX.copysign(r) };
+    }
+    let down = match mode {
+        Round::Down => true,
+        Round::Zero => r > 0.0 || (r == 0.0 && r.is_sign_positive()),
+        Round::Up => false,
+        Round::NearestEven | Round::NearestAway => return r,
+    };
+    match (down, err) {
+        (true, err) if err < 0.0 => r.next_down(),
+        (false, err) if err > 0.0 => r.next_up(),
+        _ => r,
+    }
+}
+
+/// `a + b`, rounded the way of `mode`.
+pub(crate) fn sum_toward(a: f64, b: f64, mode: Round) -> f64 {
+    let s = a + b;
+    if s == 0.0 {
+        // A sum of zero is exact, and negative when rounding down, unless both are positive zeros.
+        let negative = mode == Round::Down && !(a == 0.0 && a.is_sign_positive() && b.is_sign_positive());
+        return if negative { -0.0 } else { s };
+    }
+    toward(s, sum_error(a, b, s), a.is_finite() && b.is_finite(), mode)
+}
+
+/// `a * b`, rounded the way of `mode`.
+pub(crate) fn product_toward(a: f64, b: f64, mode: Round) -> f64 {
+    let p = a * b;
+    let lost = p == 0.0 && a != 0.0 && b != 0.0;
+    let err = if lost { 1f64.copysign(p) } else { a.mul_add(b, -p) };
+    toward(p, err, a.is_finite() && b.is_finite(), mode)
+}
+
+/// `a * b + c`, rounded the way of `mode`; the error is that of Boldo and Muller (2005).
+pub(crate) fn fma_toward(a: f64, b: f64, c: f64, mode: Round) -> f64 {
+    let r = a.mul_add(b, c);
+    let p = a * b;
+    if r == 0.0 && p == -c {
+        return sum_toward(p, c, mode);
+    }
+    let low = a.mul_add(b, -p);
+    let high = c + low;
+    let rest = sum_error(c, low, high);
+    let top = p + high;
+    let err = ((top - r) + sum_error(p, high, top)) + rest;
+    toward(r, err, [a, b, c].iter().all(|x| x.is_finite()), mode)
+}
+
+/// `a / b`, rounded the way of `mode`.
+pub(crate) fn quotient_toward(a: f64, b: f64, mode: Round) -> f64 {
+    let q = a / b;
+    let rest = (-q).mul_add(b, a);
+    toward(q, rest * b.signum(), a.is_finite() && b.is_finite() && b != 0.0, mode)
+}
+
+/// The square root, rounded the way of `mode`.
+pub(crate) fn root_toward(a: f64, mode: Round) -> f64 {
+    let r = a.sqrt();
+    toward(r, (-r).mul_add(r, a), false, mode)
+}
+
 /// `a * b` of f32 values with any rounding.
 pub(crate) fn mul_round(a: f32, b: f32, mode: Round) -> f32 {
     f32::from_bits(encode(f64::from(a) * f64::from(b), F32, mode, false))
@@ -273,5 +350,24 @@ mod tests {
         assert_eq!(add_round(1.0, 1e-30, Round::Down), 1.0);
         assert_eq!(add_round(1.0, -1e-30, Round::Zero), 1.0 - f32::EPSILON / 2.0);
         assert_eq!(fma_round(1.0, 1.0, -1e-38, Round::Down), 1.0 - f32::EPSILON / 2.0);
+    }
+
+    #[test]
+    fn doubles_are_rounded_as_asked() {
+        let (tiny, one) = (f64::from_bits(1), 1f64);
+        assert_eq!(sum_toward(one, tiny, Round::Up), one.next_up());
+        assert_eq!(sum_toward(one, -tiny, Round::Zero), one.next_down());
+        assert_eq!(sum_toward(-one, tiny, Round::Down), -one);
+        assert!(sum_toward(one, -one, Round::Down).is_sign_negative());
+        assert_eq!(sum_toward(f64::MAX, f64::MAX, Round::Zero), f64::MAX);
+        assert_eq!(product_toward(0.1, 10.0, Round::Up), one.next_up());
+        assert_eq!(product_toward(tiny, -tiny, Round::Down), -tiny);
+        assert_eq!(quotient_toward(one, -3.0, Round::Down), -(one / 3.0).next_up());
+        assert_eq!(quotient_toward(one, 0.0, Round::Zero), f64::INFINITY);
+        assert_eq!(fma_toward(0.1, 10.0, -one, Round::Zero), 0.1f64.mul_add(10.0, -one));
+        assert_eq!(fma_toward(one, one, tiny, Round::Up), one.next_up());
+        let root = root_toward(2.0, Round::Up);
+        assert!(root == 2f64.sqrt() || root == 2f64.sqrt().next_up());
+        assert!(root_toward(2.0, Round::Down) < root);
     }
 }

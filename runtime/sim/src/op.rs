@@ -55,6 +55,10 @@ pub(crate) enum Special {
     LanemaskGt,
     DynamicSharedSize,
     TotalSharedSize,
+    /// Half of the address of the workspace that a cooperative launch gives its grid: the upper one, or the lower.
+    GridWorkspace {
+        upper: bool,
+    },
 }
 
 /// An address operand.

@@ -663,3 +663,19 @@ fn warps_of_a_warpgroup_resize_their_registers_together() -> Result<(), Error> {
     assert_eq!(found, [(FindingKind::Misuse, 16, 3)]);
     Ok(())
 }
+
+#[test]
+fn blocks_of_a_grid_meet_at_its_workspace() -> Result<(), Error> {
+    // What cooperative groups do: each block adds itself and waits until all have; then it reads its neighbour's word.
+    let body = "mov.u32 %r1, %envreg2; mov.u32 %r2, %envreg1; cvt.u64.u32 %rd1, %r1; cvt.u64.u32 %rd2, %r2;\n\
+         bfi.b64 %rd3, %rd2, %rd1, 32, 32; mov.u32 %r3, %ctaid.x; add.u32 %r4, %r3, 5; mul.wide.u32 %rd4, %r3, 4; add.u64 %rd4, %rd0, %rd4;\n\
+         st.global.u32 [%rd4], %r4; fence.acq_rel.gpu; atom.add.relaxed.gpu.global.u32 %r5, [%rd3+4], 1;\n\
+         W: ld.relaxed.gpu.global.u32 %r6, [%rd3+4]; setp.lt.u32 %p0, %r6, 3; @%p0 bra W; fence.acq_rel.gpu;\n\
+         add.u32 %r7, %r3, 1; rem.u32 %r7, %r7, 3; mul.wide.u32 %rd5, %r7, 4; add.u64 %rd5, %rd0, %rd5;\n\
+         ld.global.u32 %r8, [%rd5]; st.global.u32 [%rd4+12], %r8;";
+    for seed in 0..3 {
+        let (report, out) = run(body, 3, 1, 1, 6, seed)?;
+        assert_eq!((kinds(&report), &out[..]), (vec![], &[5, 6, 7, 6, 7, 5][..]));
+    }
+    Ok(())
+}

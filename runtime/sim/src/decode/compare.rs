@@ -156,6 +156,7 @@ impl Decoder<'_> {
                 Ty::F16 => 0x3c00,
                 Ty::Bf16 => 0x3f80,
                 Ty::F16x2 => 0x3c00,
+                Ty::Bf16x2 => 0x3f80,
                 _ => return self.unsupported("type of the result"),
             };
             if packed {

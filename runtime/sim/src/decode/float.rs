@@ -70,8 +70,11 @@ macro_rules! f32_kernel {
 }
 
 macro_rules! f64_kernel {
-    (|$x:ident, $y:ident, $z:ident| $e:expr) => {{
-        fn k(a: &V, b: &V, c: &V, _: u64, o: &mut V) {
+    (|$x:ident, $y:ident, $z:ident| $e:expr) => {
+        f64_kernel!(|$x, $y, $z, _i| $e)
+    };
+    (|$x:ident, $y:ident, $z:ident, $i:ident| $e:expr) => {{
+        fn k(a: &V, b: &V, c: &V, $i: u64, o: &mut V) {
             for l in 0..32 {
                 let ($x, $y, $z) = (f64::from_bits(a[l]), f64::from_bits(b[l]), f64::from_bits(c[l]));
                 let _ = ($y, $z);
@@ -255,8 +258,18 @@ impl Decoder<'_> {
     }
 
     fn f64(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
-        if p.iter().any(|s| rounding(s).is_some_and(|m| m != Round::NearestEven)) {
-            return self.unsupported("f64 with a directed rounding");
+        if let Some(mode) = p.iter().find_map(|s| rounding(s)).filter(|m| *m != Round::NearestEven) {
+            let (k, sources) = match p[0] {
+                "add" => (f64_kernel!(|x, y, _z, i| num::sum_toward(x, y, mode_of(i))), 2),
+                "sub" => (f64_kernel!(|x, y, _z, i| num::sum_toward(x, -y, mode_of(i))), 2),
+                "mul" => (f64_kernel!(|x, y, _z, i| num::product_toward(x, y, mode_of(i))), 2),
+                "fma" | "mad" => (f64_kernel!(|x, y, z, i| num::fma_toward(x, y, z, mode_of(i))), 3),
+                "div" => (f64_kernel!(|x, y, _z, i| num::quotient_toward(x, y, mode_of(i))), 2),
+                "rcp" => (f64_kernel!(|x, _y, _z, i| num::quotient_toward(1.0, x, mode_of(i))), 1),
+                "sqrt" => (f64_kernel!(|x, _y, _z, i| num::root_toward(x, mode_of(i))), 1),
+                _ => return Ok(false),
+            };
+            return self.operate(k, sources, Ty::F64, o, mode_bits(mode));
         }
         let found = match p[0] {
             "add" => (f64_kernel!(|x, y, _z| x + y), 2),

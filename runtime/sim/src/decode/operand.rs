@@ -121,6 +121,8 @@ impl Decoder<'_> {
                 "%lanemask_ge" => Special::LanemaskGe,
                 "%lanemask_gt" => Special::LanemaskGt,
                 "%dynamic_smem_size" => Special::DynamicSharedSize,
+                "%envreg1" => Special::GridWorkspace { upper: true },
+                "%envreg2" => Special::GridWorkspace { upper: false },
                 "%total_smem_size" | "%aggr_smem_size" => Special::TotalSharedSize,
                 "WARP_SZ" => return Ok(self.literal(32)),
                 _ => return self.parse_error(format!("unknown name `{w}`")),

@@ -70,6 +70,8 @@ pub(crate) struct Env<'a> {
     /// End of the shared memory of a block.
     pub(crate) shared_end: u64,
     pub(crate) dynamic_shared: u32,
+    /// Address of the words at which the blocks of a cooperative launch meet; zero when none asks for it.
+    pub(crate) workspace: u64,
     pub(crate) check: bool,
     /// Blocks cannot learn of each other before the end of the launch.
     pub(crate) independent: bool,

@@ -222,6 +222,7 @@ impl<'e> Cluster<'e> {
                 Special::LanemaskGt => !(bit | (bit - 1)),
                 Special::DynamicSharedSize => env.dynamic_shared,
                 Special::TotalSharedSize => (env.shared_end - space::SHARED_BASE) as u32,
+                Special::GridWorkspace { upper } => (env.workspace >> if upper { 32 } else { 0 }) as u32,
             });
         }
         out
