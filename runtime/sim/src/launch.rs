@@ -174,13 +174,11 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     };
     if !launch.dependent {
         memory.before.clear();
+        memory.beyond.clear();
     }
-    let marks = std::mem::take(&mut memory.before);
-    let before = if marks.is_empty() || !options.check {
-        Vec::new()
-    } else {
-        memory.allocs.iter().map(|a| marks.get(&a.base).map(Vec::as_slice)).collect()
-    };
+    let (marks, beyond) = (std::mem::take(&mut memory.before), std::mem::take(&mut memory.beyond));
+    let before = by_allocation(memory, &marks, options.check);
+    let still_beyond = by_allocation(memory, &beyond, options.check);
     let env = Env {
         code,
         entry,
@@ -198,6 +196,8 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
         check: options.check,
         independent: independent(code, &reachable),
         before,
+        beyond: still_beyond,
+        waited: AtomicBool::new(false),
         hasty: AtomicBool::new(false),
         seed: options.seed,
         lanes: options.lanes,
@@ -221,7 +221,16 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
     report.findings = findings.map.into_values().collect();
     let pages = env.shadow.pages;
     // A launch that waits before it lets the next one start stands between that one and all before itself.
-    memory.before = if env.hasty.into_inner() { marks } else { BTreeMap::new() };
+    let (hasty, waited) = (env.hasty.into_inner(), env.waited.into_inner());
+    memory.beyond = beyond;
+    if !waited {
+        // It may end before those that it has not waited for, and who waits for it knows nothing of them.
+        for (base, marks) in &marks {
+            let all = memory.beyond.entry(*base).or_insert_with(|| vec![0; marks.len()]);
+            all.iter_mut().zip(marks).for_each(|(all, mark)| *all |= mark);
+        }
+    }
+    memory.before = if hasty { marks } else { BTreeMap::new() };
     if options.check && code.insts.iter().any(|i| matches!(i.op, Op::LaunchWait)) {
         mark(memory, pages);
     }
@@ -229,6 +238,14 @@ pub fn launch(module: &Module, memory: &mut Memory, launch: &Launch<'_>, options
         memory.free(workspace)?;
     }
     Ok(report)
+}
+
+/// Marks of words by the index of the allocation; nothing where there are none.
+fn by_allocation<'a>(memory: &Memory, marks: &'a BTreeMap<u64, Vec<u8>>, check: bool) -> Vec<Option<&'a [u8]>> {
+    if marks.is_empty() || !check {
+        return Vec::new();
+    }
+    memory.allocs.iter().map(|a| marks.get(&a.base).map(Vec::as_slice)).collect()
 }
 
 /// Notes what a launch has read and written, for launches that start before its end.

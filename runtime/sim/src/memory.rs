@@ -24,6 +24,8 @@ pub struct Memory {
     /// What launches have read and written since the last one that did not start early: marks of words, by the base of
     /// the allocation.
     pub(crate) before: BTreeMap<u64, Vec<u8>>,
+    /// The same of launches that not even a wait of the next one covers, since one between has not waited for them.
+    pub(crate) beyond: BTreeMap<u64, Vec<u8>>,
 }
 
 /// Marks of a word: a launch that may not have ended has read it, has written it.
@@ -73,6 +75,7 @@ impl Memory {
             Some(i) => {
                 self.allocs.remove(i);
                 self.before.remove(&addr);
+                self.beyond.remove(&addr);
                 Ok(())
             }
             None => Err(Error::Memory(format!("{addr:#x} is not the start of an allocation"))),

@@ -679,3 +679,37 @@ fn blocks_of_a_grid_meet_at_its_workspace() -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[test]
+fn a_launch_that_does_not_wait_may_end_before_those_before_it() -> Result<(), Error> {
+    let text = |body: &str| {
+        format!(
+            ".version 8.7\n.target sm_90a\n.address_size 64\n.entry k(.param .u64 at)\n{{\n.reg .b32 %r<8>; .reg .b64 %rd<8>;\n\
+             ld.param.u64 %rd0, [at];\n{body}\nret;\n}}"
+        )
+    };
+    let wait = "griddepcontrol.wait; griddepcontrol.launch_dependents;";
+    let (writes, reads) = ("st.global.u32 [%rd0], 7;", "ld.global.u32 %r1, [%rd0]; st.global.u32 [%rd0+8], %r1;");
+    let never = "setp.eq.u64 %p, %rd0, 0; @!%p bra ON; griddepcontrol.wait; ON:";
+    for (between, fine) in [(wait.to_owned(), true), (format!(".reg .pred %p; {never}"), false)] {
+        let bodies =
+            [format!("{wait} {writes}"), format!("{between} st.global.u32 [%rd0+4], 1;"), format!("{wait} {reads}")];
+        let mut memory = Memory::new();
+        let buffer = memory.alloc(256, 256);
+        for (i, body) in bodies.iter().enumerate() {
+            let l = Launch {
+                entry: "k",
+                grid: [1; 3],
+                block: [1; 3],
+                cluster: [1; 3],
+                dynamic_shared: 0,
+                args: vec![Arg::U64(buffer)],
+                dependent: i > 0,
+            };
+            let report = launch(&Module::parse(&text(body))?, &mut memory, &l, &Options::default())?;
+            let expected = if fine || i < 2 { vec![] } else { vec![FindingKind::Race] };
+            assert_eq!(kinds(&report), expected, "{body}");
+        }
+    }
+    Ok(())
+}

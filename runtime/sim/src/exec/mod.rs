@@ -78,6 +78,10 @@ pub(crate) struct Env<'a> {
     /// What launches have read and written that may still be under way, by the index of the allocation and the word;
     /// empty when there are none.
     pub(crate) before: Vec<Option<&'a [u8]>>,
+    /// The same of launches that a wait does not cover.
+    pub(crate) beyond: Vec<Option<&'a [u8]>>,
+    /// A thread has waited for the launches before.
+    pub(crate) waited: AtomicBool,
     /// A block lets the next launch start without having waited for those before.
     pub(crate) hasty: AtomicBool,
     pub(crate) seed: u64,
@@ -100,10 +104,13 @@ impl Env<'_> {
 
     /// Whether a launch that may not have ended has written these bytes, or has read what would be written.
     pub(crate) fn too_early(&self, view: &View, alloc: usize, offset: u64, bytes: u64, write: bool) -> bool {
-        let Some(Some(marks)) = self.before.get(alloc) else { return false };
         let wrong = if write { READ | WRITTEN } else { WRITTEN };
-        let words = (offset / 4) as usize..(offset + bytes).div_ceil(4) as usize;
-        !view.v.foreign.contains_key(&BEFORE) && marks[words].iter().any(|m| m & wrong != 0)
+        let used = |marks: &[Option<&[u8]>]| {
+            let words = (offset / 4) as usize..(offset + bytes).div_ceil(4) as usize;
+            marks.get(alloc).is_some_and(|m| m.is_some_and(|m| m[words].iter().any(|m| m & wrong != 0)))
+        };
+        (!self.before.is_empty() && !view.v.foreign.contains_key(&BEFORE) && used(&self.before))
+            || (!self.beyond.is_empty() && used(&self.beyond))
     }
 
     pub(crate) fn cluster_size(&self) -> u32 {

@@ -245,6 +245,7 @@ impl Cluster<'_> {
             }
             Op::LaunchWait => {
                 self.blocks[at.block].awaited = true;
+                self.env.waited.store(true, Relaxed);
                 if self.env.check {
                     let before = self.before.clone();
                     View::acquire(of(&mut warp.views, m), &mut self.memo, &before, &before);
