@@ -262,8 +262,9 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
                 f64::from(c.occupancy_permille) / 10.0
             ))?;
             cx.result(format!(
-                "        simulated {:.1} million instructions of threads a second\n",
-                c.lane_instructions as f64 / seconds / 1e6
+                "        simulated {:.1} million instructions of threads and {:.2} GFLOP of tensor cores a second\n",
+                c.lane_instructions as f64 / seconds / 1e6,
+                c.tensor_flops as f64 / seconds / 1e9
             ))?;
             for (name, e) in &kernels {
                 let (limit, cycles) = e.limit();
