@@ -206,7 +206,7 @@ pub fn specialised(spec: &Grouped, target: Target, choice: &Choice) -> Option<Sc
     let few = ring(Some(spec.experts * choice.rare_rows), &[16, 64]);
     // Codes take less of a stage than values, and the registers of decoded ones are not free for sums: lower tiles do
     // as much for each byte.
-    let many = if coded { ring(None, &[16, 64, 128]) } else { ring(None, &[16, 64, 128, 192, 256]) };
+    let many = if coded { ring(None, &[16, 64, 128]) } else { ring(None, &[16, 64, 128, 256]) };
     let modes = match (has_few_columns(spec), choice.rare_rows) {
         (true, _) => vec![ring(None, &[64])],
         (false, 0) => vec![many],
