@@ -5,7 +5,12 @@
 //! rows are neighbours ([`Layout::Fragments`]), so that a warp reads them in one go, from memory or from a stage,
 //! without conflicts between banks. Scales and zeros are in the order `[panel of eight rows][group][row]`.
 
-use super::{Kernel, device::element, schedule, tile::int};
+use super::{
+    Kernel,
+    device::{asm, vector},
+    schedule,
+    tile::int,
+};
 use crate::{
     codes::{self, Codes, Number, Places},
     grouped::Grouped,
@@ -31,7 +36,7 @@ pub(super) struct Coded {
     span: Option<u64>,
 }
 
-/// What turns the codes of a group into weights: a scale (f32, or a pair of bf16), and a zero (f32).
+/// What turns the codes of a group into weights: a scale (f32; of E2M1 a pair of bf16), and a zero (f32).
 #[derive(Clone, Copy)]
 pub(super) struct Factor<'c> {
     scale: V<'c>,
@@ -52,8 +57,9 @@ impl Coded {
         };
         let known = match codes.number {
             Number::Integer { .. } => matches!(codes.bits, 2 | 4 | 8),
-            Number::E4m3 => codes.bits == 8,
-            Number::E2m1 => codes.bits == 4,
+            Number::E4m3 => codes.bits == 8 && !codes.zero,
+            // Scales are exact in bf16, and so are weights.
+            Number::E2m1 => codes.bits == 4 && !codes.zero && codes.scale == DType::U8,
         };
         let narrow = spec.a == DType::Bf16 && spec.w == DType::Bf16;
         (known && narrow).then_some(Self { codes, groups, each, span })
@@ -130,19 +136,20 @@ impl Coded {
         b.cmpi("eq", place, b.i32(0))
     }
 
-    /// Whether weights are products of two numbers of bf16, and exact.
-    const fn is_packed(&self) -> bool {
-        matches!(self.codes.number, Number::E2m1) && matches!(self.codes.scale, DType::U8) && !self.codes.zero
-    }
-
     /// What stands at the address of a scale, as it is decoded; `raw` is an f32, or an exponent, as i32.
     pub(super) fn factor<'c>(&self, b: &Builder<'c>, raw: &[V<'c>]) -> Factor<'c> {
-        let scale = match self.codes.scale {
-            DType::U8 => codes::power(b, raw[0], Places(None)),
-            _ => b.bitcast(raw[0], "f32"),
+        let scale = if self.codes.scale == DType::U8 {
+            codes::power(b, raw[0], Places(None))
+        } else {
+            b.bitcast(raw[0], "f32")
         };
-        let scale =
-            if self.is_packed() { b.splat(b.cast("arith.truncf", scale, "bf16"), "vector<2xbf16>") } else { scale };
+        let scale = match self.codes.number {
+            Number::Integer { .. } | Number::E4m3 => scale,
+            Number::E2m1 => {
+                let narrow = b.bitcast(b.cast("arith.truncf", scale, "bf16"), "i16");
+                b.mulc(b.cast("arith.extui", narrow, "i32"), 0x1_0001)
+            }
+        };
         Factor { scale, zero: raw.get(1).map(|zero| b.bitcast(*zero, "f32")) }
     }
 
@@ -165,36 +172,31 @@ impl Coded {
                 b.subf(sum, b.f32((0x80_0000 + offset) as f32))
             }),
             Number::E4m3 => {
-                let both = b.cast("arith.trunci", b.shrui(word, b.i32(start.cast_signed())), "i16");
-                let halves = b.intrinsic("llvm.nvvm.e4m3x2.to.f16x2.rn", &[both], "vector<2xf16>");
-                [0, 1].map(|i| b.cast("arith.extf", element(b, halves, i, "f16"), "f32"))
+                let (half, scale) = (if start == 0 { "l" } else { "h" }, factor.scale);
+                let text = format!(
+                    "{{ .reg .b16 l, h, a, b; .reg .b32 x; .reg .f32 p, q; mov.b32 {{l, h}}, $1; \
+                     cvt.rn.f16x2.e4m3x2 x, {half}; mov.b32 {{a, b}}, x; cvt.f32.f16 p, a; cvt.f32.f16 q, b; \
+                     mul.rn.f32 p, p, $2; mul.rn.f32 q, q, $2; cvt.rn.bf16x2.f32 $0, q, p; }}"
+                );
+                return asm(b, &text, "=r,r,f", &[word, scale], "i32");
             }
             Number::E2m1 => {
-                let numbers = quarter_bytes(b, word, piece % all);
-                if self.is_packed() {
-                    return b.bitcast(b.mulf(numbers, factor.scale), "i32");
-                }
-                [0, 1].map(|i| b.cast("arith.extf", element(b, numbers, i, "bf16"), "f32"))
+                // Four bits come to the top of a half each: the lower four of the byte to the lower half. Then they go
+                // where bf16 has them, which is 2^-126 times the number, for subnormal ones too.
+                let j = piece % all;
+                let selector = (4 + j) << 12 | j << 8 | j << 4 | j;
+                let text = format!(
+                    "{{ .reg .b32 x, y; prmt.b32 x, $2, $1, {selector}; shr.u32 y, x, 6; and.b32 y, y, 0x01c001c0; \
+                     lop3.b32 x, x, 0x80008000, y, 0xea; mul.rn.bf16x2 x, x, $3; mul.rn.bf16x2 $0, x, $4; }}"
+                );
+                let (raised, power) = (b.shli(word, b.i32(4)), b.i32(0x7e80_7e80));
+                return asm(b, &text, "=r,r,r,r,r", &[word, raised, power, factor.scale], "i32");
             }
         };
         let weights = numbers.map(|n| b.mulf(factor.zero.map_or(n, |zero| b.subf(n, zero)), factor.scale));
-        let narrow = b.cast("arith.truncf", super::device::vector(b, &weights), "vector<2xbf16>");
+        let narrow = b.cast("arith.truncf", vector(b, &weights), "vector<2xbf16>");
         b.bitcast(narrow, "i32")
     }
-}
-
-/// The two E2M1 numbers of byte `j` of a word, in bf16. Their bits are put where bf16 has them: that is 2^-126 times
-/// the number, for subnormal ones too.
-fn quarter_bytes<'c>(b: &Builder<'c>, word: V<'c>, j: u32) -> V<'c> {
-    // The lower four bits of the byte come to the top of the lower half, the upper four to the top of the upper half.
-    let raised = b.shli(word, b.i32(4));
-    let selector = b.i32((((4 + j) << 12) | j << 8 | j << 4 | j).cast_signed());
-    let both = b.intrinsic("llvm.nvvm.prmt", &[raised, word, selector], "i32");
-    let magnitude = b.andi(b.shrui(both, b.i32(6)), b.i32(0x01c0_01c0));
-    let bits = b.ori(b.andi(both, b.i32(0x8000_8000_u32.cast_signed())), magnitude);
-    // 2^126.
-    let power = b.bitcast(b.i32(0x7e80_7e80), "vector<2xbf16>");
-    b.mulf(b.bitcast(bits, "vector<2xbf16>"), power)
 }
 
 impl<'c> Kernel<'_, 'c> {

@@ -203,10 +203,11 @@ pub fn specialised(spec: &Grouped, target: Target, choice: &Choice) -> Option<Sc
         let stages = (RING_BYTES / mode.stage_stride(spec)).min(super::wgmma::STAGES);
         Mode { tiles: tiles(stages), ..mode }
     };
-    let few = ring(Some(spec.experts * choice.rare_rows), &[16, 64]);
     // Codes take less of a stage than values, and the registers of decoded ones are not free for sums: lower tiles do
-    // as much for each byte.
-    let many = if coded { ring(None, &[16, 64, 128]) } else { ring(None, &[16, 64, 128, 256]) };
+    // as much for each byte. To decode takes as long as products with 64 rows, so that fewer would save nothing.
+    let (low, high): (&[u32], &[u32]) = if coded { (&[64], &[64, 128]) } else { (&[16, 64], &[16, 64, 128, 256]) };
+    let few = ring(Some(spec.experts * choice.rare_rows), low);
+    let many = ring(None, high);
     let modes = match (has_few_columns(spec), choice.rare_rows) {
         (true, _) => vec![ring(None, &[64])],
         (false, 0) => vec![many],
