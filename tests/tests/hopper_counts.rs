@@ -15,7 +15,8 @@ that binds on an H200 (4.3 TB/s, 132 multiprocessors at 1.755 GHz), kernel after
 
 A weight tile is asked for once for every 256 rows of its expert, and the rows of an expert once for every column tile:
 what exceeds the floor is left to the second-level cache. From 1024 tokens on that traffic is what binds (`cache`): a
-tile of 128 weight rows by 256 tokens does 85 operations for each byte that it asks for.
+tile of 128 weight rows by 256 tokens does 85 operations for each byte that it asks for. Of codes it is 128 tokens, and as
+many operations. Codes are decoded once for each tile: `issue` counts PTX, of which the assembler leaves out the moves.
 
 `MOEC_BLESS=1 cargo test -p moec-tests --test hopper_counts` writes this page.
 ";
