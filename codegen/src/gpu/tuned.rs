@@ -39,7 +39,7 @@ impl Choice {
         let few = [0, usual.few_tokens / 4, usual.few_tokens / 2, usual.few_tokens];
         let few = few.map(|few_tokens| Self { few_tokens, ..self.clone() });
         let rare = [0, 16, 32, RARE_ROWS, 96].map(|rare_rows| Self { rare_rows, ..self.clone() });
-        let tall = [16, 64, 128, 192, 256].into_iter().filter(|rows| *rows <= usual.tallest);
+        let tall = [16, 64, 128, 256].into_iter().filter(|rows| *rows <= usual.tallest);
         let tall = tall.map(|tallest| Self { tallest, ..self.clone() });
         let kernels = |choice: &Self| super::variants_as(spec, target, choice);
         let own = kernels(self);
