@@ -102,8 +102,12 @@ impl Fetch<'_> {
         let wanted = self.cx.shape_at(name, e)?;
         let array = self.weights.get(name, weight, index)?;
         array.check().map_err(|m| Failure(format!("weight `{name}`: {m}")))?;
-        if array.shape.iter().map(|n| *n as u64).eq(wanted.iter().copied()) {
-            return Ok(array);
+        // A column is a vector, in files that say so and in those that do not.
+        let long = |sizes: &[u64]| sizes.iter().copied().filter(|n| *n != 1).collect::<Vec<_>>();
+        let found: Vec<u64> = array.shape.iter().map(|n| *n as u64).collect();
+        if long(&found) == long(&wanted) {
+            let shape = wanted.iter().map(|n| usize::try_from(*n).unwrap_or(usize::MAX)).collect();
+            return Ok(Array { shape, ..array });
         }
         let key = index.apply(name);
         Err(Failure(format!("weight `{key}` has shape {:?}, {wanted:?} is declared", array.shape)))
