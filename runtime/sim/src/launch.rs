@@ -127,8 +127,9 @@ const STUCK: u32 = 4;
 
 /// Runs a kernel to its end.
 ///
-/// Blocks run on all cores when nothing in the kernel lets them communicate, and in turns on one core otherwise; the
-/// outcome is the same for the same seed either way.
+/// Blocks run on all cores when nothing in the kernel lets them communicate, and in turns on one core otherwise. What
+/// is computed and counted is the same for the same seed either way, and so is what is found, but for races between
+/// blocks on several cores: such a race is found, at the access of the two that came later this time.
 ///
 /// # Errors
 ///
