@@ -206,7 +206,8 @@ pub fn specialised(spec: &Grouped, target: Target, choice: &Choice) -> Option<Sc
     // Codes take less of a stage than values, and the registers of decoded ones are not free for sums: lower tiles do
     // as much for each byte. To decode takes as long as products with 64 rows, so that fewer would save nothing.
     let (low, high): (&[u32], &[u32]) = if coded { (&[64], &[64, 128]) } else { (&[16, 64], &[16, 64, 128, 256]) };
-    let few = ring(Some(spec.experts * choice.rare_rows), low);
+    // A table may hold any number; more rows than the highest tile has are not rare.
+    let few = ring(Some(spec.experts * choice.rare_rows.min(256)), low);
     let many = ring(None, high);
     let modes = match (has_few_columns(spec), choice.rare_rows) {
         (true, _) => vec![ring(None, &[64])],

@@ -250,6 +250,17 @@ mod tests {
     }
 
     #[test]
+    fn numbers_of_a_table_may_be_any() {
+        for (few_tokens, rare_rows, tallest) in [(u64::MAX, u64::MAX, u32::MAX), (0, 0, 0), (1, 1, 17)] {
+            let choice = Choice { few_tokens, rare_rows, tallest };
+            let kernels = moec_codegen::gpu::variants_as(&spec(), Target::Sm90a, &choice);
+            let limits = kernels.iter().flat_map(|k| &k.schedule.modes).filter_map(|m| m.limit);
+            assert!(limits.into_iter().all(|l| l <= 8 * 256), "{choice:?}");
+            assert_eq!(kernels.last().map(|k| k.tokens[1]), Some(u64::MAX), "every number of tokens has a kernel");
+        }
+    }
+
+    #[test]
     fn files_that_are_no_records_are_refused() {
         for text in [
             "",
