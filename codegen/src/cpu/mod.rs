@@ -92,6 +92,8 @@ struct Tile<'c> {
     ahead: V<'c>,
     /// Number of the tile among those of the chunk.
     index: V<'c>,
+    /// Bytes of the next unit's weights that a full tile fetches in each step (vector kernel).
+    share: V<'c>,
     /// Steps over `k`.
     steps: V<'c>,
     /// Where the sums are kept.
@@ -252,13 +254,19 @@ impl<'b, 'c> Kernel<'b, 'c> {
         let scales = self.scales.map(|of| self.factors(of, item.expert, unit, self.scale_bytes()));
         let zeros = self.zeros.map(|of| self.factors(of, item.expert, unit, 4));
         let ahead = self.at(stored[0], s.panels_per_unit(spec) * s.panel_bytes(spec));
+        // The full tiles of a chunk fetch the next unit together, evenly: a line that comes from memory holds a place
+        // among those that are on their way for long, and the loop needs places too. (LLVM leaves a division of
+        // integers where it is used first, in the innermost loop; one of floats it moves out.)
+        let full = b.cast("arith.sitofp", b.divui(chunk.rows, self.c(s.mr as u64)), "f32");
+        let share = b.cast("arith.fptosi", b.divf(b.f32(s.step_bytes(spec) as f32), full), "i64");
+        let share = b.minsi(share, self.c(64));
         b.for_(self.c(0), chunk.rows, self.c(s.mr as u64), &[], |row, _| {
             let rows = b.minsi(b.subi(chunk.rows, row), self.c(s.mr as u64));
             let tile_index = b.divui(row, self.c(s.mr as u64));
             let sums =
                 if once { slots } else { b.gep(slots, "i8", b.mulc(tile_index, s.slot_bytes(spec).cast_signed())) };
             let a = self.operand(chunk, row, k0);
-            let tile = Tile { rows, a, w, w1, scales, zeros, k0, ahead, index: tile_index, steps, sums, fresh };
+            let tile = Tile { rows, a, w, w1, scales, zeros, k0, ahead, index: tile_index, share, steps, sums, fresh };
             match s.engine {
                 Engine::Vector => self.vector_tile(tile),
                 Engine::Matrix => self.matrix_tile(tile, chunk),

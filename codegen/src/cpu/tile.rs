@@ -40,9 +40,8 @@ impl<'c> Kernel<'_, 'c> {
         b.each(self.c(0), self.c(self.spec.matrices as u64), |m| {
             let skip = b.mulc(m, panel.cast_signed());
             let w = b.gep(tile.w, "i8", skip);
-            // Tall tiles fetch the next unit: each one line of every step, so that together they fetch all.
-            let line = b.mulc(b.remui(tile.index, self.c(s.step_bytes(self.spec).div_ceil(64))), 64);
-            let ahead = b.gep(tile.ahead, "i8", b.addi(skip, line));
+            let part = b.muli(tile.index, b.muli(tile.steps, tile.share));
+            let ahead = b.gep(tile.ahead, "i8", b.addi(skip, part));
             let sums = b.gep(tile.sums, "i8", b.mulc(m, sums.cast_signed()));
             let skip = |of, bytes| b.gep(of, "i8", b.mulc(m, s.factors_bytes(self.spec, bytes).cast_signed()));
             let scales = tile.scales.map(|of| skip(of, self.scale_bytes()));
@@ -72,7 +71,7 @@ impl<'c> Kernel<'_, 'c> {
                 self.fetch(self.at(w, s.prefetch + line), Level::First);
             }
             if rows == s.mr {
-                self.fetch(b.gep(tile.ahead, "i8", b.mulc(step, width.cast_signed())), Level::Second);
+                self.fetch(b.gep(tile.ahead, "i8", b.muli(step, tile.share)), Level::Second);
             }
             let mut sums = sums.to_vec();
             if let Some(codes) = self.spec.codes {

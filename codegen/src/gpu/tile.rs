@@ -151,11 +151,12 @@ impl<'c> Kernel<'_, 'c> {
     /// experts are searched again.
     fn search(&self, base: V<'c>, span: i32, wanted: V<'c>) -> Vec<V<'c>> {
         let b = self.b;
-        let each = (span + 31) / 32;
+        // An odd number, so that the lanes read different banks.
+        let each = (span + 31) / 32 | 1;
         let begin = b.addi(base, b.muli(self.lane, b.i32(each)));
         // The span of an inner search may reach past its lane's experts, but never before the one that is found.
         let first = self.offset(begin);
-        let (count, last) = if each <= 8 {
+        let (count, last) = if each <= 9 {
             let mut sum = b.i32(0);
             let mut low = first;
             for i in 1..=each {
