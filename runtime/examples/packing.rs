@@ -75,7 +75,7 @@ fn main() -> moec_runtime::Result<()> {
     for name in ["gate", "up", "down"] {
         let Some(view) = random.find(&format!("0.{name}")) else { continue };
         let start = processor_seconds();
-        let bytes = view.read(0, view.bytes())?.into_owned();
+        let bytes = view.read(0, view.bytes())?.into_vec();
         processor += processor_seconds() - start;
         for e in 0..128 {
             tensors.insert(format!("{e}.{name}"), view.dtype, view.shape.clone(), bytes.clone())?;

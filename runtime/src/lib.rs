@@ -51,5 +51,5 @@ pub use random::Random;
 #[cfg(feature = "sim")]
 pub use sim::Sim;
 pub use target::cpu_runs;
-pub use tensors::{Checkpoint, Content, InMemory, ReadAt, SafetensorsBytes, TensorView, Tensors};
+pub use tensors::{Bytes, Checkpoint, Content, InMemory, ReadAt, SafetensorsBytes, TensorView, Tensors};
 pub use weights::{expand, materialize};

@@ -4,9 +4,10 @@ use crate::error::{Code, Result, RuntimeError};
 use moec_abi::DType;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::{
-    borrow::Cow,
+    cell::Cell,
     collections::BTreeMap,
     fs::File,
+    ops::Deref,
     path::{Path, PathBuf},
 };
 
@@ -59,18 +60,68 @@ impl<'a> TensorView<'a> {
     ///
     /// # Errors
     /// The range does not lie in the tensor, or the file cannot be read.
-    pub fn read(&self, start: u64, end: u64) -> Result<Cow<'a, [u8]>> {
+    pub fn read(&self, start: u64, end: u64) -> Result<Bytes<'a>> {
         let short = || RuntimeError::new(Code::FileForm, "a tensor ends before its last element");
         if start > end || end > self.bytes() {
             return Err(short());
         }
         match self.content {
-            Content::Bytes(bytes) => Ok(Cow::Borrowed(bytes.get(start as usize..end as usize).ok_or_else(short)?)),
+            Content::Bytes(bytes) => Ok(Bytes::Borrowed(bytes.get(start as usize..end as usize).ok_or_else(short)?)),
             Content::Reader { reader, offset, .. } => {
-                let mut out = vec![0; (end - start) as usize];
+                let mut out = SPARE.take();
+                out.resize((end - start) as usize, 0);
                 reader.read_at(offset + start, &mut out)?;
-                Ok(Cow::Owned(out))
+                Ok(Bytes::Owned(out))
             }
+        }
+    }
+}
+
+/// Bytes of a tensor.
+pub enum Bytes<'a> {
+    /// Of one in memory.
+    Borrowed(&'a [u8]),
+    /// That were read, or made.
+    Owned(Vec<u8>),
+}
+
+thread_local! {
+    /// Memory of bytes that nobody needs any more. Packing reads thousands of tensors of a few sizes; new memory for
+    /// each takes longer to get from the system than the bytes do from its cache.
+    static SPARE: Cell<Vec<u8>> = Cell::default();
+}
+
+/// Most bytes that are kept for later.
+const SPARE_LIMIT: usize = 64 << 20;
+
+impl Bytes<'_> {
+    /// The bytes as a vector.
+    pub fn into_vec(mut self) -> Vec<u8> {
+        match &mut self {
+            Self::Borrowed(bytes) => bytes.to_vec(),
+            Self::Owned(bytes) => std::mem::take(bytes),
+        }
+    }
+}
+
+impl Deref for Bytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Borrowed(bytes) => bytes,
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl Drop for Bytes<'_> {
+    fn drop(&mut self) {
+        if let Self::Owned(bytes) = self
+            && (1..=SPARE_LIMIT).contains(&bytes.capacity())
+        {
+            // At the end of a thread there is no place any more, and memory is freed as usual.
+            let _ = SPARE.try_with(|spare| spare.set(std::mem::take(bytes)));
         }
     }
 }

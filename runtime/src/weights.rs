@@ -7,12 +7,11 @@ use crate::{
     error::{Code, Result, RuntimeError},
     number::{self, E2M1, E4M3, E5M2, e8m0},
     recipe::{Dense, compose},
-    tensors::{TensorView, Tensors},
+    tensors::{Bytes, TensorView, Tensors},
 };
 use half::{bf16, f16};
 use moec_abi::{DType, Packing, Source, View};
 use moec_launch::view::{Access, MatrixAccess, Step, ViewError};
-use std::borrow::Cow;
 
 /// Values of one matrix of one expert, row by row, rounded to the type of the source.
 ///
@@ -44,16 +43,16 @@ pub fn materialize(
 enum Codec<'a> {
     Plain {
         dtype: DType,
-        bytes: Cow<'a, [u8]>,
+        bytes: Bytes<'a>,
     },
     Fp8 {
         table: &'static number::Table,
-        bytes: Cow<'a, [u8]>,
+        bytes: Bytes<'a>,
         tiles: Tiles,
     },
     Mxfp4 {
-        blocks: Cow<'a, [u8]>,
-        scales: Cow<'a, [u8]>,
+        blocks: Bytes<'a>,
+        scales: Bytes<'a>,
     },
     /// The factors of FP8 tiles themselves, for each row.
     Factors {
@@ -160,7 +159,7 @@ impl<'a> Bound<'a> {
         let (codec, base) = match origin {
             Origin::Composed(dense) => {
                 let bytes = dense.values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                (Codec::Plain { dtype: DType::F32, bytes: Cow::Owned(bytes) }, 0)
+                (Codec::Plain { dtype: DType::F32, bytes: Bytes::Owned(bytes) }, 0)
             }
             Origin::Stored(stored) => {
                 load(&source.packing, &stored, &shape, start, end, tensors, |n| expand(n, prefix, expert))?

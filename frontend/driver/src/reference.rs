@@ -74,7 +74,7 @@ impl Stored<'_> {
             (Some(e), _) => return Err(wrong(format!("shape {:?} has no expert {e}", view.shape))),
             (None, _) => (0, view.bytes(), view.shape.clone()),
         };
-        let bytes = view.read(start, end).map_err(|e| wrong(e.message))?.into_owned();
+        let bytes = view.read(start, end).map_err(|e| wrong(e.message))?.into_vec();
         Ok(RawTensor { dtype: stored_type(view.dtype), shape, bytes })
     }
 }

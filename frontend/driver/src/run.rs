@@ -38,6 +38,8 @@ pub struct Prepared {
     prefix: String,
     /// Which program was taken, and why, a line each.
     pub choice: Vec<String>,
+    /// Time that loading code, reading weights and packing them took.
+    pub bound_in: Duration,
 }
 
 /// What a launch gave.
@@ -90,8 +92,10 @@ pub fn prepare(
     let (_, program, prefix) = model.program(number)?;
     let tensors = weights.open(program, prefix)?;
     let prefix = prefix.to_owned();
+    let start = Instant::now();
     let layer = model.layer(number, &*tensors)?;
-    Ok(Prepared { layer, artefact: Arc::clone(artefact), tensors, prefix, choice })
+    let bound_in = start.elapsed();
+    Ok(Prepared { layer, artefact: Arc::clone(artefact), tensors, prefix, choice, bound_in })
 }
 
 impl Prepared {

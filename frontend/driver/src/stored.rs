@@ -77,12 +77,7 @@ impl Tensors for Opened {
 
 impl ReadAt for Reader {
     fn read_at(&self, offset: u64, out: &mut [u8]) -> moec_runtime::Result<()> {
-        let range = offset..offset.saturating_add(out.len() as u64);
-        let bytes = self
-            .checkpoint
-            .read(&self.name, range)
-            .map_err(|d| RuntimeError::new(Code::File, format!("{}: {}", d.code.0, d.message)))?;
-        out.copy_from_slice(&bytes);
-        Ok(())
+        let read = self.checkpoint.read(&self.name, offset, out);
+        read.map_err(|d| RuntimeError::new(Code::File, format!("{}: {}", d.code.0, d.message)))
     }
 }

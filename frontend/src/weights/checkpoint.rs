@@ -9,7 +9,6 @@ use indexmap::IndexMap;
 use moec_ir::{Code, DType, Diagnostic};
 use std::{
     collections::BTreeSet,
-    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -193,20 +192,17 @@ impl Checkpoint {
         self.files.iter().map(|f| f.shown.as_str()).collect()
     }
 
-    /// Bytes `range` of a tensor.
+    /// Fills `out` with the bytes of a tensor from `start` on.
     ///
     /// # Errors
-    /// `E0303` when there is no such tensor or range, `E0311` when the file has changed.
-    pub fn read(&self, name: &str, range: Range<u64>) -> Result<Vec<u8>, Diagnostic> {
-        let info = self.tensor(name).filter(|t| range.start <= range.end && range.end <= t.bytes);
-        let Some(info) = info else {
-            return Err(Diagnostic::error(
-                Code("E0303"),
-                format!("no tensor {} with bytes {range:?}", crate::json::cut(name)),
-            ));
+    /// `E0303` when there is no such tensor, or it ends before; `E0311` when the file has changed.
+    pub fn read(&self, name: &str, start: u64, out: &mut [u8]) -> Result<(), Diagnostic> {
+        let end = start.checked_add(out.len() as u64);
+        let Some(info) = self.tensor(name).filter(|t| end.is_some_and(|end| end <= t.bytes)) else {
+            let message = format!("no tensor {} with {} bytes from {start} on", crate::json::cut(name), out.len());
+            return Err(Diagnostic::error(Code("E0303"), message));
         };
-        let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-        self.files[info.file].read(info.offset + range.start, len)
+        self.files[info.file].fill(info.offset + start, out)
     }
 }
 

@@ -141,33 +141,45 @@ pub(super) fn open(path: &Path) -> Result<Opened, Diagnostic> {
 }
 
 impl Opened {
+    fn changed(&self) -> Diagnostic {
+        let message = format!("{} changed while it was read", crate::json::cut(&self.shown));
+        let mut error = Diagnostic::error(Code("E0311"), message);
+        error.file = Some(self.shown.clone());
+        error.help("wait until nothing writes to it, and try again")
+    }
+
+    fn inside(&self, start: u64, len: usize) -> Result<(), Diagnostic> {
+        let end = start.checked_add(len as u64).filter(|end| *end <= self.bytes);
+        end.map(|_| ()).ok_or_else(|| self.changed())
+    }
+
     /// Bytes `start .. start + len`.
     ///
     /// # Errors
-    /// `E0311` when the file is not the one that was opened, `E0309` when it cannot be read.
+    /// As [`fill`](Self::fill).
     pub(super) fn read(&self, start: u64, len: usize) -> Result<Vec<u8>, Diagnostic> {
-        let changed = || {
-            let mut error = Diagnostic::error(
-                Code("E0311"),
-                format!("{} changed while it was read", crate::json::cut(&self.shown)),
-            );
-            error.file = Some(self.shown.clone());
-            error.help("wait until nothing writes to it, and try again")
-        };
-        if start.checked_add(len as u64).is_none_or(|end| end > self.bytes) {
-            return Err(changed());
-        }
+        self.inside(start, len)?;
+        let mut bytes = vec![0; len];
+        self.fill(start, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `out` with the bytes from `start` on.
+    ///
+    /// # Errors
+    /// `E0311` when the file is not the one that was opened, `E0309` when it cannot be read.
+    pub(super) fn fill(&self, start: u64, out: &mut [u8]) -> Result<(), Diagnostic> {
+        self.inside(start, out.len())?;
         let fail = |error: io::Error| {
             let short = error.kind() == io::ErrorKind::UnexpectedEof;
-            if short { changed() } else { unreadable(Path::new(&self.shown), &error) }
+            if short { self.changed() } else { unreadable(Path::new(&self.shown), &error) }
         };
-        let mut bytes = vec![0; len];
-        read_at(&self.file, &mut bytes, start).map_err(fail)?;
+        read_at(&self.file, out, start).map_err(fail)?;
         let now = self.file.metadata().map_err(fail)?;
         if Stamp::of(&now) != self.stamp {
-            return Err(changed());
+            return Err(self.changed());
         }
-        Ok(bytes)
+        Ok(())
     }
 }
 

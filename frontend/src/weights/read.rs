@@ -83,7 +83,8 @@ impl Checkpoint {
             tensor: name.to_owned(),
             message: format!("type {} is not read", info.type_name),
         })?;
-        let bytes = self.read(name, 0..info.bytes).map_err(|e| ReadError::File(Box::new(e)))?;
+        let mut bytes = vec![0; usize::try_from(info.bytes).unwrap_or(usize::MAX)];
+        self.read(name, 0, &mut bytes).map_err(|e| ReadError::File(Box::new(e)))?;
         Ok(RawTensor { dtype, shape: info.shape.clone(), bytes })
     }
 }

@@ -36,7 +36,7 @@ pub fn raw(tensors: &dyn Tensors, name: &str) -> Result<(Vec<u8>, DType, Vec<u64
     let view = tensors
         .find(name)
         .ok_or_else(|| RuntimeError::new(Code::FileForm, format!("the case has no tensor `{name}`")))?;
-    let bytes = view.read(0, view.bytes())?.into_owned();
+    let bytes = view.read(0, view.bytes())?.into_vec();
     Ok((bytes, view.dtype, view.shape.clone()))
 }
 

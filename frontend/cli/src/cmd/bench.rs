@@ -104,7 +104,7 @@ fn measure(
     spread: &Spread,
     rows: &mut Vec<Value>,
 ) -> Result<(), Failure> {
-    let first = loaded.prepare(on)?;
+    let first = loaded.prepare(cx, on)?;
     let graph = loaded.graph(&first)?;
     let facts = facts(&graph);
     let target = Target::from_name(&first.program()?.target);
@@ -120,7 +120,7 @@ fn measure(
     let copies = bench::copies(first.layer().weights_bytes());
     let mut layers = vec![first];
     while layers.len() < copies {
-        layers.push(loaded.prepare(on)?);
+        layers.push(loaded.prepare(cx, on)?);
     }
     head(cx, &layers);
     let mut peer = match &args.peers {
@@ -215,7 +215,7 @@ fn counts(cx: &Context, args: &Bench, spread: &Spread) -> Result<(), Failure> {
     let sim = Arc::new(Sim::new(moec::sim::Options::default()));
     loaded.device = Arc::clone(&sim) as Arc<dyn Device>;
     let mut rows = Vec::new();
-    let prepared = loaded.prepare(&args.on)?;
+    let prepared = loaded.prepare(cx, &args.on)?;
     let graph = loaded.graph(&prepared)?;
     for &tokens in &args.tokens {
         let (routing, tokens) = spread.of(&prepared, tokens)?;

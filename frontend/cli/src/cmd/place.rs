@@ -153,7 +153,7 @@ fn trace(bytes: &[u8], experts: Option<usize>) -> Result<Input, Failure> {
             name: name.clone(),
             dtype: view.dtype,
             shape: view.shape.clone(),
-            bytes: view.read(0, view.bytes())?.into_owned(),
+            bytes: view.read(0, view.bytes())?.into_vec(),
         };
         if matches!(view.dtype, moec::abi::DType::I32 | moec::abi::DType::I64) {
             let ids = tensor.numbers().into_iter().map(|v| v as i64).collect();

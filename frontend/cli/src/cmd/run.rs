@@ -60,8 +60,12 @@ pub(crate) fn load(cx: &Context, what: &Path, on: &Where, outputs: &[&str], tune
 
 impl Loaded {
     /// Binds a layer.
-    pub(crate) fn prepare(&self, on: &Where) -> Result<Prepared, Failure> {
-        Ok(run::prepare(&self.artefact, &self.device, on.layer, &wanted::weights(&on.weights)?)?)
+    pub(crate) fn prepare(&self, cx: &Context, on: &Where) -> Result<Prepared, Failure> {
+        let prepared = run::prepare(&self.artefact, &self.device, on.layer, &wanted::weights(&on.weights)?)?;
+        let (bytes, seconds) = (prepared.layer().weights_bytes(), prepared.bound_in.as_secs_f64());
+        let size = super::compile::size(bytes);
+        cx.say("Packed", &format!("weights of {size} in {seconds:.1}s ({:.1} GB/s)", bytes as f64 * 1e-9 / seconds));
+        Ok(prepared)
     }
 
     /// The graph of a layer that is bound.
@@ -82,7 +86,7 @@ pub(crate) fn run(cx: &Context, args: &Run) -> Result<(), Failure> {
     let input = wanted::input(&args.input)?;
     let wanted_outputs: &[&str] = if args.compare { &["output", "topk_indices", "topk_weights"] } else { &["output"] };
     let loaded = load(cx, &args.what, &args.on, wanted_outputs, Table::default())?;
-    let prepared = loaded.prepare(&args.on)?;
+    let prepared = loaded.prepare(cx, &args.on)?;
     for reason in &prepared.choice {
         cx.detail("Choice", reason);
     }

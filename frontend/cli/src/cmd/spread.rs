@@ -43,7 +43,7 @@ pub(crate) fn run(cx: &Context, args: &Run, spread: &Spread) -> Result<(), Failu
     }
     let outputs = ["output"];
     let loaded: Loaded = super::run::load(cx, &args.what, &args.on, &outputs, moec::Table::default())?;
-    let prepared = loaded.prepare(&args.on)?;
+    let prepared = loaded.prepare(cx, &args.on)?;
     let (tokens, inputs) = prepared.inputs(&wanted::input(&args.input)?)?;
     let model = wanted::model(cx, &args.what)?.model;
     let (_, target) = wanted::device(&args.on.device, args.on.threads, args.on.target.as_deref())?;
