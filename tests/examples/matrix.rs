@@ -1,4 +1,5 @@
-//! The whole matrix of [`moec_tests::matrix`] on one target: `matrix TARGET [MODEL..]`, GPUs on the simulator.
+//! The matrix of [`moec_tests::matrix`] on one target, GPUs on the simulator: `matrix TARGET [TOKENS] [MODEL..]`, where
+//! `TOKENS` are the most of a launch (large ones take the simulator hours).
 
 use moec::{
     Target,
@@ -11,14 +12,19 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let name = arguments.next().unwrap_or_default();
     let Some(target) = Target::ALL.into_iter().find(|t| t.name() == name) else {
-        eprintln!("matrix TARGET [MODEL..]; targets: {}", Target::ALL.map(Target::name).join(", "));
+        eprintln!("matrix TARGET [TOKENS] [MODEL..]; targets: {}", Target::ALL.map(Target::name).join(", "));
         return ExitCode::FAILURE;
     };
     let mut models: Vec<String> = arguments.collect();
+    let most = models.first().and_then(|word| word.parse().ok());
+    if most.is_some() {
+        models.remove(0);
+    }
     if models.is_empty() {
         models = MODELS.map(str::to_owned).to_vec();
     }
-    let launches: Vec<_> = TOKENS.into_iter().flat_map(|t| Rows::ALL.map(|rows| (t, rows))).collect();
+    let tokens = TOKENS.into_iter().filter(|t| most.is_none_or(|most: u64| *t <= most));
+    let launches: Vec<_> = tokens.flat_map(|t| Rows::ALL.map(|rows| (t, rows))).collect();
     let mut failed = false;
     for model in models {
         let device: Arc<dyn Device> =
