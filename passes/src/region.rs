@@ -200,9 +200,36 @@ pub(crate) fn grow(graph: &Graph, sink: NodeId, products: Products) -> Vec<NodeI
     for id in graph.order().into_iter().rev() {
         let users = graph.users(id);
         let only_here = !users.is_empty() && users.iter().all(|u| inside.contains(u)) && !graph.is_output(id);
-        if only_here && ((same_rows(id) && is_row_op(graph, id, products)) || is_param(graph, id)) {
+        let row_op = || {
+            same_rows(id)
+                && is_row_op(graph, id, products)
+                && !uses(graph, id, &inside).contains(&true)
+                && reads_alike(graph, id, &inside)
+        };
+        if only_here && (is_param(graph, id) || row_op()) {
             inside.insert(id);
         }
     }
     inside.into_iter().collect()
+}
+
+/// How nodes inside use a value: whole for each of their rows (true), or row by row.
+fn uses(graph: &Graph, id: NodeId, inside: &BTreeSet<NodeId>) -> Vec<bool> {
+    let mut uses = Vec::new();
+    for user in graph.users(id).into_iter().filter(|user| inside.contains(user)) {
+        for (i, operand) in graph.operands(user).into_iter().enumerate() {
+            if operand == id {
+                uses.push(graph.is_shared_by_rows(user, i));
+            }
+        }
+    }
+    uses
+}
+
+/// Whether a node reads every operand as those inside read it: a kernel reads a value whole, or row by row.
+fn reads_alike(graph: &Graph, id: NodeId, inside: &BTreeSet<NodeId>) -> bool {
+    graph.operands(id).into_iter().enumerate().all(|(i, operand)| {
+        let whole = graph.is_shared_by_rows(id, i);
+        uses(graph, operand, inside).into_iter().all(|other| other == whole)
+    })
 }

@@ -604,3 +604,24 @@ fn a_bound_that_is_met_exactly_counts_unless_strict() {
     assert_eq!(of(json!({"rule": "threshold", "quantile": 1.0, "min_k": 1})), 1);
     assert_eq!(of(json!({"rule": "threshold", "quantile": 1.0, "min_k": 0})), 0);
 }
+
+#[test]
+fn a_value_may_be_used_whole_and_row_by_row() {
+    // `a` has rows; `x` and what follows from it stand against its last axes, whole for each of its rows.
+    let form = || {
+        Form::default()
+            .input("x", "f32", &json!([4, 3]))
+            .node("a", "shape", &["x"], json!({"fn": "reshape", "to": [4, 1, 3]}))
+            .output("output", "y")
+    };
+    let act = |form: Form, id: &str, x: &str| form.node(id, "unary", &[x], json!({"fn": "silu"}));
+    let binary = |form: Form, id: &str, x: &[&str]| form.node(id, "binary", x, json!({"fn": "mul"}));
+    let forms = [
+        binary(form(), "y", &["a", "x"]),
+        binary(act(form(), "s", "x"), "y", &["s", "a"]),
+        binary(binary(act(act(form(), "s", "a"), "u", "x"), "v", &["s", "u"]), "y", &["v", "x"]),
+    ];
+    for form in forms {
+        moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), 4).expect("agrees");
+    }
+}
