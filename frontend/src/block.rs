@@ -8,7 +8,7 @@ use crate::{
     layout::Glu,
 };
 use moec_ir::{
-    DType, Dim, Extent, Graph, NodeId, Op, Packing, Part, Source, TensorType, Weight, WeightSpec,
+    DType, Dim, Extent, Graph, NodeId, Op, Packing, Part, Source, TensorType, View, Weight, WeightSpec,
     ops::{
         Adjust, BankPart, Binary, BinaryFn, Combine, Dispatch, Experts, Ffn, Input, LimitOn, Linear, Norm, NormKind,
         PartKind, Reduce, ReduceFn, Select, SelectRule, Shape, Softmax, Unary, UnaryFn, Weigh, WeighFn,
@@ -103,11 +103,14 @@ impl Block {
 
     /// A weight that the model may store quantised.
     pub(crate) fn quantised(&mut self, name: &str, shape: &[u64], mut source: Source) {
-        if let Some(Quant::Fp8 { block, keep }) = &self.quant
+        if let Some(Quant::Fp8 { block, scale, keep }) = &self.quant
             && source.packing == Packing::Plain
-            && !kept(&source.tensor.replace("{p}", &self.prefix), keep)
+            && !keep.iter().any(|modules| modules.hold(&source.tensor.replace("{p}", &self.prefix)))
         {
-            source.packing = Packing::Fp8Block { scale: format!("{}_scale_inv", source.tensor), block: *block };
+            // Tiles count in the stored tensor, whose outputs may be its last axis.
+            let [outputs, inputs] = *block;
+            let block = if source.view.contains(&View::Transpose) { [inputs, outputs] } else { *block };
+            source.packing = Packing::Fp8Block { scale: format!("{}{scale}", source.tensor), block };
         }
         self.weight(name, self.dtype, shape, source);
     }
@@ -319,16 +322,4 @@ pub(crate) const fn no_change() -> Adjust {
         causal_block: None,
         tokens: None,
     }
-}
-
-/// Whether a list of unconverted modules names this tensor.
-fn kept(tensor: &str, keep: &[String]) -> bool {
-    let parts: Vec<&str> = tensor.split('.').collect();
-    keep.iter().any(|entry| {
-        let entry: Vec<&str> = entry.split('.').filter(|p| !p.is_empty()).collect();
-        !entry.is_empty()
-            && parts.windows(entry.len()).any(|w| {
-                w.iter().zip(&entry).all(|(p, e)| *e == "*" || p == e || *p == "{e}" && e.parse::<u64>().is_ok())
-            })
-    })
 }

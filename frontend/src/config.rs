@@ -4,10 +4,11 @@ use crate::{
     check,
     family::{Draft, FAMILIES, Family},
     json::{Kind, Member, Value, cut, parse_object},
-    keys::{Keys, Quant, Refused},
+    keys::{Keys, Refused},
     limits,
     model::{Facts, Form, LatentAttention, Layer, LayerKind, Model},
     outline::outline,
+    quantization::quantization,
 };
 use moec_ir::{Code, DType, Diagnostic, NodeId, Span, nearest};
 
@@ -166,79 +167,6 @@ fn dtype(keys: &mut Keys<'_>) -> DType {
         );
         DType::Bf16
     })
-}
-
-/// How the checkpoint stores its weights.
-fn quantization(keys: &mut Keys<'_>) -> Option<Quant> {
-    let found = keys.find(&["quantization_config"])?;
-    let refuse = |span: Span, message: String, label: &str| {
-        Diagnostic::error(Code("E0213"), message)
-            .primary(span, label)
-            .help("known: fp8 with weight_block_size, mxfp4 (gpt_oss)")
-    };
-    let section = match &found.value.kind {
-        Kind::Object(_) => found.value,
-        Kind::Null => return None,
-        Kind::Bool(_) | Kind::Number(_) | Kind::NotFinite(_) | Kind::String(_) | Kind::Array(_) => {
-            keys.errors.push(refuse(
-                found.value.span,
-                format!("quantization_config is {}", found.value),
-                "expected an object",
-            ));
-            return None;
-        }
-    };
-    let method = section.get("quant_method");
-    let result = match method.and_then(Value::string) {
-        Some("mxfp4") if keys.model_type == "gpt_oss" => Ok(Quant::Mxfp4),
-        Some("fp8") => fp8(section, found.value.span),
-        _ => {
-            let (span, name) = method.map_or((found.value.span, "missing".to_owned()), |m| (m.span, m.to_string()));
-            Err((span, format!("quant_method is {name}, which moec cannot read"), "unknown method"))
-        }
-    };
-    match result {
-        Ok(quant) => Some(quant),
-        Err((span, message, label)) => {
-            keys.errors.push(refuse(span, message, label));
-            None
-        }
-    }
-}
-
-type Refusal = (Span, String, &'static str);
-
-fn fp8(section: &Value, whole: Span) -> Result<Quant, Refusal> {
-    if let Some(format) = section.get("fmt")
-        && !matches!(format.string(), Some("e4m3" | "float8_e4m3fn"))
-    {
-        return Err((format.span, format!("fmt is {format}"), "only e4m3 is known"));
-    }
-    let Some(size) = section.get("weight_block_size") else {
-        return Err((whole, "weight_block_size is missing".to_owned(), "fp8 needs it"));
-    };
-    let sides: Vec<Option<u64>> = size
-        .array()
-        .unwrap_or(&[])
-        .iter()
-        .map(|side| {
-            if let Kind::Number(text) = &side.kind {
-                text.parse().ok().filter(|n| (1..=limits::SIZE).contains(n))
-            } else {
-                None
-            }
-        })
-        .collect();
-    let [Some(rows), Some(columns)] = sides[..] else {
-        return Err((
-            size.span,
-            format!("weight_block_size is {size}"),
-            "expected two sizes above 0, as in [128, 128]",
-        ));
-    };
-    let keep = section.get("modules_to_not_convert").and_then(Value::array).unwrap_or(&[]);
-    let keep = keep.iter().filter_map(Value::string).map(str::to_owned).collect();
-    Ok(Quant::Fp8 { block: [rows, columns], keep })
 }
 
 /// `E0111`: `NaN` and `Infinity`, except where releases are known to hold them.

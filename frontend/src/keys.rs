@@ -4,7 +4,10 @@
 //! value is returned, so that one run reports all independent errors. [`Keys::checked`] ends a
 //! reader before its stand-ins could be used.
 
-use crate::json::{Kind, Member, Value, cut};
+use crate::{
+    json::{Kind, Member, Value, cut},
+    quantization::Modules,
+};
 use moec_ir::{Code, DType, Diagnostic, Span, nearest};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -43,10 +46,17 @@ impl PerLayer {
 }
 
 /// Weight quantisation of the checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Quant {
-    /// FP8 with a scale for each tile; modules that stay as they are.
-    Fp8 { block: [u64; 2], keep: Vec<String> },
+    /// FP8 with a scale for each tile of so many outputs and inputs.
+    Fp8 {
+        /// Outputs and inputs of a tile; a matrix that has fewer has one tile.
+        block: [u64; 2],
+        /// What stands behind a tensor's name in the name of its scales.
+        scale: &'static str,
+        /// Modules that stay as they are.
+        keep: Vec<Modules>,
+    },
     /// MXFP4 experts.
     Mxfp4,
 }

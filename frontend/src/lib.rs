@@ -20,6 +20,7 @@ mod layout;
 pub mod limits;
 mod model;
 mod outline;
+mod quantization;
 mod relayout;
 mod source;
 pub mod weights;

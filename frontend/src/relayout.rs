@@ -129,11 +129,13 @@ impl Stored {
             layout::stacked(&stacked[0], &stacked[1], self.inner),
             layout::stacked_transposed(&stacked[0], &stacked[1], self.inner),
         ];
-        if let Packing::Fp8Block { block, .. } = self.now.gate.packing {
-            for glu in &mut all {
-                for source in [&mut glu.gate, &mut glu.up, &mut glu.down] {
-                    source.packing = Packing::Fp8Block { scale: format!("{}_scale_inv", source.tensor), block };
-                }
+        let turned = |source: &Source| source.view.contains(&View::Transpose);
+        let gate = &self.now.gate;
+        if let Packing::Fp8Block { block: [rows, columns], scale } = &gate.packing {
+            let suffix = scale.strip_prefix(&gate.tensor).unwrap_or_default();
+            for source in all.iter_mut().flat_map(|glu| [&mut glu.gate, &mut glu.up, &mut glu.down]) {
+                let block = if turned(source) == turned(gate) { [*rows, *columns] } else { [*columns, *rows] };
+                source.packing = Packing::Fp8Block { scale: format!("{}{suffix}", source.tensor), block };
             }
         }
         all

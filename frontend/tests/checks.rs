@@ -199,10 +199,64 @@ fn quantisation_that_is_not_read_is_e0213() {
     assert_eq!(section(r#"{"quant_method": "awq"}"#), ["E0213"]);
     assert_eq!(section("{}"), ["E0213"]);
     assert_eq!(section("true"), ["E0213"]);
-    assert_eq!(section(r#"{"quant_method": "fp8"}"#), ["E0213"]);
     assert_eq!(section(r#"{"quant_method": "fp8", "weight_block_size": [0, 128]}"#), ["E0213"]);
-    assert_eq!(section(r#"{"quant_method": "fp8", "weight_block_size": [128, 128]}"#), Vec::<&str>::new());
+    assert_eq!(section(r#"{"quant_method": "fp8", "fmt": "e5m2"}"#), ["E0213"]);
     assert_eq!(section(r#"{"quant_method": "mxfp4"}"#), ["E0213"]);
+    assert_eq!(section(r#"{"quant_method": "modelopt"}"#), ["E0213"]);
+    assert_eq!(section(r#"{"quant_method": "modelopt", "quant_algo": "NVFP4"}"#), ["E0213"]);
+    assert_eq!(section(r#"{"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["re:("]}"#), ["E0213"]);
+    let compressed = |rest: &str| section(&format!(r#"{{"quant_method": "compressed-tensors", {rest}}}"#));
+    let group = |weights: &str| {
+        compressed(&format!(r#""config_groups": {{"group_0": {{"targets": ["Linear"], "weights": {weights}}}}}"#))
+    };
+    assert_eq!(compressed(r#""format": "pack-quantized""#), ["E0213"]);
+    assert_eq!(compressed(r#""config_groups": {}"#), ["E0213"]);
+    assert_eq!(compressed(r#""config_groups": {"a": {"targets": ["lm_head"], "weights": {}}}"#), ["E0213"]);
+    assert_eq!(group(r#"{"num_bits": 4, "type": "float", "strategy": "channel"}"#), ["E0213"]);
+    assert_eq!(group(r#"{"num_bits": 8, "type": "int", "strategy": "channel"}"#), ["E0213"]);
+    assert_eq!(group(r#"{"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": false}"#), ["E0213"]);
+    assert_eq!(group(r#"{"num_bits": 8, "type": "float", "strategy": "group"}"#), ["E0213"]);
+}
+
+#[test]
+fn fp8_scales_belong_to_tiles_outputs_or_matrices() {
+    // The packing of the first expert matrix: rows and columns of a tile, and the name of the scales.
+    let read = |section: &str| {
+        let text = format!(
+            r#"{{"model_type": "mixtral", "torch_dtype": "bfloat16", "hidden_act": "silu", "hidden_size": 64,
+            "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "vocab_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2, "quantization_config": {section}}}"#
+        );
+        let model = moec_frontend::read_config(&text, "config.json").unwrap();
+        let weights = &model.forms[0].graph.weights;
+        let gate = weights.iter().find(|(name, _)| name.contains("gate_proj")).unwrap().1;
+        match &gate.source.packing {
+            moec_ir::Packing::Fp8Block { scale, block } => {
+                Some((block.map(|n| n.min(1000)), scale.strip_prefix(&gate.source.tensor).unwrap().to_owned()))
+            }
+            moec_ir::Packing::Plain | moec_ir::Packing::Mxfp4 { .. } => None,
+        }
+    };
+    let found = |rows, columns, suffix: &str| Some(([rows, columns], suffix.to_owned()));
+    assert_eq!(read(r#"{"quant_method": "fp8", "weight_block_size": [128, 64]}"#), found(128, 64, "_scale_inv"));
+    assert_eq!(read(r#"{"quant_method": "fp8", "weight_block_size": null}"#), found(1000, 1000, "_scale_inv"));
+    assert_eq!(read(r#"{"quant_method": "fp8"}"#), found(1000, 1000, "_scale"));
+    assert_eq!(read(r#"{"quant_method": "fbgemm_fp8"}"#), found(1, 1000, "_scale"));
+    assert_eq!(read(r#"{"quant_method": "modelopt", "quant_algo": "FP8"}"#), found(1000, 1000, "_scale"));
+    let compressed = |ignore: &str| {
+        read(&format!(
+            r#"{{"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": [{ignore}], "config_groups":
+            {{"a": {{"targets": ["Linear"], "weights": {{"num_bits": 8, "type": "float", "strategy": "channel"}}}}}}}}"#
+        ))
+    };
+    assert_eq!(compressed(r#""lm_head", "re:.*gate$", "re:experts""#), found(1, 1000, "_scale"));
+    assert_eq!(compressed(r#""re:.*experts.*""#), None);
+    assert_eq!(compressed(r#""model.layers.0.block_sparse_moe""#), None);
+    let modelopt = |ignore: &str| {
+        read(&format!(r#"{{"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["{ignore}"]}}"#))
+    };
+    assert_eq!(modelopt("*router*"), found(1000, 1000, "_scale"));
+    assert_eq!(modelopt("*block_sparse*"), None);
 }
 
 #[test]

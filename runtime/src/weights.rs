@@ -120,9 +120,9 @@ impl<'a> Bound<'a> {
             Packing::Fp8Factors { of, .. } => {
                 let stored = find(tensors, &name)?;
                 let coded = find(tensors, &expand(of, prefix, expert))?;
-                let shape = match (stored.shape.as_slice(), coded.shape.as_slice()) {
-                    ([outer @ .., _, columns], [.., rows, _]) => [outer, &[*rows, *columns]].concat(),
-                    (_, _) => stored.shape.clone(),
+                let shape = match coded.shape.as_slice() {
+                    [outer @ .., _] => [outer, &[columns]].concat(),
+                    [] => stored.shape.clone(),
                 };
                 (Origin::Stored(stored), shape)
             }
@@ -371,6 +371,11 @@ fn decoded_shape(packing: &Packing, stored: &TensorView<'_>, name: &str) -> Resu
     }
 }
 
+/// Whether shapes are equal but for sides of 1, which tensors of scales leave out.
+fn same_sides(a: &[u64], b: &[u64]) -> bool {
+    a.iter().filter(|n| **n != 1).eq(b.iter().filter(|n| **n != 1))
+}
+
 fn step(view: &View) -> Step<'_> {
     match view {
         View::Expert => Step::Expert,
@@ -445,7 +450,7 @@ fn load<'a>(
             let factors = find(tensors, &name)?;
             let grid = [rows.div_ceil(block[0]), columns.div_ceil(block[1])];
             let needed = [outer, &grid].concat();
-            if factors.shape != needed {
+            if !same_sides(&factors.shape, &needed) {
                 return Err(mismatch(&name, &factors, &needed));
             }
             let (factors, base) = factors_of(&factors, grid, (rows * columns).max(1), [start, end])?;
@@ -464,15 +469,16 @@ fn load<'a>(
             Ok((Codec::Plain { dtype: DType::U8, bytes }, start))
         }
         Packing::Fp8Factors { of, rows: unit } => {
-            let (rows, columns) = match shape {
-                [.., rows, columns] => (*rows, *columns),
-                _ => (1, 1),
+            let (outer, [rows, columns]) = match shape {
+                [outer @ .., rows, columns] => (outer, [*rows, *columns]),
+                _ => (&[] as &[u64], [1, 1]),
             };
-            let needed = [rows.div_ceil((*unit).max(1)), columns];
-            if !stored.shape.ends_with(&needed) {
+            let grid = [rows.div_ceil((*unit).max(1)), columns];
+            let needed = [outer, &grid].concat();
+            if !same_sides(&stored.shape, &needed) {
                 return Err(mismatch(&expand(of), stored, &needed));
             }
-            let (factors, base) = factors_of(stored, needed, (rows * columns).max(1), [start, end])?;
+            let (factors, base) = factors_of(stored, grid, (rows * columns).max(1), [start, end])?;
             Ok((Codec::Factors { tiles: Tiles { factors, base, rows, columns, block: [(*unit).max(1), 1] } }, start))
         }
         Packing::Mxfp4Codes => Ok((Codec::Plain { dtype: DType::U8, bytes: stored.read(start, end)? }, start)),

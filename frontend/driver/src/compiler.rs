@@ -1,7 +1,7 @@
 //! Models and graphs to artefacts.
 
 use crate::{Error, ptxas};
-use moec_abi::Manifest;
+use moec_abi::{Manifest, Matrix, Packing, Program, Recipe, Slot, View};
 use moec_codegen::{
     Target,
     gpu::tuned::Table,
@@ -92,10 +92,50 @@ impl Artefact {
         Ok(moec_runtime::Artefact::in_memory(self.manifest.clone(), self.files.clone())?)
     }
 
-    /// Remarks of all passes.
-    pub fn remarks(&self) -> impl Iterator<Item = &Remark> {
-        self.forms.iter().flat_map(|f| &f.passes.remarks)
+    /// Remarks of all passes, and of packing.
+    pub fn remarks(&self) -> Vec<Remark> {
+        let passes = self.forms.iter().flat_map(|f| &f.passes.remarks).cloned();
+        let mut all: Vec<Remark> = passes.collect();
+        for remark in self.manifest.programs.iter().flat_map(decoded_early) {
+            // Most targets pack alike.
+            if !all.contains(&remark) {
+                all.push(remark);
+            }
+        }
+        all
     }
+}
+
+/// Weights that are stored as codes and packed as values, which kernels read with more bytes.
+fn decoded_early(program: &Program) -> Vec<Remark> {
+    let why = |matrix: &Matrix| {
+        let whole = |view: &View| {
+            matches!(view, View::Expert | View::Index { .. } | View::ExpertRows { .. } | View::Slice { axis: 0, .. })
+        };
+        let source = &matrix.source;
+        let coded = match &source.packing {
+            Packing::Fp8Block { .. } | Packing::Mxfp4 { .. } => true,
+            Packing::Composed(recipe) => matches!(**recipe, Recipe::Grouped { .. } | Recipe::Scaled { .. }),
+            Packing::Plain
+            | Packing::Fp8Codes
+            | Packing::Fp8Factors { .. }
+            | Packing::Mxfp4Codes
+            | Packing::Mxfp4Exponents => false,
+        };
+        coded.then(|| match source.view.iter().all(whole) {
+            true => "no kernel decodes this form",
+            false if source.view.contains(&View::Transpose) => "inputs and outputs are transposed",
+            false => "its rows are cut",
+        })
+    };
+    let of_slot = |slot: &Slot| {
+        let text = |m: &Matrix| {
+            why(m).map(|why| format!("`{}` is stored as codes and decoded when it is packed: {why}", m.source.tensor))
+        };
+        let found = slot.matrices.iter().filter_map(text);
+        found.map(|text| Remark { pass: "pack", node: slot.name.clone(), text }).collect::<Vec<_>>()
+    };
+    program.slots.iter().flat_map(of_slot).collect()
 }
 
 /// The best target of this host's processor.

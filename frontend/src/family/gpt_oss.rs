@@ -24,7 +24,7 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
     let limit = keys.real(&["swiglu_limit"]).unwrap_or(LIMIT);
     // The class fixes its activation.
     keys.ignore(&["hidden_act", "swiglu_alpha"]);
-    let packed = keys.quant == Some(Quant::Mxfp4);
+    let packed = matches!(keys.quant, Some(Quant::Mxfp4));
     if packed {
         keys.quant = None;
         whole_blocks(keys, &inner);

@@ -143,13 +143,19 @@ fn small_float(byte: u8, exponent_bits: u32, bias: i32, infinities: bool) -> f64
     }
 }
 
+/// Whether shapes are equal but for sides of 1: a scale of a whole matrix is stored as `[]`, `[1]` or `[1, 1]`.
+pub(crate) fn same_sides<T: Copy + PartialEq + From<u8>>(a: &[T], b: &[T]) -> bool {
+    let one = T::from(1);
+    a.iter().filter(|n| **n != one).eq(b.iter().filter(|n| **n != one))
+}
+
 /// `q * scale` by tiles of the last two axes.
 fn fp8(codes: Array, scales: &Array, [rows, columns]: [u64; 2]) -> Result<Array, String> {
     let (rows, columns) = (usize::try_from(rows).unwrap_or(usize::MAX), usize::try_from(columns).unwrap_or(usize::MAX));
     let [outer @ .., height, width] = &codes.shape[..] else { return Err("fp8 tiles need two axes".to_owned()) };
     let tiles = [height.div_ceil(rows), width.div_ceil(columns)];
     let expected: Vec<usize> = outer.iter().copied().chain(tiles).collect();
-    if scales.shape != expected {
+    if !same_sides(&scales.shape, &expected) {
         return Err(format!("scales are {:?}, expected {expected:?}", scales.shape));
     }
     let scale = scales.floats();
