@@ -6,7 +6,7 @@
 use crate::gallery::{Compiled, Numbers, Results, agree, data, tokens_of};
 use moec::{Error, Target, runtime::Device};
 use moec_ir::{
-    Diagnostic, Graph, Severity,
+    Diagnostic, Graph, Severity, Type,
     json::{Signature, read_value, write_graph},
     verify,
 };
@@ -18,9 +18,11 @@ use std::{
 };
 
 mod candidates;
+mod sensitive;
 mod unseen;
 
 pub use candidates::mutants;
+pub use sensitive::Cause;
 pub use unseen::Reason;
 
 /// A graph with one change.
@@ -32,13 +34,15 @@ pub struct Mutant {
     pub node: String,
     /// Name of the attribute.
     pub attribute: String,
+    /// The part of the bank that has it.
+    pub part: Option<usize>,
     /// The changed graph file.
     pub graph: Value,
     /// What must happen.
     pub expect: Expect,
     /// Operation, its kind, and the attribute.
     pub place: String,
-    /// The place and the kind of change: changes with the same key reach the same code.
+    /// Changes with the same key reach the same code: the place and the kind of change.
     pub key: String,
 }
 
@@ -64,6 +68,8 @@ pub enum Verdict {
     Unsupported(String),
     /// Results change, and the compiled layer agrees with the interpreter.
     Changed,
+    /// Results differ from the interpreter's with all data that were tried, for a reason that lies in the numbers.
+    Numbers(Cause),
     /// Results cannot change.
     Unseen(Reason),
     /// Read; not run.
@@ -78,8 +84,8 @@ pub struct Subject {
     results: Vec<(Numbers, u64, Option<Results>)>,
 }
 
-/// The finding about a change without effect.
-const UNSEEN: &str = "changes nothing";
+/// The finding about a change that shows in no result.
+pub const UNSEEN: &str = "changes nothing";
 
 /// Data that are tried one after another until a change shows.
 const TRIALS: [(Numbers, u64); 5] =
@@ -93,13 +99,13 @@ fn read(file: &Value) -> Result<Graph, Vec<Diagnostic>> {
 }
 
 impl Subject {
-    /// The subject of a graph file.
+    /// The subject of a graph file, with so many tokens where it takes any number.
     ///
     /// # Panics
     /// When the file is no valid graph.
-    pub fn new(file: Value) -> Self {
+    pub fn new(file: Value, tokens: u64) -> Self {
         let graph = read(&file).unwrap_or_else(|e| panic!("{e:?}"));
-        let tokens = tokens_of(&graph, 9);
+        let tokens = tokens_of(&graph, tokens);
         let results = TRIALS
             .iter()
             .map(|(numbers, seed)| (*numbers, *seed, data(&graph, tokens, *seed, *numbers).expected(&graph).ok()))
@@ -112,23 +118,20 @@ impl Subject {
         &self.file
     }
 
-    /// Holds all mutants against the subject; those that `compiles` says are compiled and run as well.
-    pub fn judge_all(
-        &self,
-        mutants: &[Mutant],
-        compiles: impl Fn(&Mutant) -> bool,
-        target: Target,
-        device: &Arc<dyn Device>,
-    ) -> Vec<Result<Verdict, String>> {
-        let judge = |mutant: &Mutant| {
-            let on = compiles(mutant).then_some((target, device));
-            catch_unwind(AssertUnwindSafe(|| self.judge(mutant, on))).unwrap_or_else(|_| Err("panics".into()))
-        };
-        mutants.iter().map(judge).collect()
+    /// Whether a mutant is another graph that can be compiled and run.
+    pub fn runs(&self, mutant: &Mutant) -> bool {
+        mutant.expect == Expect::Seen && read(&mutant.graph).is_ok_and(|graph| !same_graph(&self.graph, &graph))
     }
 
-    /// Holds a mutant against the subject, on a device if there is one.
-    fn judge(&self, mutant: &Mutant, on: Option<(Target, &Arc<dyn Device>)>) -> Result<Verdict, String> {
+    /// Holds a mutant against the subject: by the interpreter, and compiled for a device if there is one.
+    ///
+    /// # Errors
+    /// What is ignored, wrong, or refused without saying where.
+    pub fn judge(&self, mutant: &Mutant, on: Option<(Target, &Arc<dyn Device>)>) -> Result<Verdict, String> {
+        catch_unwind(AssertUnwindSafe(|| self.judged(mutant, on))).unwrap_or_else(|_| Err("panics".into()))
+    }
+
+    fn judged(&self, mutant: &Mutant, on: Option<(Target, &Arc<dyn Device>)>) -> Result<Verdict, String> {
         let graph = match read(&mutant.graph) {
             Ok(graph) => graph,
             Err(found) => return refusal(&found, mutant),
@@ -138,7 +141,8 @@ impl Subject {
             Expect::Read => return Ok(Verdict::Read),
             Expect::Seen => {}
         }
-        let (mut compiled, mut seen) = (None, false);
+        let (mut compiled, mut apart) = (None, None);
+        let other_types = types(&self.graph) != types(&graph);
         for (numbers, seed, base) in &self.results {
             let data = data(&graph, self.tokens, *seed, *numbers);
             let expected = match (data.expected(&graph), base) {
@@ -148,7 +152,7 @@ impl Subject {
                 // What has no value for these data may have none in kernels either.
                 (Err(error), Some(_)) => return Ok(Verdict::NoValue(error.to_string())),
             };
-            seen |= base.as_ref().is_some_and(|base| differ(base, &expected));
+            let shows = other_types || base.as_ref().is_some_and(|base| differ(base, &expected));
             if let Some((target, device)) = on {
                 let layer = match compiled.take() {
                     Some(layer) => layer,
@@ -162,28 +166,35 @@ impl Subject {
                     },
                 };
                 let found = layer.run(&data).map_err(|e| format!("run: {e}"))?;
-                agree(&graph, &found, &expected).map_err(|e| format!("compiled: {e} ({numbers:?})"))?;
                 compiled = Some(layer);
+                if let Err(why) = agree(&graph, &found, &expected) {
+                    let why = || format!("compiled: {why} ({numbers:?})");
+                    apart = Some(sensitive::cause(&graph, &data, &expected, &found).ok_or_else(why)?);
+                    // Other data may tell more.
+                    continue;
+                }
             }
-            if seen {
+            if shows {
                 return Ok(Verdict::Changed);
             }
         }
-        match unseen::reason(&self.graph, &graph, mutant) {
-            Some(reason) => Ok(Verdict::Unseen(reason)),
-            None => Err(UNSEEN.into()),
+        match (apart, unseen::reason(&self.graph, &graph, mutant)) {
+            (Some(cause), _) => Ok(Verdict::Numbers(cause)),
+            (None, Some(reason)) => Ok(Verdict::Unseen(reason)),
+            (None, None) => Err(UNSEEN.into()),
         }
     }
 }
 
 /// Settles changes that show in no result: they are taken where another change of the same attribute of the same
 /// operation shows, in this graph or in another. Then the attribute is read, and here it makes no difference (a bound
-/// that is not reached, a norm of weights that are 1).
+/// that is not reached, a norm of weights that are 1). `round` belongs to nodes of every operation.
 pub fn settle(judged: &mut [(Mutant, Result<Verdict, String>)]) {
+    let place = |m: &Mutant| if m.attribute == "round" { m.attribute.clone() } else { m.place.clone() };
     let shown: BTreeSet<String> =
-        judged.iter().filter(|(_, v)| *v == Ok(Verdict::Changed)).map(|(m, _)| m.place.clone()).collect();
+        judged.iter().filter(|(_, v)| *v == Ok(Verdict::Changed)).map(|(m, _)| place(m)).collect();
     for (mutant, verdict) in judged {
-        if *verdict == Err(UNSEEN.to_owned()) && shown.contains(&mutant.place) {
+        if *verdict == Err(UNSEEN.to_owned()) && shown.contains(&place(mutant)) {
             *verdict = Ok(Verdict::Unseen(Reason::Inactive));
         }
     }
@@ -198,6 +209,12 @@ fn refusal(found: &[Diagnostic], mutant: &Mutant) -> Result<Verdict, String> {
         return Ok(Verdict::Refused(first.code.0));
     }
     Err(format!("is refused without a place: {} {}", first.code.0, first.message))
+}
+
+/// Types of the results: another shape of the same numbers is a change, too.
+fn types(graph: &Graph) -> Vec<Option<Type>> {
+    let graph = unseen::typed(graph);
+    graph.outputs.iter().map(|o| graph.node(o.node).ty.clone()).collect()
 }
 
 /// Whether results differ by more than the rounding of f64.

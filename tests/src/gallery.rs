@@ -1,5 +1,6 @@
 //! Graph files with invented data: compiled, run, and interpreted.
 
+use half::{bf16, f16};
 use indexmap::IndexMap;
 use moec::{
     Compiler, Error, Target,
@@ -118,6 +119,11 @@ impl Stream {
     }
 }
 
+/// Whether a tensor of floats holds codes: -1, 0 and 1.
+pub(crate) fn is_code(name: &str) -> bool {
+    name.ends_with("codes") || name.starts_with("ternary")
+}
+
 /// A tensor with values that fit its name: variances are positive, codes are -1, 0 and 1, integers are 0 and 1.
 fn tensor(name: &str, dtype: DType, shape: &[u64], seed: u64, scale: f32) -> (Vec<u8>, Array) {
     let count: u64 = shape.iter().product();
@@ -126,16 +132,39 @@ fn tensor(name: &str, dtype: DType, shape: &[u64], seed: u64, scale: f32) -> (Ve
     if dtype.is_float() {
         let value = |v: f32| match name {
             name if name.contains("var") => v.abs() + 0.5,
-            name if name.ends_with("codes") || name.starts_with("ternary") => (v * 1.5).round(),
+            name if is_code(name) => (v * 1.5).round(),
             _ => v * scale,
         };
-        let values: Vec<f32> = (0..count).map(|_| value(numbers.next())).collect();
+        let values: Vec<f32> = (0..count).map(|_| rounded(value(numbers.next()), dtype)).collect();
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         (bytes, Array { shape, data: ArrayData::F64(values.into_iter().map(f64::from).collect()) })
     } else {
         let values: Vec<i64> = (0..count).map(|_| i64::from(numbers.next() > 0.0)).collect();
         let bytes = values.iter().flat_map(|v| i32::try_from(*v).expect("small").to_le_bytes()).collect();
         (bytes, Array { shape, data: ArrayData::I64(values) })
+    }
+}
+
+/// The value as this type of floats holds it.
+fn rounded(value: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::Bf16 => bf16::from_f32(value).to_f32(),
+        DType::F16 => f16::from_f32(value).to_f32(),
+        DType::F64 | DType::F32 | DType::F8e4m3 | DType::F8e5m2 | DType::U8 | DType::I8 | DType::I32 | DType::I64 => {
+            value
+        }
+    }
+}
+
+/// The bytes of an input, from those of f32.
+fn encoded(bytes: Vec<u8>, dtype: DType) -> Vec<u8> {
+    let values = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+    match dtype {
+        DType::Bf16 => values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect(),
+        DType::F16 => values.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect(),
+        DType::F64 | DType::F32 | DType::F8e4m3 | DType::F8e5m2 | DType::U8 | DType::I8 | DType::I32 | DType::I64 => {
+            bytes
+        }
     }
 }
 
@@ -191,7 +220,7 @@ pub fn data(graph: &Graph, tokens: u64, seed: u64, numbers: Numbers) -> Data {
         let Op::Input(input) = &graph.node(id).op else { continue };
         let shape: Vec<u64> = input.ty.shape.iter().map(|d: &Dim| d.eval(tokens).expect("small")).collect();
         let (bytes, array) = tensor(&input.name, input.ty.dtype, &shape, seed, scale);
-        data.inputs.push(bytes);
+        data.inputs.push(encoded(bytes, input.ty.dtype));
         data.arrays.insert(input.name.clone(), array);
     }
     data
@@ -336,28 +365,50 @@ pub fn run(layer: &Layer, data: &Data) -> Result<Results, Error> {
 }
 
 fn floats(dtype: moec_abi::DType, bytes: &[u8]) -> Vec<f64> {
-    if dtype == moec_abi::DType::I32 {
-        return bytes.as_chunks().0.iter().map(|b| f64::from(i32::from_le_bytes(*b))).collect();
+    use moec_abi::DType;
+    match dtype {
+        DType::I32 => bytes.as_chunks().0.iter().map(|b| f64::from(i32::from_le_bytes(*b))).collect(),
+        DType::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f64()).collect(),
+        DType::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f64()).collect(),
+        DType::F64 | DType::F32 | DType::F8e4m3 | DType::F8e5m2 | DType::U8 | DType::I8 | DType::I64 => {
+            bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
+        }
     }
-    bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
 }
 
-/// Whether results agree: ids exactly, others within 3e-5 of the largest value.
+/// How far an element of a result may be from the interpreter's: ids not at all, others 3e-5 of the largest value.
+pub fn limit(graph: &Graph, name: &str, wanted: &[f64]) -> f64 {
+    // A value close to the middle of two narrow numbers may go either way.
+    let rounds = graph.ids().into_iter().any(|id| graph.node(id).round.is_some());
+    limit_within(graph, name, wanted, if rounds { 2e-2 } else { 3e-5 })
+}
+
+fn limit_within(graph: &Graph, name: &str, wanted: &[f64], share: f64) -> f64 {
+    let exact = graph.outputs.iter().any(|o| o.name == name && o.part == Part::Idx);
+    let top = wanted.iter().fold(1e-30f64, |m, v| if v.is_finite() { m.max(v.abs()) } else { m });
+    if exact { 0.0 } else { share * top }
+}
+
+/// Whether results agree, each element within its [`limit`].
 ///
 /// # Errors
 /// The first difference.
 pub fn agree(graph: &Graph, found: &Results, expected: &Results) -> Result<(), String> {
-    // A value close to the middle of two narrow numbers may go either way.
-    let rounds = graph.ids().into_iter().any(|id| graph.node(id).round.is_some());
-    agree_within(graph, found, expected, if rounds { 2e-2 } else { 3e-5 })
+    compare(found, expected, |name, wanted| limit(graph, name, wanted))
 }
 
-fn agree_within(graph: &Graph, found: &Results, expected: &Results, share: f64) -> Result<(), String> {
+/// Whether results agree within a share of the largest value; ids exactly.
+///
+/// # Errors
+/// The first difference.
+pub fn agree_within(graph: &Graph, found: &Results, expected: &Results, share: f64) -> Result<(), String> {
+    compare(found, expected, |name, wanted| limit_within(graph, name, wanted, share))
+}
+
+fn compare(found: &Results, expected: &Results, limit: impl Fn(&str, &[f64]) -> f64) -> Result<(), String> {
     for (name, wanted) in expected {
         let got = found.get(name).ok_or_else(|| format!("there is no result `{name}`"))?;
-        let exact = graph.outputs.iter().any(|o| o.name == *name && o.part == Part::Idx);
-        let top = wanted.iter().fold(1e-30f64, |m, v| if v.is_finite() { m.max(v.abs()) } else { m });
-        let limit = if exact { 0.0 } else { share * top };
+        let limit = limit(name, wanted);
         if got.len() != wanted.len() {
             return Err(format!("`{name}` has {} elements, {} are expected", got.len(), wanted.len()));
         }

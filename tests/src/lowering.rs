@@ -167,22 +167,35 @@ pub fn counts(graph: &Graph, target: Target, data: &Data) -> (Counts, usize) {
     (sim.take_counts().total, compiled.program().launches.len())
 }
 
-/// Seconds of a call of each graph on one core: the shortest of many calls in turn, so that what else the machine does
-/// does not count.
+/// Times that weights are bound anew: where they lie in memory decides how they meet in caches.
+const BINDINGS: usize = 12;
+/// Calls of each layer with one binding.
+const CALLS: usize = 150;
+
+/// Seconds of a call of each graph on one core: the shortest of many calls in turn, so that neither what else the
+/// machine does nor the place of the weights counts.
 ///
 /// # Panics
 /// When one does not compile or run.
 pub fn seconds(graphs: [(&Graph, &Data); 2]) -> [f64; 2] {
-    let layers = graphs.map(|(graph, data)| {
+    let compiled = graphs.map(|(graph, data)| {
         let compiled = Compiled::new(graph, host_target(), Arc::new(Cpu::new(1))).unwrap_or_else(|e| panic!("{e}"));
-        (compiled.layer(data).unwrap_or_else(|e| panic!("{e}")), data)
+        (compiled, data)
     });
     let mut least = [f64::INFINITY; 2];
-    for _ in 0..600 {
-        for ((layer, data), least) in layers.iter().zip(&mut least) {
-            let start = Instant::now();
-            run(layer, data).unwrap_or_else(|e| panic!("{e}"));
-            *least = least.min(start.elapsed().as_secs_f64());
+    // Earlier bindings keep their memory, so that later ones get another.
+    let mut bound = Vec::new();
+    for _ in 0..BINDINGS {
+        bound.push(compiled.each_ref().map(|(c, data)| c.layer(data).unwrap_or_else(|e| panic!("{e}"))));
+        let Some(layers) = bound.last() else { continue };
+        for call in 0..CALLS {
+            for i in 0..layers.len() {
+                // Each is first as often as second.
+                let i = (i + call) % layers.len();
+                let start = Instant::now();
+                run(&layers[i], graphs[i].1).unwrap_or_else(|e| panic!("{e}"));
+                least[i] = least[i].min(start.elapsed().as_secs_f64());
+            }
         }
     }
     least

@@ -101,7 +101,11 @@ impl Walk<'_> {
         let place = self.place(path);
         let key = format!("{place}: {what} {}", named.unwrap_or(""));
         let graph = with(self.file, path, new);
-        self.found.push(Mutant { change, node: id.to_owned(), attribute, graph, expect, place, key });
+        let part = path.windows(2).find_map(|steps| match steps {
+            [Step::Key(bank), Step::Place(i)] if bank == "bank" => Some(*i),
+            _ => None,
+        });
+        self.found.push(Mutant { change, node: id.to_owned(), attribute, part, graph, expect, place, key });
     }
 
     /// Operation, its kind, and the attribute.
