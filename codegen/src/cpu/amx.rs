@@ -67,18 +67,6 @@ impl<'c> Kernel<'_, 'c> {
         );
     }
 
-    fn either(&self, condition: V<'c>, then: impl FnOnce(), otherwise: impl FnOnce()) {
-        let then = || {
-            then();
-            Vec::new()
-        };
-        let otherwise = || {
-            otherwise();
-            Vec::new()
-        };
-        self.b.if_else(condition, &[], then, otherwise);
-    }
-
     /// Address and stride of the sums of row tile `i` and column tile `j`.
     fn sums_of(&self, tile: Tile<'c>, i: u64, j: u64) -> (V<'c>, u64) {
         let (at, stride) = match self.spec.matrices {
@@ -106,17 +94,24 @@ impl<'c> Kernel<'_, 'c> {
             let continued = || sums(&|register, at, stride| self.load_tile(register, at, stride));
             self.either(tile.fresh, zero, continued);
         }
-        // Of the two panels' lines of each step: those of one panel, or half of them.
-        let parts = if let Fetch::Ahead(tiles) = fetch { tiles / 2 } else { 1 };
-        let half = b.mulc(b.remui(tile.index, self.c(parts)), 512);
-        let panel = b.andi(b.divui(tile.index, self.c(parts)), self.c(1));
-        let ahead = b.gep(tile.ahead, "i8", b.addi(half, b.mulc(panel, s.panel_bytes(self.spec).cast_signed())));
+        // A share of the next unit: one of its panels, or half of one, from four pages or more at a time.
+        let lines = if let Fetch::Ahead(tiles) = fetch { 32 / tiles } else { 0 };
+        let shares = if let Fetch::Ahead(tiles) = fetch { tiles / 2 } else { 1 };
+        let quarter = b.mulc(tile.steps, (lines * 16).cast_signed());
+        let panel = b.andi(b.divui(tile.index, self.c(shares)), self.c(1));
+        let share = b.mulc(b.muli(b.remui(tile.index, self.c(shares)), quarter), 4);
+        let ahead = b.gep(tile.ahead, "i8", b.addi(share, b.mulc(panel, s.panel_bytes(self.spec).cast_signed())));
+        let quarters: Vec<_> = (0..4).map(|i| b.gep(ahead, "i8", b.mulc(quarter, i))).collect();
         b.each(self.c(0), tile.steps, |step| {
             let skip = b.mulc(step, 1024);
-            if let Fetch::Ahead(tiles) = fetch {
-                for line in 0..32 / tiles {
-                    self.fetch(self.at(b.gep(ahead, "i8", skip), line * 64), Level::Second);
-                }
+            // Decoded weights are in the scratch.
+            if fetch == Fetch::Own && self.spec.codes.is_none() {
+                let panel = s.panel_bytes(self.spec);
+                self.fetch_panels([tile.w, tile.w1], [tile.next, self.at(tile.next, panel)], step, tile.steps);
+            }
+            for line in 0..lines {
+                let from = b.gep(quarters[line as usize % 4], "i8", b.mulc(step, (lines * 16).cast_signed()));
+                self.fetch(self.at(from, line / 4 * 64), Level::Second);
             }
             for i in 0..row_tiles {
                 let strip = self.at(tile.a, u64::from(i) * s.k_block * 32);
@@ -125,11 +120,6 @@ impl<'c> Kernel<'_, 'c> {
             for (j, w) in [(0, tile.w), (1, tile.w1)] {
                 let w = b.gep(w, "i8", skip);
                 self.load_tile(WEIGHTS + j, w, 64);
-                if fetch == Fetch::Own {
-                    for line in 0..16 {
-                        self.fetch(self.at(w, s.prefetch + line * 64), Level::First);
-                    }
-                }
                 for i in 0..row_tiles {
                     let registers = [i * 2 + j, OPERAND + i, WEIGHTS + j].map(|r| self.tile_number(r));
                     b.intrinsic0("llvm.x86.tdpbf16ps", &registers);

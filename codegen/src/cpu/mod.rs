@@ -18,6 +18,7 @@ mod decode;
 mod finish;
 mod pack;
 mod schedule;
+mod stream;
 mod tile;
 
 use crate::{
@@ -26,6 +27,7 @@ use crate::{
     target::Target,
 };
 pub use schedule::{Engine, Schedule, operand_type, schedule};
+use stream::Stream;
 
 /// Type of addresses.
 const PTR: &str = "!llvm.ptr";
@@ -90,10 +92,16 @@ struct Tile<'c> {
     k0: V<'c>,
     /// The weights that the next unit will read in this part of `k`.
     ahead: V<'c>,
+    /// The same if the unit is one of this item, else its own.
+    next: V<'c>,
     /// Number of the tile among those of the chunk.
     index: V<'c>,
-    /// Bytes of the next unit's weights that a full tile fetches in each step (vector kernel).
+    /// The weights of the item, of which this tile reads those of its unit (vector kernel).
+    stream: Stream<'c>,
+    /// Bytes of the next unit's weights that a full tile fetches in each step, where full tiles do (vector kernel).
     share: V<'c>,
+    /// Whether they do: there are enough of them.
+    shared: V<'c>,
     /// Steps over `k`.
     steps: V<'c>,
     /// Where the sums are kept.
@@ -254,19 +262,39 @@ impl<'b, 'c> Kernel<'b, 'c> {
         let scales = self.scales.map(|of| self.factors(of, item.expert, unit, self.scale_bytes()));
         let zeros = self.zeros.map(|of| self.factors(of, item.expert, unit, 4));
         let ahead = self.at(stored[0], s.panels_per_unit(spec) * s.panel_bytes(spec));
-        // The full tiles of a chunk fetch the next unit together, evenly: a line that comes from memory holds a place
-        // among those that are on their way for long, and the loop needs places too. (LLVM leaves a division of
-        // integers where it is used first, in the innermost loop; one of floats it moves out.)
-        let full = b.cast("arith.sitofp", b.divui(chunk.rows, self.c(s.mr as u64)), "f32");
-        let share = b.cast("arith.fptosi", b.divf(b.f32(s.step_bytes(spec) as f32), full), "i64");
-        let share = b.minsi(share, self.c(64));
+        // Full tiles fetch the next unit together, evenly: a line that comes from memory holds a place among those that
+        // are on their way for long, and the loop needs places too. (LLVM leaves a division of integers where it is
+        // used first, in the innermost loop; one of floats it moves out.) One or two tiles wait for memory anyway.
+        let next = b.select(b.cmpi("slt", b.addc(unit, 1), item.end), ahead, stored[0]);
+        let full = b.divui(chunk.rows, self.c(s.mr as u64));
+        let shared = b.cmpi("sgt", full, self.c(2));
+        let bytes = b.f32(s.step_bytes(spec) as f32);
+        let share = b.cast("arith.fptosi", b.divf(bytes, b.cast("arith.sitofp", full, "f32")), "i64");
+        let stream = self.stream(item, unit, stored[0], steps);
         b.for_(self.c(0), chunk.rows, self.c(s.mr as u64), &[], |row, _| {
             let rows = b.minsi(b.subi(chunk.rows, row), self.c(s.mr as u64));
             let tile_index = b.divui(row, self.c(s.mr as u64));
             let sums =
                 if once { slots } else { b.gep(slots, "i8", b.mulc(tile_index, s.slot_bytes(spec).cast_signed())) };
             let a = self.operand(chunk, row, k0);
-            let tile = Tile { rows, a, w, w1, scales, zeros, k0, ahead, index: tile_index, share, steps, sums, fresh };
+            let tile = Tile {
+                rows,
+                a,
+                w,
+                w1,
+                scales,
+                zeros,
+                k0,
+                ahead,
+                next,
+                index: tile_index,
+                stream,
+                share,
+                shared,
+                steps,
+                sums,
+                fresh,
+            };
             match s.engine {
                 Engine::Vector => self.vector_tile(tile),
                 Engine::Matrix => self.matrix_tile(tile, chunk),
@@ -279,6 +307,18 @@ impl<'b, 'c> Kernel<'b, 'c> {
             }
             Vec::new()
         });
+    }
+
+    /// The weights of an item, as the loops over those of `unit`, which are at `w`, read them.
+    fn stream(&self, item: Item<'c>, unit: V<'c>, w: V<'c>, steps: V<'c>) -> Stream<'c> {
+        let (b, s, spec) = (self.b, self.schedule, self.spec);
+        if s.k_blocks(spec) > 1 {
+            return Stream { base: w, before: self.c(0), steps };
+        }
+        let of_unit = b.mulc(steps, s.panels_per_unit(spec).cast_signed());
+        let before = b.muli(b.subi(unit, item.begin), of_unit);
+        let base = b.gep(w, "i8", b.mulc(before, -s.step_bytes(spec).cast_signed()));
+        Stream { base, before, steps: b.muli(b.subi(item.end, item.begin), of_unit) }
     }
 
     /// Numbers of the first panel of a unit, and of the one beside it.

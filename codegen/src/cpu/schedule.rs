@@ -48,7 +48,7 @@ pub struct Schedule {
     pub dense_rows: u64,
     /// Rows are read where they lie instead of being packed.
     pub direct: bool,
-    /// Bytes that weights are fetched ahead.
+    /// Bytes that weights are fetched ahead from the second level (vector kernel).
     pub prefetch: u64,
 }
 
@@ -121,7 +121,7 @@ fn matrix(spec: &Grouped) -> Schedule {
         k_block: spec.k.next_multiple_of(32).min(4096),
         dense_rows: 0,
         direct: false,
-        prefetch: 8192,
+        prefetch: 0,
     };
     s.chunk_rows = (MATRIX_CHUNK_BYTES / (s.k_block * 2)).max(1).next_multiple_of(32).min(512);
     let width = s.unit_width(spec) * spec.matrices as u64;

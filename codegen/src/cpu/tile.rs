@@ -1,11 +1,23 @@
 //! The vector kernel: a register tile of f32 sums.
 
-use super::{Kernel, Tile};
+use super::{
+    Kernel, Tile,
+    stream::{Pages, Stream},
+};
 use crate::{
     codes::{Codes, Places},
     mlir::V,
 };
 use moec_abi::DType;
+
+/// Which weights a tile fetches while it computes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fetch {
+    /// Those that are read next.
+    Own,
+    /// A share of those of the next unit; its own are in the second level.
+    Share,
+}
 
 impl<'c> Kernel<'_, 'c> {
     /// Runs a tile of any height: one loop for each.
@@ -16,24 +28,34 @@ impl<'c> Kernel<'_, 'c> {
     fn heights(&self, tile: Tile<'c>, rows: usize) {
         let b = self.b;
         if rows == 1 {
-            return self.matrices(tile, 1);
+            return self.matrices(tile, 1, Fetch::Own);
         }
-        let full = b.cmpi("eq", tile.rows, self.c(rows as u64));
-        b.if_else(
-            full,
-            &[],
-            || {
-                self.matrices(tile, rows);
-                Vec::new()
-            },
-            || {
-                self.heights(tile, rows - 1);
-                Vec::new()
-            },
-        );
+        let exact = b.cmpi("eq", tile.rows, self.c(rows as u64));
+        let this = || {
+            if rows == self.schedule.mr {
+                let share = || self.matrices(tile, rows, Fetch::Share);
+                self.either(tile.shared, share, || self.matrices(tile, rows, Fetch::Own));
+            } else {
+                self.matrices(tile, rows, Fetch::Own);
+            }
+        };
+        self.either(exact, this, || self.heights(tile, rows - 1));
     }
 
-    fn matrices(&self, tile: Tile<'c>, rows: usize) {
+    /// Does one or the other.
+    pub(super) fn either(&self, condition: V<'c>, then: impl FnOnce(), otherwise: impl FnOnce()) {
+        let then = || {
+            then();
+            Vec::new()
+        };
+        let otherwise = || {
+            otherwise();
+            Vec::new()
+        };
+        self.b.if_else(condition, &[], then, otherwise);
+    }
+
+    fn matrices(&self, tile: Tile<'c>, rows: usize, fetch: Fetch) {
         let (b, s) = (self.b, self.schedule);
         let panel = s.panel_bytes(self.spec);
         let sums = (s.mr * s.nv * s.lanes * 4) as u64;
@@ -46,12 +68,17 @@ impl<'c> Kernel<'_, 'c> {
             let skip = |of, bytes| b.gep(of, "i8", b.mulc(m, s.factors_bytes(self.spec, bytes).cast_signed()));
             let scales = tile.scales.map(|of| skip(of, self.scale_bytes()));
             let zeros = tile.zeros.map(|of| skip(of, 4));
-            self.sums(Tile { w, scales, zeros, ahead, sums, ..tile }, rows);
+            let stream = match s.k_blocks(self.spec) {
+                1 => Stream { before: b.addi(tile.stream.before, b.muli(m, tile.steps)), ..tile.stream },
+                // A block of inputs is a stream of its own.
+                _ => Stream { base: w, ..tile.stream },
+            };
+            self.sums(Tile { w, scales, zeros, ahead, stream, sums, ..tile }, rows, fetch);
         });
     }
 
     /// Sums of one matrix.
-    fn sums(&self, tile: Tile<'c>, rows: usize) {
+    fn sums(&self, tile: Tile<'c>, rows: usize, fetch: Fetch) {
         let (b, s) = (self.b, self.schedule);
         let lanes = self.lanes;
         let floats = format!("vector<{lanes}xf32>");
@@ -67,10 +94,15 @@ impl<'c> Kernel<'_, 'c> {
             let width = s.step_bytes(self.spec);
             let w = b.gep(tile.w, "i8", b.mulc(step, width.cast_signed()));
             let a = b.gep(tile.a, "f32", b.mulc(step, s.depth.cast_signed()));
-            for line in (0..width).step_by(64) {
-                self.fetch(self.at(w, s.prefetch + line), Level::First);
+            match (fetch, Pages::new(width)) {
+                (Fetch::Own, Some(pages)) => self.fetch_ahead(pages, tile.stream, step),
+                (Fetch::Own, None) | (Fetch::Share, _) => {
+                    for line in (0..width).step_by(64) {
+                        self.fetch(self.at(w, s.prefetch + line), Level::First);
+                    }
+                }
             }
-            if rows == s.mr {
+            if fetch == Fetch::Share {
                 self.fetch(b.gep(tile.ahead, "i8", b.muli(step, tile.share)), Level::Second);
             }
             let mut sums = sums.to_vec();
