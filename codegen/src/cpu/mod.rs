@@ -10,8 +10,8 @@
 //!
 //! - [`schedule`] picks tile sizes; [`Schedule::layout`] and [`Schedule::grid`] say what packing and
 //!   launch they imply.
-//! - `tile` holds the vector kernel, `amx` the matrix-unit kernel, `pack` the copying of rows,
-//!   `finish` the epilogue.
+//! - `tile` holds the vector kernel, `amx` the matrix-unit kernel, `stream` the order in which they ask memory for
+//!   weights, `pack` the copying of rows, `finish` the epilogue.
 
 mod amx;
 mod decode;
