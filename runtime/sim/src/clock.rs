@@ -352,6 +352,12 @@ impl Epoch {
         }
     }
 
+    /// The same of the first thread of its warp, and the place of the thread in the warp.
+    #[inline(always)]
+    pub(crate) fn of_warp(self) -> (Epoch, u32) {
+        (Epoch(self.0 & !(31 << 22)), (self.0 >> 22) as u32 & 31)
+    }
+
     /// The same at the next time.
     pub(crate) fn later(self) -> Epoch {
         Epoch::new(self.touch(), self.cluster(), self.component(), self.time() + 1)

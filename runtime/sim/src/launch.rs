@@ -256,8 +256,8 @@ fn mark(memory: &mut Memory, pages: Vec<Vec<OnceLock<Mutex<Shadow>>>>) {
             let Some(shadow) = shadow.into_inner().and_then(|s| s.into_inner().ok()) else { continue };
             let words = memory.before.entry(alloc.base).or_insert_with(|| vec![0; alloc.bytes.div_ceil(4) as usize]);
             let first = page * PAGE_BYTES as usize / 4;
-            shadow.marks(|word, marks| {
-                words.iter_mut().skip(first + word).zip(marks).for_each(|(m, mark)| *m |= mark);
+            shadow.marks(|word, count, mark| {
+                words.iter_mut().skip(first + word).take(count).for_each(|m| *m |= mark);
             });
         }
     }

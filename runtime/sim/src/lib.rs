@@ -62,6 +62,7 @@ mod shadow;
 mod space;
 mod syntax;
 mod tensormap;
+mod together;
 
 pub use error::Error;
 pub use launch::{Arg, Lanes, Launch, Options, launch};

@@ -192,6 +192,13 @@ impl Alloc {
         }
     }
 
+    /// Sixteen bytes at a multiple of four.
+    #[inline]
+    pub(crate) fn line(&self, at: u64) -> [u32; 4] {
+        let words = self.words[(at / 4) as usize..].first_chunk::<4>();
+        words.map_or([0; 4], |w| std::array::from_fn(|i| w[i].load(Relaxed)))
+    }
+
     /// Replaces a 32-bit word by a function of it and returns the old value.
     pub(crate) fn update(&self, at: u64, f: impl Fn(u32) -> u32) -> u32 {
         let i = (at / 4) as usize;
@@ -205,10 +212,7 @@ impl Alloc {
     #[inline]
     pub(crate) fn written(&self, at: u64, bytes: u32, strict: bool) -> bool {
         let i = (at / 4) as usize;
-        let one = |i: usize, mask: u8| {
-            let f = self.init[i].load(Relaxed);
-            f & mask == mask && !(strict && f >> 4 & mask != 0)
-        };
+        let one = |i: usize, mask: u8| fine(self.init[i].load(Relaxed), mask, strict);
         match bytes {
             8 => one(i, 0xf) && one(i + 1, 0xf),
             4 => one(i, 0xf),
@@ -217,23 +221,27 @@ impl Alloc {
         }
     }
 
-    /// What is known of the bytes of a word: which are written, and which of those are copies of unwritten memory.
+    /// As [`Self::written`], of one or two bytes in a word, or of whole words.
     #[inline]
-    pub(crate) fn marks(&self, word: usize) -> u8 {
-        self.init[word].load(Relaxed)
-    }
-
-    /// Whether all of sixteen bytes are written, and not copies of unwritten memory.
-    #[inline]
-    pub(crate) fn line_written(&self, at: u64) -> bool {
-        let word = (at / 4) as usize;
-        (word..word + 4).all(|w| self.marks(w) == 0xf)
+    pub(crate) fn written_all(&self, at: u64, bytes: u64, strict: bool) -> bool {
+        let i = (at / 4) as usize;
+        let one = |f: &AtomicU8, mask: u8| fine(f.load(Relaxed), mask, strict);
+        match bytes {
+            1 | 2 => one(&self.init[i], ((1 << bytes) - 1) << (at % 4)),
+            _ => self.init[i..i + (bytes / 4) as usize].iter().all(|f| one(f, 0xf)),
+        }
     }
 
     /// Marks a byte as a copy of unwritten memory.
     pub(crate) fn taint(&self, at: u64) {
         let _ = self.init[(at / 4) as usize].fetch_or(0x11 << (at % 4), Relaxed);
     }
+}
+
+/// Whether the bytes of `mask` in a word are written; `strict` rejects copies of unwritten memory too.
+#[inline(always)]
+fn fine(init: u8, mask: u8, strict: bool) -> bool {
+    init & mask == mask && !(strict && init >> 4 & mask != 0)
 }
 
 /// Memory that one thread of the interpreter owns: shared memory of a block.
@@ -292,7 +300,7 @@ impl Plain {
     #[inline]
     pub(crate) fn written(&self, at: u64, bytes: u32, strict: bool) -> bool {
         let i = (at / 4) as usize;
-        let one = |i: usize, mask: u8| self.init[i] & mask == mask && !(strict && self.init[i] >> 4 & mask != 0);
+        let one = |i: usize, mask: u8| fine(self.init[i], mask, strict);
         match bytes {
             8 => one(i, 0xf) && one(i + 1, 0xf),
             4 => one(i, 0xf),
@@ -307,16 +315,26 @@ impl Plain {
         self.words[(at / 4) as usize..].first_chunk().copied().unwrap_or_default()
     }
 
-    /// Whether all of the sixteen bytes at a multiple of four are written, or copied from elsewhere.
+    /// Writes sixteen bytes at a multiple of four.
     #[inline]
-    pub(crate) fn line_written(&self, at: u64) -> bool {
-        self.init[(at / 4) as usize..].iter().take(4).all(|f| f & 0xf == 0xf)
+    pub(crate) fn set_line(&mut self, at: u64, line: [u32; 4]) {
+        let i = (at / 4) as usize;
+        self.words[i..i + 4].copy_from_slice(&line);
+        self.init[i..i + 4].fill(0xf);
     }
 
-    /// What is known of the bytes of a word: which are written, and which of those are copies of unwritten memory.
+    /// As [`Self::written`], of one or two bytes in a word, or of whole words.
     #[inline]
-    pub(crate) fn marks(&self, word: usize) -> u8 {
-        self.init[word]
+    pub(crate) fn written_all(&self, at: u64, bytes: u64, strict: bool) -> bool {
+        let i = (at / 4) as usize;
+        match bytes {
+            1 | 2 => fine(self.init[i], ((1 << bytes) - 1) << (at % 4), strict),
+            16 => self.init[i..].first_chunk().is_some_and(|f| {
+                let marks = u32::from_le_bytes(*f);
+                marks & if strict { u32::MAX } else { 0x0f0f_0f0f } == 0x0f0f_0f0f
+            }),
+            _ => self.init[i..i + (bytes / 4) as usize].iter().all(|f| fine(*f, 0xf, strict)),
+        }
     }
 
     pub(crate) fn taint(&mut self, at: u64) {

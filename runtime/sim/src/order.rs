@@ -50,6 +50,36 @@ pub(crate) enum Conflict {
     },
 }
 
+/// Who can tell by a look at the clock that most accesses are in order.
+pub(crate) trait Knows {
+    /// Whether a write is surely nothing to worry about: known by the clock alone, with the fence that it may need. Of
+    /// several threads, they know the same.
+    fn knows_write(&mut self, last: Epoch) -> bool;
+
+    /// Whether readers in the own cluster are surely known.
+    fn knows_readers(&mut self, e: Epoch, lanes: u32) -> bool;
+}
+
+impl Knows for &Access<'_> {
+    #[inline(always)]
+    fn knows_write(&mut self, last: Epoch) -> bool {
+        let c = last.component();
+        last.cluster() == self.cluster & 0x3f_ffff
+            && (c == self.me || self.view.v.get(c) >= last.time())
+            && (!self.touch.in_async_proxy() || last.touch().in_async_proxy() || self.view.p.get(c) >= last.time())
+            || self.both_strong(last, 0)
+    }
+
+    #[inline(always)]
+    fn knows_readers(&mut self, e: Epoch, lanes: u32) -> bool {
+        e.cluster() == self.cluster & 0x3f_ffff
+            && match e.touch().is_async() {
+                true => self.view.v.get(e.component()) >= e.time(),
+                false => lanes & !self.known_lanes(e) == 0,
+            }
+    }
+}
+
 /// Whether a write leaves the bytes as they are, which is no race of writes; asked only where it matters.
 pub(crate) type Same<'a> = &'a dyn Fn() -> bool;
 
@@ -120,27 +150,6 @@ impl Access<'_> {
     pub(crate) fn all_ordered(&self, e: Epoch, lanes: u32) -> bool {
         // Most readers that are not known are not known from their first lane on.
         self.ordered(e, lanes.trailing_zeros()) && lanes & !self.known_lanes(e) == 0
-    }
-
-    /// Whether a write is surely nothing to worry about: known by the clock alone, with the fence that it may need. Of
-    /// several threads, they know the same.
-    #[inline(always)]
-    pub(crate) fn knows_write(&self, last: Epoch) -> bool {
-        let c = last.component();
-        last.cluster() == self.cluster & 0x3f_ffff
-            && (c == self.me || self.view.v.get(c) >= last.time())
-            && (!self.touch.in_async_proxy() || last.touch().in_async_proxy() || self.view.p.get(c) >= last.time())
-            || self.both_strong(last, 0)
-    }
-
-    /// Whether readers in the own cluster are surely known.
-    #[inline(always)]
-    pub(crate) fn knows_readers(&self, e: Epoch, lanes: u32) -> bool {
-        e.cluster() == self.cluster & 0x3f_ffff
-            && match e.touch().is_async() {
-                true => self.view.v.get(e.component()) >= e.time(),
-                false => lanes & !self.known_lanes(e) == 0,
-            }
     }
 
     #[inline(always)]

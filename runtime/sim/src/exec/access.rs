@@ -246,7 +246,7 @@ impl Cluster<'_> {
         let note = Note::Read(Epoch::new(t.touch, self.id, base, first.own), lanes);
         let mut words = (place.1 / 4) as usize..((place.1 + u64::from(bytes)) / 4) as usize;
         let shadow = &mut self.blocks[place.0].shadow;
-        words.all(|word| shadow.quick_word(word, note, &access))
+        words.all(|word| shadow.quick_word(word, note, &mut &access, t.pc))
     }
 
     pub(super) fn conflict(&mut self, t: Toucher, c: Conflict, addr: u64, write: bool) {
@@ -473,7 +473,7 @@ fn touch_range(
     while at < end {
         let (conflict, next) = if at % LINE == 0 && end - at >= LINE {
             let line = (at / LINE) as usize;
-            let quick = shadow.quick_line(line, note, access);
+            let quick = shadow.quick_line(line, note, &mut &*access, access.pc);
             (if quick { None } else { shadow.touch_line(line, write, same, access) }, at + LINE)
         } else {
             let next = (at / 4 * 4 + 4).min(end);

@@ -221,7 +221,7 @@ impl Cluster<'_> {
     fn outlived(&mut self, block: usize) {
         let mut known = Clock::default();
         let mut last: Option<&Rc<Clock>> = None;
-        for view in self.blocks[block].warps.iter().flat_map(|w| &w.views) {
+        for view in self.blocks[block].warps.iter().flat_map(|w| w.views.iter()) {
             if !last.is_some_and(|l| Rc::ptr_eq(l, &view.v)) {
                 known.join(&view.v);
                 last = Some(&view.v);

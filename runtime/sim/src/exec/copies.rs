@@ -23,15 +23,8 @@ impl Cluster<'_> {
                         valid[l] = 0;
                     }
                 }
-                if let Some(offsets) = self.copy_warp(at, warp, pc, m, (&to, &from), *size, &valid) {
-                    for l in lanes(m) {
-                        self.in_flight(
-                            at,
-                            warp,
-                            l,
-                            CpAsync { dst: offsets[l] as u32, src: from[l], size: *size, valid: valid[l] },
-                        );
-                    }
+                if let Some(dst) = self.copy_warp(at, warp, pc, m, (&to, &from), *size, &valid) {
+                    self.in_flight(at, warp, CpAsync { lanes: m, group: 0, size: *size, dst, src: from, valid });
                     return Flow::Next;
                 }
                 let (mut wrote, mut read) = (super::seen::Seen::default(), super::seen::Seen::default());
@@ -43,38 +36,22 @@ impl Cluster<'_> {
             }
             Op::CpAsyncCommit => {
                 for l in lanes(m) {
-                    let c = &mut warp.copies[l];
-                    c.group_times.push(c.time + 1);
-                    c.time += 1;
-                    c.committed += 1;
+                    warp.copies[l].commit();
                 }
             }
             Op::CpAsyncWait { pending, all } => {
+                let groups = |l: usize| warp.copies[l].committed;
+                let complete = |l| if *all { groups(l) + 1 } else { groups(l).saturating_sub(*pending) };
+                let complete = std::array::from_fn(complete);
+                self.land_copies(warp, at, m, &complete);
                 for l in lanes(m) {
-                    if *all {
-                        let c = &mut warp.copies[l];
-                        c.group_times.push(c.time + 1);
-                        c.time += 1;
-                        c.committed += 1;
-                    }
-                    let complete = warp.copies[l].committed.saturating_sub(*pending);
-                    self.land_copies(warp, at, l, complete);
-                    if complete > 0 {
-                        let time = warp.copies[l].group_times[complete as usize - 1];
+                    let c = &mut warp.copies[l];
+                    let time = if *all { Some(c.complete_all()) } else { c.complete(complete[l]) };
+                    if let Some(time) = time {
                         let view = &mut warp.views[l];
                         view.copied = view.copied.max(time);
                         let own = view.threads + self.component(at, l);
                         self.has_waited(own, time);
-                    }
-                    if *all {
-                        // The wait for all takes no group of its own.
-                        let c = &mut warp.copies[l];
-                        c.committed -= 1;
-                        if let Some(t) = c.group_times.pop()
-                            && let Some(last) = c.group_times.last_mut()
-                        {
-                            *last = t;
-                        }
                     }
                 }
             }
@@ -123,57 +100,74 @@ impl Cluster<'_> {
         let t = Toucher { at, lane: l, pc, touch: Touch::Copy, agent };
         self.touch(warp, t, dst, size, true, false);
         self.guard_mbarriers(t, at.block, offset, u64::from(size));
-        self.in_flight(at, warp, l, CpAsync { dst: offset as u32, src: from, size, valid });
+        let copy = CpAsync { lanes: 1 << l, group: 0, size, dst: [offset; 32], src: [from; 32], valid: [valid; 32] };
+        self.in_flight(at, warp, copy);
     }
 
-    fn in_flight(&mut self, at: At, warp: &mut Warp, l: usize, copy: CpAsync) {
-        let group = warp.copies[l].committed;
-        warp.copies[l].queue.push_back((group, copy));
-        if self.env.seed % 4 == 1 && self.random().is_multiple_of(8) {
-            self.land_copies(warp, at, l, group + 1);
+    /// Keeps a copy until its group is awaited. Lanes may be at different groups.
+    fn in_flight(&mut self, at: At, warp: &mut Warp, mut copy: CpAsync) {
+        let m = copy.lanes;
+        let mut rest = m;
+        while rest != 0 {
+            copy.group = warp.copies[rest.trailing_zeros() as usize].committed;
+            let others = lanes(rest).filter(|l| warp.copies[*l].committed != copy.group).fold(0, |x, l| x | 1 << l);
+            copy.lanes = rest & !others;
+            warp.in_flight.push_back(copy.clone());
+            rest = others;
+        }
+        if self.env.seed % 4 == 1 {
+            for l in lanes(m) {
+                if self.random().is_multiple_of(8) {
+                    let all = [warp.copies[l].committed + 1; 32];
+                    self.land_copies(warp, at, 1 << l, &all);
+                }
+            }
         }
     }
 
-    /// Lands the copies of a lane whose group is below `complete`.
-    pub(super) fn land_copies(&mut self, warp: &mut Warp, at: At, l: usize, complete: u32) {
-        while let Some((g, c)) = warp.copies[l].queue.front().copied() {
-            if g >= complete {
-                break;
+    /// Lands the copies of these lanes whose group is below that of the lane in `complete`.
+    pub(super) fn land_copies(&mut self, warp: &mut Warp, at: At, m: u32, complete: &[u32; 32]) {
+        for c in &mut warp.in_flight {
+            for l in lanes(c.lanes & m).filter(|l| c.group < complete[*l]) {
+                self.land_copy(at, c, l);
+                c.lanes &= !(1 << l);
             }
-            warp.copies[l].queue.pop_front();
-            self.effects += 1;
-            let src = self.global_spot(c.src, u64::from(c.valid.max(1)));
-            if let Some(Spot::Global(i, o)) = src
-                && (c.size, c.valid) == (16, 16)
-                && self.env.memory.allocs[i].line_written(o)
-            {
-                let (a, smem) = (&self.env.memory.allocs[i], &mut self.blocks[at.block].smem);
-                for k in [0, 8] {
-                    smem.store(u64::from(c.dst) + k, 8, a.load(o + k, 8));
+        }
+        while warp.in_flight.front().is_some_and(|c| c.lanes == 0) {
+            warp.in_flight.pop_front();
+        }
+    }
+
+    fn land_copy(&mut self, at: At, c: &CpAsync, l: usize) {
+        self.effects += 1;
+        let (dst, valid) = (c.dst[l], c.valid[l]);
+        let src = self.global_spot(c.src[l], u64::from(valid.max(1)));
+        let smem = &mut self.blocks[at.block].smem;
+        if let Some(Spot::Global(i, o)) = src
+            && (c.size, valid) == (16, 16)
+            && self.env.memory.allocs[i].written_all(o, 16, true)
+        {
+            smem.set_line(dst, self.env.memory.allocs[i].line(o));
+            return;
+        }
+        let mut done = 0;
+        while done < c.size {
+            let to = dst + u64::from(done);
+            match src {
+                Some(Spot::Global(i, o)) if done < valid => {
+                    let a = &self.env.memory.allocs[i];
+                    let n = if valid - done >= 4 { 4 } else { 1 };
+                    let o = o + u64::from(done);
+                    smem.store(to, n, a.load(o, n));
+                    if !a.written(o, n, true) {
+                        (0..u64::from(n)).filter(|k| !a.written(o + k, 1, true)).for_each(|k| smem.taint(to + k));
+                    }
+                    done += n;
                 }
-                continue;
-            }
-            let mut done = 0;
-            while done < c.size {
-                let to = u64::from(c.dst + done);
-                match src {
-                    Some(Spot::Global(i, o)) if done < c.valid => {
-                        let a = &self.env.memory.allocs[i];
-                        let n = if c.valid - done >= 4 { 4 } else { 1 };
-                        let o = o + u64::from(done);
-                        self.blocks[at.block].smem.store(to, n, a.load(o, n));
-                        if !a.written(o, n, true) {
-                            (0..u64::from(n))
-                                .filter(|k| !a.written(o + k, 1, true))
-                                .for_each(|k| self.blocks[at.block].smem.taint(to + k));
-                        }
-                        done += n;
-                    }
-                    _ => {
-                        let n = if done % 4 == 0 { 4 } else { 1 };
-                        self.blocks[at.block].smem.store(to, n, 0);
-                        done += n;
-                    }
+                _ => {
+                    let n = if done % 4 == 0 { 4 } else { 1 };
+                    smem.store(to, n, 0);
+                    done += n;
                 }
             }
         }
@@ -189,8 +183,8 @@ impl Cluster<'_> {
         key: (usize, u32),
         no_increment: bool,
     ) {
-        let all = warp.copies[l].committed + 1;
-        self.land_copies(warp, at, l, all);
+        let all = [warp.copies[l].committed + 1; 32];
+        self.land_copies(warp, at, 1 << l, &all);
         let me = self.component(at, l);
         let time = warp.copies[l].time + 1;
         warp.copies[l].time = time;

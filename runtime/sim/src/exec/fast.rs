@@ -13,7 +13,7 @@ use crate::op::{Access, Where};
 use crate::order::{self, Conflict};
 use crate::shadow::{LINE, Note, Shadow};
 use crate::space;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Where all lanes of an access go.
 #[derive(Clone, Copy)]
@@ -33,6 +33,35 @@ enum Use<'a> {
     /// `cp.async`.
     CopyFrom,
     CopyTo,
+}
+
+/// The cells of what a warp touches.
+enum Cells<'a> {
+    Own(&'a mut Shadow),
+    /// Pages of global memory, of which one at a time is held.
+    Pages(&'a [OnceLock<Mutex<Shadow>>], Option<(u64, MutexGuard<'a, Shadow>)>),
+}
+
+impl Cells<'_> {
+    /// The cells that have an offset, and what it is in them.
+    #[inline(always)]
+    fn at(&mut self, offset: u64) -> (&mut Shadow, u64) {
+        match self {
+            Cells::Own(shadow) => (shadow, offset),
+            Cells::Pages(pages, held) => {
+                let page = offset / PAGE_BYTES;
+                let guard = match held.take() {
+                    Some((p, guard)) if p == page => guard,
+                    other => {
+                        drop(other);
+                        let lock = pages[page as usize].get_or_init(|| Mutex::new(Shadow::new(PAGE_BYTES as usize)));
+                        lock.lock().unwrap_or_else(PoisonError::into_inner)
+                    }
+                };
+                (&mut held.insert((page, guard)).1, offset % PAGE_BYTES)
+            }
+        }
+    }
 }
 
 /// Something to report: lane, offset, and the conflict (or an unwritten word).
@@ -76,7 +105,7 @@ impl Cluster<'_> {
     fn touch_warp(
         &mut self,
         at: At,
-        warp: &Warp,
+        warp: &mut Warp,
         m: u32,
         pc: u32,
         target: Target,
@@ -90,29 +119,81 @@ impl Cluster<'_> {
             Use::CopyTo => (true, None),
         };
         let touch = if matches!(access, Use::CopyTo) { Touch::Copy } else { Touch::Plain };
-        // A read for a copy carries the mark of unwritten bytes along, and so may rows whose use nobody knows.
-        let fine = |init: u8, mask: u8| match access {
-            Use::Load => init & (mask << 4 | mask) == mask,
-            Use::Rows => init & mask == mask,
-            Use::Store(..) | Use::CopyFrom | Use::CopyTo => true,
-        };
-        let mut faults = Vec::new();
         let base = self.component(at, 0);
-        let (cluster, block_size) = (self.id, self.env.block_size());
-        let env = self.env;
+        let (cluster, block_size, env) = (self.id, self.env.block_size(), self.env);
         let Block { smem, shadow: own, .. } = &mut self.blocks[at.block];
         let smem = &*smem;
-        let mut page: Option<(u64, MutexGuard<'_, Shadow>)> = None;
-        let mut epoch = (0, Epoch::default());
-        let memo = order::Memo::default();
+        let Warp { views, copies, frames, .. } = warp;
+        let (views, common) = views.together(m, cluster, base);
+        let mut cells = match target {
+            Target::Shared => Cells::Own(own),
+            Target::Global(i) => Cells::Pages(&env.shadow.pages[i], None),
+        };
+        // A read for a copy carries the mark of unwritten bytes along, and so may rows whose use nobody knows.
+        let written = |at: u64, bytes: u64| {
+            let strict = match access {
+                Use::Load => true,
+                Use::Rows => false,
+                Use::Store(..) | Use::CopyFrom | Use::CopyTo => return true,
+            };
+            match target {
+                Target::Shared => smem.written_all(at, bytes, strict),
+                Target::Global(i) => env.memory.allocs[i].written_all(at, bytes, strict),
+            }
+        };
+        let early = matches!(target, Target::Global(_)) && !(env.before.is_empty() && env.beyond.is_empty());
         // A line at a time where accesses cover lines, else a word.
         let unit = if total.is_multiple_of(LINE) { LINE } else { 4 };
-        for l in lanes(m) {
-            let view = &warp.views[l];
-            if epoch.0 != view.own {
-                epoch = (view.own, Epoch::new(Touch::Plain, cluster, base, view.own));
+        let note = |l: usize| {
+            let (me, own) = (base + l as u32, views[l].own);
+            match touch {
+                // Of the thread's own copies, up to the next commit.
+                Touch::Copy => Note::Write(Epoch::new(touch, cluster, views[l].threads + me, copies[l].time + 1)),
+                _ if write => Note::Write(Epoch::new(Touch::Plain, cluster, me, own)),
+                _ => Note::Read(Epoch::new(Touch::Plain, cluster, base, own), 1 << l),
             }
-            let me = base + l as u32;
+        };
+        // Most accesses are judged by one look at a cell each.
+        let mut left = m;
+        if !early && total >= 4 {
+            for l in lanes(m & common.lanes) {
+                let (note, mut knows, end) = (note(l), common.lane(l), offsets[l] + total);
+                let mut at = offsets[l];
+                while at < end {
+                    let (shadow, offset) = cells.at(at);
+                    let fine = match unit {
+                        LINE => shadow.quick_line((offset / LINE) as usize, note, &mut knows, pc),
+                        _ => shadow.quick_word((offset / 4) as usize, note, &mut knows, pc),
+                    };
+                    if !(fine && written(at, unit)) {
+                        break;
+                    }
+                    at += unit;
+                }
+                left &= !(u32::from(at >= end) << l);
+            }
+        }
+        // Lanes that write the same value to the same place change nothing for each other.
+        let again = |l: usize| {
+            stored.is_some_and(|(list, frame, size)| {
+                let regs = &frames[frame as usize].regs;
+                let value = |r: u32, l: usize| regs[r as usize][l] & ones(size);
+                let before = lanes(m).filter(|k| *k < l || left >> k & 1 == 0);
+                let mut alike = before.filter(|k| offsets[*k] == offsets[l]);
+                alike.any(|k| list.iter().all(|r| value(*r, k) == value(*r, l)))
+            })
+        };
+        let memo = order::Memo::default();
+        let mut faults = Vec::new();
+        for l in lanes(left) {
+            let (view, me, o) = (&views[l], base + l as u32, offsets[l]);
+            if let Target::Global(i) = target
+                && early
+                && env.too_early(view, i, o, total, write)
+            {
+                faults.push((l, o, Some(Conflict::Before)));
+                continue;
+            }
             let access = order::Access {
                 view,
                 peers: None,
@@ -121,16 +202,13 @@ impl Cluster<'_> {
                 warp: base,
                 block_size,
                 touch,
-                // Of a copy: that of the thread's own copies, up to the next commit.
                 agent: view.threads + me,
-                agent_time: warp.copies[l].time + 1,
+                agent_time: copies[l].time + 1,
                 pc,
                 memo: &memo,
                 independent: env.independent,
                 waited: &self.waited,
             };
-            let note = if write { Note::Write(access.epoch()) } else { Note::Read(epoch.1, 1 << l) };
-            let o = offsets[l];
             // Whether the write changes nothing: asked only where it would be a race.
             let same = || {
                 stored.is_some_and(|(regs, frame, size)| {
@@ -140,50 +218,27 @@ impl Cluster<'_> {
                             Target::Shared => smem.load(at, size),
                             Target::Global(g) => env.memory.allocs[g].load(at, size),
                         };
-                        old == warp.frames[frame as usize].regs[*r as usize][l] & ones(size)
+                        old == frames[frame as usize].regs[*r as usize][l] & ones(size)
                     })
                 })
             };
-            let mask = if total >= 4 { 0xf } else { ((1u8 << total) - 1) << (o % 4) };
-            if let Target::Global(i) = target
-                && env.too_early(view, i, o, total, write)
-            {
-                faults.push((l, o, Some(Conflict::Before)));
-                continue;
-            }
-            for k in (0..total).step_by(unit as usize) {
-                let at = o + k;
-                let (shadow, offset) = match target {
-                    Target::Shared => (&mut *own, at),
-                    Target::Global(i) => {
-                        let p = at / PAGE_BYTES;
-                        if page.as_ref().is_none_or(|(n, _)| *n != p) {
-                            drop(page.take());
-                            let lock = env.shadow.pages[i][p as usize]
-                                .get_or_init(|| Mutex::new(Shadow::new(PAGE_BYTES as usize)));
-                            page = Some((p, lock.lock().unwrap_or_else(PoisonError::into_inner)));
-                        }
-                        let Some((_, s)) = &mut page else { continue };
-                        (&mut **s, at % PAGE_BYTES)
-                    }
+            for at in (o..o + total).step_by(unit as usize) {
+                let (shadow, offset) = cells.at(at);
+                let (line, word) = ((offset / LINE) as usize, (offset / 4) as usize);
+                let mask = if total >= 4 { 0xf } else { ((1u8 << total) - 1) << (o % 4) };
+                let quick = match unit {
+                    LINE => shadow.quick_line(line, note(l), &mut &access, pc),
+                    _ => mask == 0xf && shadow.quick_word(word, note(l), &mut &access, pc),
                 };
-                let word = (at / 4) as usize;
-                let marks = |w: usize| match target {
-                    Target::Shared => smem.marks(w),
-                    Target::Global(i) => env.memory.allocs[i].marks(w),
+                let conflict = match unit {
+                    _ if quick => None,
+                    LINE => shadow.touch_line(line, write, &same, &access),
+                    _ => shadow.touch(word, mask, write, &same, &access),
                 };
-                let (conflict, written) = if unit == LINE {
-                    let line = (offset / LINE) as usize;
-                    let quick = shadow.quick_line(line, note, &access);
-                    let conflict = if quick { None } else { shadow.touch_line(line, write, &same, &access) };
-                    (conflict, write || (word..word + 4).all(|w| fine(marks(w), 0xf)))
-                } else {
-                    let cell = (offset / 4) as usize;
-                    let quick = mask == 0xf && shadow.quick_word(cell, note, &access);
-                    let conflict = if quick { None } else { shadow.touch(cell, mask, write, &same, &access) };
-                    (conflict, write || fine(marks(word), mask))
-                };
-                if conflict.is_some() || !written {
+                if matches!(conflict, Some(Conflict::Race { .. })) && again(l) {
+                    break;
+                }
+                if conflict.is_some() || !written(at, unit.min(total)) {
                     faults.push((l, o, conflict));
                     break;
                 }
@@ -249,7 +304,7 @@ impl Cluster<'_> {
     pub(super) fn load_rows(
         &mut self,
         at: At,
-        warp: &Warp,
+        warp: &mut Warp,
         pc: u32,
         addrs: &[u64; 32],
         place: Where,
@@ -281,7 +336,7 @@ impl Cluster<'_> {
     pub(super) fn copy_warp(
         &mut self,
         at: At,
-        warp: &Warp,
+        warp: &mut Warp,
         pc: u32,
         m: u32,
         (to, from): (&[u64; 32], &[u64; 32]),
@@ -334,16 +389,7 @@ impl Cluster<'_> {
         let Some((target, offsets)) = self.target(warp, frame, a, m, total) else { return false };
         if self.env.check {
             let stored = Use::Store(&a.regs, frame, size);
-            let mut faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, stored);
-            // Lanes that write the same value to the same place change nothing for each other.
-            let regs = &warp.frames[frame as usize].regs;
-            let equal = |x: usize, y: usize| {
-                offsets[x] == offsets[y]
-                    && a.regs.iter().all(|r| (regs[*r as usize][x] ^ regs[*r as usize][y]) & ones(size) == 0)
-            };
-            faults.retain(|(l, _, c)| {
-                !(matches!(c, Some(Conflict::Race { .. })) && lanes(m).take_while(|k| k < l).any(|k| equal(k, *l)))
-            });
+            let faults = self.touch_warp(at, warp, m, pc, target, &offsets, total, stored);
             if !faults.is_empty() {
                 self.report_faults(at, pc, target, faults, true);
             }

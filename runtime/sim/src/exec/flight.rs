@@ -200,9 +200,12 @@ impl Cluster<'_> {
 fn copy_run(a: &Alloc, from: u64, smem: &mut Plain, to: u64, bytes: u64, size: u32) {
     let mut k = 0;
     while k < bytes {
-        if (from + k).is_multiple_of(8) && (to + k).is_multiple_of(8) && bytes - k >= 16 && a.line_written(from + k) {
-            smem.store(to + k, 8, a.load(from + k, 8));
-            smem.store(to + k + 8, 8, a.load(from + k + 8, 8));
+        if (from + k).is_multiple_of(4)
+            && (to + k).is_multiple_of(4)
+            && bytes - k >= 16
+            && a.written_all(from + k, 16, true)
+        {
+            smem.set_line(to + k, a.line(from + k));
             k += 16;
             continue;
         }

@@ -10,7 +10,7 @@ use super::state::{At, Warp};
 use super::{Cluster, lanes};
 use crate::clock::Touch;
 use crate::num::{self, Round};
-use crate::op::{Elem, Inst, Mma, Op, V};
+use crate::op::{Elem, Inst, Mma, Op, V, Where};
 use crate::report::FindingKind;
 
 impl Cluster<'_> {
@@ -18,21 +18,29 @@ impl Cluster<'_> {
         let (pc, frame) = (warp.groups[gi].pc, warp.groups[gi].frame);
         match &inst.op {
             Op::Ldmatrix { d, addr, place, trans, .. } => {
-                let Some(rows) = self.rows(at, warp, frame, pc, (*addr, *place), d.len(), false) else {
-                    return Flow::Next;
-                };
-                for (i, r) in d.iter().enumerate() {
-                    let mut out = [0u64; 32];
-                    let mut values = [[0u32; 4]; 8];
-                    for (v, row) in values.iter_mut().zip(&rows[i * 8..]) {
-                        if let Some((b, at)) = row {
-                            *v = self.blocks[*b].smem.line(*at);
+                let mut values = [[0u32; 4]; 32];
+                let addrs = addresses(warp, frame, *addr);
+                if let Some(offsets) = self.load_rows(at, warp, pc, &addrs, *place, d.len() * 8) {
+                    let smem = &self.blocks[at.block].smem;
+                    values.iter_mut().zip(offsets).take(d.len() * 8).for_each(|(v, o)| *v = smem.line(o));
+                } else {
+                    let rows = self.rows(at, warp, pc, (&addrs, *place), d.len(), false);
+                    for (v, row) in values.iter_mut().zip(rows) {
+                        if let Some((b, o)) = row {
+                            *v = self.blocks[b].smem.line(o);
                         }
                     }
-                    for (l, o) in out.iter_mut().enumerate() {
-                        let (g, t) = (l / 4, l % 4);
+                }
+                for (values, r) in values.chunks_exact(8).zip(d) {
+                    let mut out = [0u64; 32];
+                    if *trans {
                         let e = |r: usize, c: usize| values[r][c / 2] >> (16 * (c % 2)) & 0xffff;
-                        *o = u64::from(if *trans { e(2 * t, g) | e(2 * t + 1, g) << 16 } else { values[g][t] });
+                        for (l, o) in out.iter_mut().enumerate() {
+                            let (g, t) = (l / 4, l % 4);
+                            *o = u64::from(e(2 * t, g) | e(2 * t + 1, g) << 16);
+                        }
+                    } else {
+                        out.iter_mut().zip(values.as_flattened()).for_each(|(o, v)| *o = u64::from(*v));
                     }
                     super::run::blend(&mut warp.frames[frame as usize].regs[*r as usize], &out, m);
                 }
@@ -40,9 +48,8 @@ impl Cluster<'_> {
             }
             Op::Stmatrix { s, addr, place, trans, .. } => {
                 self.effects += 1;
-                let Some(rows) = self.rows(at, warp, frame, pc, (*addr, *place), s.len(), true) else {
-                    return Flow::Next;
-                };
+                let addrs = addresses(warp, frame, *addr);
+                let rows = self.rows(at, warp, pc, (&addrs, *place), s.len(), true);
                 for (i, r) in s.iter().enumerate() {
                     let v = warp.frames[frame as usize].regs[*r as usize];
                     for (l, v) in v.iter().enumerate() {
@@ -98,27 +105,20 @@ impl Cluster<'_> {
         }
     }
 
-    /// Block and offset of the rows of `count` 8x8 matrices; the first lanes give the addresses.
-    #[expect(clippy::too_many_arguments, reason = "a warp's access")]
+    /// Block and offset of the rows of `count` 8x8 matrices, one by one; the first lanes give the addresses.
     fn rows(
         &mut self,
         at: At,
-        warp: &mut Warp,
-        frame: u32,
+        warp: &Warp,
         pc: u32,
-        place: (crate::op::Addr, crate::op::Where),
+        (addrs, place): (&[u64; 32], Where),
         count: usize,
         write: bool,
-    ) -> Option<[Option<(usize, u64)>; 32]> {
-        let addrs = addresses(warp, frame, place.0);
+    ) -> [Option<(usize, u64)>; 32] {
         let mut out = [None; 32];
-        if !write && let Some(offsets) = self.load_rows(at, warp, pc, &addrs, place.1, count * 8) {
-            out.iter_mut().zip(offsets).take(count * 8).for_each(|(o, offset)| *o = Some((at.block, offset)));
-            return Some(out);
-        }
         let mut seen = Seen::default();
         for l in 0..count * 8 {
-            let Some(spot) = self.resolve(place.1, addrs[l], 16, warp, frame, at, l, pc) else { continue };
+            let Some(spot) = self.resolve(place, addrs[l], 16, warp, 0, at, l, pc) else { continue };
             let Spot::Shared(b, offset) = spot else {
                 self.report(FindingKind::Misuse, pc, at, l, Some(addrs[l]), "matrix rows lie in shared memory", None);
                 continue;
@@ -150,7 +150,7 @@ impl Cluster<'_> {
             out[l] = Some((b, offset));
         }
         self.count(&seen, 16, write, false);
-        Some(out)
+        out
     }
 
     /// Lanes of a mask as a number, for messages.
@@ -187,43 +187,48 @@ fn place(lane: usize, reg: usize, per: usize, groups: usize) -> (usize, usize) {
 const M: usize = 16;
 const N: usize = 8;
 
-/// The elements of a register, lane after lane; says how many there are of a lane.
-#[inline(always)]
-fn elements(e: Elem, from: &V, into: &mut [f64; 128]) -> usize {
-    let per = (4 / e.bytes() as usize).max(1);
-    let lanes = from.iter().zip(into.chunks_exact_mut(per));
-    match e {
-        Elem::Bf16 => lanes.for_each(|(v, to)| {
-            to[0] = f64::from(f32::from_bits((*v as u32) << 16));
-            to[1] = f64::from(f32::from_bits(*v as u32 & 0xffff_0000));
-        }),
-        Elem::F16 => lanes.for_each(|(v, to)| {
-            to[0] = f64::from(num::f16_to_f32(*v as u16));
-            to[1] = f64::from(num::f16_to_f32((*v >> 16) as u16));
-        }),
-        _ => lanes.for_each(|(v, to)| {
-            to.iter_mut().enumerate().for_each(|(x, to)| *to = value(e, v >> (8 * e.bytes() * x as u32)));
-        }),
-    }
-    per
-}
-
 /// Reads an operand of `groups` times eight rows into rows of `K` values. Four lanes hold a row of a register.
 #[inline(always)]
 fn fetch<const K: usize>(list: &[u32], e: Elem, groups: usize, regs: &[V], out: &mut [[f64; K]]) {
-    let mut values = [0f64; 128];
-    for (i, r) in list.iter().enumerate() {
-        let width = 4 * elements(e, &regs[*r as usize], &mut values);
-        let (first, column) = place(0, i, width / 4, groups);
-        for (row, values) in out[first..first + 8].iter_mut().zip(values.chunks_exact(width)) {
-            row[column..column + width].copy_from_slice(values);
+    match e {
+        Elem::Bf16 => spread::<K, 2, 8>(list, groups, regs, out, |bits| {
+            [bits << 16, bits & 0xffff_0000].map(|b| f64::from(f32::from_bits(b as u32)))
+        }),
+        Elem::F16 => spread::<K, 2, 8>(list, groups, regs, out, |bits| {
+            [bits, bits >> 16].map(|b| f64::from(num::f16_to_f32(b as u16)))
+        }),
+        Elem::E4m3 | Elem::E5m2 | Elem::S8 | Elem::U8 => {
+            spread::<K, 4, 16>(list, groups, regs, out, |bits| [0, 8, 16, 24].map(|s| value(e, bits >> s)));
+        }
+        Elem::Tf32 | Elem::F32 | Elem::S32 | Elem::F64 => {
+            spread::<K, 1, 4>(list, groups, regs, out, |bits| [value(e, bits)]);
         }
     }
 }
 
-/// `dots[i][j] = sum over k of a[i][k] * b[j][k]`, in the order of k.
+/// Puts the `PER` elements of each register and lane where they belong: `WIDTH` of four lanes lie side by side.
 #[inline(always)]
-fn products<const K: usize>(a: &[[f64; K]; M], b: &[[f64; K]; N], dots: &mut [[f64; N]; M]) {
+fn spread<const K: usize, const PER: usize, const WIDTH: usize>(
+    list: &[u32],
+    groups: usize,
+    regs: &[V],
+    out: &mut [[f64; K]],
+    elements: impl Fn(u64) -> [f64; PER],
+) {
+    for (i, r) in list.iter().enumerate() {
+        let (first, column) = place(0, i, PER, groups);
+        let rows = out[first..first + 8].iter_mut().zip(regs[*r as usize].chunks_exact(4));
+        for (row, lanes) in rows {
+            let Some(to) = row.get_mut(column..).and_then(|r| r.first_chunk_mut::<WIDTH>()) else { continue };
+            to.chunks_exact_mut(PER).zip(lanes).for_each(|(to, bits)| to.copy_from_slice(&elements(*bits)));
+        }
+    }
+}
+
+/// `dots[i][j] = sum over k of a[i][k] * b[j][k]`, in the order of k. Products are exact, so that a sum rounds alike with
+/// its product in one step (`FUSED`) and apart.
+#[inline(always)]
+fn products<const K: usize, const FUSED: bool>(a: &[[f64; K]; M], b: &[[f64; K]; N], dots: &mut [[f64; N]; M]) {
     // B by columns, so that a row of results is one vector.
     let mut columns = [[0f64; N]; K];
     for (j, row) in b.iter().enumerate() {
@@ -235,7 +240,7 @@ fn products<const K: usize>(a: &[[f64; K]; M], b: &[[f64; K]; N], dots: &mut [[f
         let mut sums = [0f64; N];
         for (v, column) in row.iter().zip(&columns) {
             for (s, c) in sums.iter_mut().zip(column) {
-                *s += v * c;
+                *s = if FUSED { v.mul_add(*c, *s) } else { *s + v * c };
             }
         }
         *out = sums;
@@ -245,37 +250,37 @@ fn products<const K: usize>(a: &[[f64; K]; M], b: &[[f64; K]; N], dots: &mut [[f
 fn mma(warp: &mut Warp, frame: u32, op: &Mma) {
     let regs = &mut warp.frames[frame as usize].regs;
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512f") {
+    if std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("fma") {
         // SAFETY: the processor has what the function was compiled for.
         return unsafe { mma_512(regs, op) };
     }
-    mma_of_depth(regs, op);
+    mma_of_depth::<false>(regs, op);
 }
 
-/// With wider vectors. Products and sums stay apart, so that every width rounds alike.
+/// With wider vectors.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,fma")]
 fn mma_512(regs: &mut [V], op: &Mma) {
-    mma_of_depth(regs, op);
+    mma_of_depth::<true>(regs, op);
 }
 
 #[inline(always)]
-fn mma_of_depth(regs: &mut [V], op: &Mma) {
+fn mma_of_depth<const FUSED: bool>(regs: &mut [V], op: &Mma) {
     match op.k {
-        0..=4 => mma_of::<4>(regs, op),
-        5..=8 => mma_of::<8>(regs, op),
-        9..=16 => mma_of::<16>(regs, op),
-        _ => mma_of::<32>(regs, op),
+        0..=4 => mma_of::<4, FUSED>(regs, op),
+        5..=8 => mma_of::<8, FUSED>(regs, op),
+        9..=16 => mma_of::<16, FUSED>(regs, op),
+        _ => mma_of::<32, FUSED>(regs, op),
     }
 }
 
 #[inline(always)]
-fn mma_of<const K: usize>(regs: &mut [V], op: &Mma) {
+fn mma_of<const K: usize, const FUSED: bool>(regs: &mut [V], op: &Mma) {
     let (mut a, mut b, mut dots) = ([[0f64; K]; M], [[0f64; K]; N], [[0f64; N]; M]);
     fetch(&op.a, op.a_ty, op.m / 8, regs, &mut a);
     fetch(&op.b, op.b_ty, 1, regs, &mut b);
     if op.c_ty != Elem::F64 {
-        products(&a, &b, &mut dots);
+        products::<K, FUSED>(&a, &b, &mut dots);
     }
     // All of them before the first is written: a result may take the place of another's addend.
     let mut results = [[0; 32]; 4];

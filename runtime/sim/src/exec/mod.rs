@@ -169,15 +169,15 @@ pub(crate) struct Cluster<'e> {
     empty: Rc<Clock>,
     /// The end of the launches before.
     before: Rc<Clock>,
-    /// Registers of warps that have ended.
-    registers: Vec<Vec<V>>,
+    /// Slots of frames that have ended, with their function.
+    registers: Vec<(usize, Vec<V>)>,
 }
 
 /// Memory of blocks that have ended, for those that come after them.
 #[derive(Debug, Default)]
 pub(crate) struct Spare {
     shared: Vec<(Plain, Shadow)>,
-    registers: Vec<Vec<V>>,
+    registers: Vec<(usize, Vec<V>)>,
 }
 
 /// The barrier of the cluster.

@@ -115,7 +115,8 @@ impl Seen {
         for part in 0..parts {
             let lanes_here = self.mask & (((1u64 << per) - 1) << (part * per)) as u32;
             // Where every lane has banks of its own, one wavefront serves them all.
-            let bank = |l: usize| self.addr[l] / u64::from(bytes.max(4)) % (32 / words);
+            let shift = bytes.clamp(4, 16).ilog2();
+            let bank = |l: usize| self.addr[l] >> shift & (32 / words - 1);
             let banks = lanes(lanes_here).fold(0u32, |x, l| x | 1 << bank(l));
             if banks.count_ones() == lanes_here.count_ones() {
                 waves += u64::from(lanes_here != 0);

@@ -65,7 +65,7 @@ impl<'e> Cluster<'e> {
         for block in &mut self.blocks {
             spare.shared.push((std::mem::take(&mut block.smem), std::mem::take(&mut block.shadow)));
             let frames = block.warps.iter_mut().flat_map(|w| &mut w.frames);
-            spare.registers.extend(frames.map(|f| std::mem::take(&mut f.regs)));
+            spare.registers.extend(frames.map(|f| (f.func, std::mem::take(&mut f.regs))));
         }
     }
 
@@ -95,7 +95,7 @@ impl<'e> Cluster<'e> {
                 lanes: mask,
                 live: mask,
                 views: (0..32).map(|_| View::new(&self.empty, env.cluster_size() * env.block_size())).collect(),
-                copies: (0..32).map(|_| super::state::CopyQueue::default()).collect(),
+                copies: (0..32).map(|_| super::state::CopyGroups::default()).collect(),
                 ..Warp::default()
             };
             let frame = self.new_frame(At { block: b, warp: w }, &mut warp, env.entry, 0, 0, 0, mask);
@@ -133,7 +133,8 @@ impl<'e> Cluster<'e> {
         let id = match free {
             Some(i) => warp.free_frames.swap_remove(i),
             None => {
-                let mut regs = self.registers.pop().unwrap_or_default();
+                let used = self.registers.iter().rposition(|(f, _)| *f == func);
+                let mut regs = used.map(|i| self.registers.swap_remove(i).1).unwrap_or_default();
                 self.slots(at, func, &mut regs);
                 warp.frames.push(Frame {
                     func,
@@ -160,9 +161,12 @@ impl<'e> Cluster<'e> {
     fn slots(&self, at: At, func: usize, into: &mut Vec<V>) {
         let env = self.env;
         let slots = &env.code.funcs[func].slots;
+        // What no instruction writes is there already where the slots were those of the same function.
+        let new = into.is_empty();
         into.resize(slots.len(), [0; 32]);
         for (i, (s, v)) in slots.iter().zip(into).enumerate() {
             *v = match s {
+                Slot::Const(_) | Slot::Variable(..) | Slot::Local(_) if !new => continue,
                 // Undefined registers differ from seed to seed, so that a result made of one does too.
                 Slot::Register(ty) => {
                     let poison = (env.seed ^ i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 0x8000_0000;

@@ -1,11 +1,12 @@
 //! The state of a running cluster: blocks, warps, groups of lanes, frames and barriers.
 
-use crate::clock::{Clock, Snapshot, Sync, View};
+use crate::clock::{Clock, Snapshot, Sync};
 use crate::memory::Plain;
 use crate::op::{Rmw, V};
 use crate::shadow::Shadow;
 use crate::syntax::Ty;
 use crate::tensormap::TensorMapDesc;
+use crate::together::Views;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
@@ -81,25 +82,51 @@ pub(crate) struct Frame {
     pub(crate) lanes: u32,
 }
 
-/// Copies of one thread that have not landed.
+/// The groups that the `cp.async` of one thread form.
 #[derive(Debug, Default)]
-pub(crate) struct CopyQueue {
-    /// Group number and copy.
-    pub(crate) queue: VecDeque<(u32, CpAsync)>,
+pub(crate) struct CopyGroups {
     pub(crate) committed: u32,
+    /// Groups that it has waited for.
+    pub(crate) completed: u32,
+    /// Time of the last copy of each group from then on.
+    pub(crate) times: VecDeque<u32>,
     /// Time of the thread's copies; it goes on at each commit and at each arrival that follows copies.
     pub(crate) time: u32,
-    /// Time of the last copy of each group.
-    pub(crate) group_times: Vec<u32>,
 }
 
-/// A `cp.async`.
-#[derive(Clone, Copy, Debug)]
+impl CopyGroups {
+    /// The copies up to now are a group.
+    pub(crate) fn commit(&mut self) {
+        self.time += 1;
+        self.times.push_back(self.time);
+        self.committed += 1;
+    }
+
+    /// Waits for the first so many groups; gives the time of the last of them, unless an earlier wait did.
+    pub(crate) fn complete(&mut self, groups: u32) -> Option<u32> {
+        let new = groups.checked_sub(self.completed).filter(|n| *n > 0)?;
+        self.completed = groups;
+        self.times.drain(..new as usize).last()
+    }
+
+    /// Waits for all copies, which is no group of its own; gives their time.
+    pub(crate) fn complete_all(&mut self) -> u32 {
+        self.time += 1;
+        self.completed = self.committed;
+        self.times.clear();
+        self.time
+    }
+}
+
+/// A `cp.async` of lanes that are at the same group, as far as it has not landed.
+#[derive(Clone, Debug)]
 pub(crate) struct CpAsync {
-    pub(crate) dst: u32,
-    pub(crate) src: u64,
+    pub(crate) lanes: u32,
+    pub(crate) group: u32,
     pub(crate) size: u32,
-    pub(crate) valid: u32,
+    pub(crate) dst: [u64; 32],
+    pub(crate) src: [u64; 32],
+    pub(crate) valid: [u32; 32],
 }
 
 /// Matrix operations of a warp that have not run.
@@ -179,13 +206,14 @@ pub(crate) struct Warp {
     /// Lanes that exist, and those that have not exited.
     pub(crate) lanes: u32,
     pub(crate) live: u32,
-    pub(crate) views: Vec<View>,
+    pub(crate) views: Views,
     pub(crate) frames: Vec<Frame>,
     pub(crate) free_frames: Vec<u32>,
     /// Local memory, lane after lane, and its size for one lane.
     pub(crate) local: Vec<u8>,
     pub(crate) local_size: u64,
-    pub(crate) copies: Vec<CopyQueue>,
+    pub(crate) copies: Vec<CopyGroups>,
+    pub(crate) in_flight: VecDeque<CpAsync>,
     pub(crate) wgmma: WgmmaQueue,
     /// Each `setmaxnreg` that it has executed.
     pub(crate) resized: Vec<u32>,

@@ -162,9 +162,9 @@ impl<'e> Cluster<'e> {
                 if !Operand::inside(o, end) || shadow.has_read_line(line, reader, mask) {
                     return;
                 }
-                let quick = shadow.quick_line(line, Note::Read(reader, mask), &access);
+                let quick = shadow.quick_line(line, Note::Read(reader, mask), &mut &access, pc);
                 let conflict = if quick { None } else { shadow.touch_line(line, false, &|| false, &access) };
-                if conflict.is_some() || !smem.line_written(o) {
+                if conflict.is_some() || !smem.written_all(o, 16, false) {
                     faults.push((o, conflict));
                 }
             });
@@ -208,7 +208,7 @@ impl<'e> Cluster<'e> {
             self.has_waited(agent, complete);
             // Lanes of a warp mostly share their clocks; learning is done once for each.
             let mut memo: Vec<(Rc<_>, Rc<_>, View)> = Vec::new();
-            for view in &mut warp.views {
+            for view in warp.views.iter_mut() {
                 match memo.iter().find(|(v, p, _)| Rc::ptr_eq(v, &view.v) && Rc::ptr_eq(p, &view.p)) {
                     Some((_, _, done)) => {
                         view.v = done.v.clone();
