@@ -163,6 +163,16 @@ impl View {
         }
     }
 
+    /// Whether the thread, component `me` of `cluster`, knows of an access of a thread, or has made it.
+    pub(crate) fn knows(&self, cluster: u32, me: u32, e: Epoch) -> bool {
+        let c = e.component();
+        if e.cluster() != cluster & 0x3f_ffff {
+            let foreign = self.v.foreign.get(&e.cluster());
+            return foreign.is_some_and(|f| f.get(c as usize).is_some_and(|t| *t >= e.time()));
+        }
+        c == me || self.v.get(c) >= e.time()
+    }
+
     /// Whether two threads know the same and are at the same time.
     pub(crate) fn alike(&self, other: &View) -> bool {
         self.own == other.own && Rc::ptr_eq(&self.v, &other.v) && Rc::ptr_eq(&self.p, &other.p)

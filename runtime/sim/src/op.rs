@@ -429,6 +429,11 @@ pub(crate) enum Op {
         scope: Scope,
     },
     ProxyFence,
+    /// `fence.proxy.tensormap::generic.acquire`: tensor maps that were written here may be used from now on.
+    MapFence {
+        scope: Scope,
+        addr: Addr,
+    },
     Ldmatrix {
         d: Vec<Reg>,
         addr: Addr,
@@ -539,6 +544,7 @@ impl Op {
             | Op::ActiveMask { .. }
             | Op::Fence { .. }
             | Op::ProxyFence
+            | Op::MapFence { .. }
             | Op::CpAsync { .. }
             | Op::CpAsyncCommit
             | Op::CpAsyncWait { .. }

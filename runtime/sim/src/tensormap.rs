@@ -39,6 +39,23 @@ impl MapType {
         MapType::Tf32,
     ];
 
+    /// As `tensormap.replace` numbers them.
+    const OF_REPLACE: [MapType; 13] = [
+        MapType::U8,
+        MapType::U16,
+        MapType::U32,
+        MapType::S32,
+        MapType::U64,
+        MapType::S64,
+        MapType::F16,
+        MapType::F32,
+        MapType::F32,
+        MapType::F64,
+        MapType::Bf16,
+        MapType::Tf32,
+        MapType::Tf32,
+    ];
+
     /// Bytes of an element.
     #[must_use]
     pub fn bytes(self) -> u32 {
@@ -254,59 +271,34 @@ impl TensorMapDesc {
         })
     }
 
-    /// The map with one field replaced, as `tensormap.replace` does; fields are numbered as the decoder lists them.
-    pub(crate) fn replace(&self, field: u8, index: u32, value: u64) -> Option<TensorMapDesc> {
-        let mut map = self.clone();
-        let i = index as usize;
+    /// The encoding with one field replaced, as `tensormap.replace` does; fields are numbered as the decoder lists them.
+    /// Zeros count as a map too, and dimensions past the rank may be set, since the rank may be set later.
+    pub(crate) fn replace(bytes: &[u8], field: u8, index: u32, value: u64) -> Option<Vec<u8>> {
+        let mut raw = match bytes.iter().all(|b| *b == 0) {
+            true => TensorMapDesc::blank().raw(),
+            false => TensorMapDesc::decode(bytes).map(|_| bytes.to_vec())?,
+        };
+        let (i, types) = (index as usize, &MapType::OF_REPLACE);
+        let mut put = |at: usize, new: &[u8]| raw.get_mut(at..at + new.len()).map(|old| old.copy_from_slice(new));
         match field {
-            0 => map.base = value,
-            1 => {
-                // The field holds the rank minus one.
-                let rank = value as usize + 1;
-                if rank > 5 {
-                    return None;
-                }
-                map.dims.resize(rank, 1);
-                map.strides.resize(rank - 1, 0);
-                map.box_dims.resize(rank, 1);
-                map.element_strides.resize(rank, 1);
-            }
-            2 => *map.box_dims.get_mut(i)? = value as u32,
-            3 => *map.dims.get_mut(i)? = u64::from(value as u32),
+            0 => put(8, &value.to_le_bytes())?,
+            // The field holds the rank minus one.
+            1 if value < 5 => put(16, &[value as u8 + 1])?,
+            2 if i < 5 => put(92 + 2 * i, &(value as u16).to_le_bytes())?,
+            3 if i < 5 => put(20 + 8 * i, &u64::from(value as u32).to_le_bytes())?,
             // In bytes, as toolkits from 12.4 on pass it.
-            4 => *map.strides.get_mut(i)? = value,
-            5 => *map.element_strides.get_mut(i)? = value as u32,
+            4 if i < 4 => put(60 + 8 * i, &value.to_le_bytes())?,
+            5 if i < 5 => put(102 + i, &[value as u8])?,
             6 => {
-                let types = [
-                    MapType::U8,
-                    MapType::U16,
-                    MapType::U32,
-                    MapType::S32,
-                    MapType::U64,
-                    MapType::S64,
-                    MapType::F16,
-                    MapType::F32,
-                    MapType::F32,
-                    MapType::F64,
-                    MapType::Bf16,
-                    MapType::Tf32,
-                    MapType::Tf32,
-                ];
-                map.dtype = *types.get(value as usize)?;
+                let ty = types.get(value as usize)?;
+                put(17, &[MapType::ALL.iter().position(|t| t == ty)? as u8])?;
             }
-            7 => {
-                if value != 0 {
-                    return None;
-                }
-            }
-            8 => map.swizzle = *Swizzle::ALL.get(value as usize)?,
-            _ => {
-                if value != 0 {
-                    return None;
-                }
-            }
+            8 if (value as usize) < Swizzle::ALL.len() => put(18, &[value as u8])?,
+            // No interleave, and zeros outside.
+            7 | 9 if value == 0 => {}
+            _ => return None,
         }
-        Some(map)
+        Some(raw)
     }
 
     /// Bytes of a box in shared memory.

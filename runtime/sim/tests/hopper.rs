@@ -376,7 +376,15 @@ fn a_kernel_makes_its_own_tensor_map() -> Result<(), Error> {
          {WAIT}ld.shared.u32 %r9, [%r7]; {STORE}",
         expect(128)
     );
-    let (out, _) = Bench { words: 64, ..Bench::default() }.clean(&body)?;
+    let bench = Bench { words: 64, ..Bench::default() };
+    let (out, _) = bench.clean(&body)?;
+    // Copies do not see it before a fence that comes after the writing.
+    let fence = "fence.proxy.tensormap::generic.acquire.gpu [%rd2], 128;";
+    for wrong in
+        [body.replace(fence, ""), body.replace(fence, "").replace("tensormap.cp_f", &format!("{fence} tensormap.cp_f"))]
+    {
+        assert_eq!(kinds(&bench.run(&wrong, 0)?.0), [FindingKind::MissingFence]);
+    }
     for (lane, v) in out.iter().take(32).enumerate() {
         // Columns 16 and up are outside: zeros.
         let wanted = if lane % 8 < 4 { (1 + lane / 8) * 16 + 12 + lane % 8 } else { 0 };

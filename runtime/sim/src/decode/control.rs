@@ -41,7 +41,7 @@ impl Decoder<'_> {
             }
             "setmaxnreg" => self.emit(Op::SetMaxReg),
             "bar" | "barrier" => return self.barrier(p, o),
-            "fence" | "membar" => return self.fence(p),
+            "fence" | "membar" => return self.fence(p, o),
             "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => return self.warp(p, o),
             "mapa" => {
                 let generic = !p.iter().any(|s| s.starts_with("shared"));
@@ -186,10 +186,12 @@ impl Decoder<'_> {
         Scope::Gpu
     }
 
-    fn fence(&mut self, p: Name<'_>) -> Result<bool, Error> {
+    fn fence(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<bool, Error> {
         if p.contains(&"proxy") {
-            // Tensor maps are read by value when an instruction runs, so only the data fence has an effect.
-            if p.iter().any(|s| s.starts_with("async")) {
+            if p.iter().any(|s| s.starts_with("tensormap")) && p.contains(&"acquire") {
+                let addr = self.address(&o[0])?;
+                self.emit(Op::MapFence { scope: Self::scope(p), addr });
+            } else if p.iter().any(|s| s.starts_with("async")) {
                 self.emit(Op::ProxyFence);
             } else if p.contains(&"alias") || p.iter().any(|s| s.starts_with("tensormap")) {
                 self.emit(Op::Fence { scope: Self::scope(p) });

@@ -32,7 +32,7 @@ mod sync;
 mod wgmma;
 mod wmma;
 
-use crate::clock::{BEFORE, Clock, Memo, Snapshot, View};
+use crate::clock::{BEFORE, Clock, Epoch, Memo, Snapshot, View};
 use crate::launch::Lanes;
 use crate::memory::{Memory, Plain, READ, WRITTEN};
 use crate::op::{Code, V};
@@ -156,6 +156,8 @@ pub(crate) struct Cluster<'e> {
     waited: Vec<u32>,
     sync: GlobalSync,
     cluster_bar: ClusterBar,
+    /// By the global place of a tensor map that a thread here has acquired for copies: whose write, and when.
+    acquired_maps: BTreeMap<(usize, u64), Vec<(Epoch, Epoch)>>,
     pub(crate) findings: Findings,
     pub(crate) counts: Counts,
     /// Executions of each instruction by warps and by lanes.

@@ -262,6 +262,12 @@ impl Cluster<'_> {
                 }
                 Flow::Next
             }
+            Op::MapFence { scope, addr } => {
+                if self.env.check {
+                    self.map_fence(at, warp, fid, (*scope, *addr), m);
+                }
+                Flow::Next
+            }
             Op::ProxyFence => {
                 if self.env.check {
                     for l in lanes(m) {

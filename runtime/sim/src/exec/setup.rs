@@ -32,6 +32,7 @@ impl<'e> Cluster<'e> {
             next_component: 2 * n * env.block_size(),
             sync,
             cluster_bar: ClusterBar::default(),
+            acquired_maps: BTreeMap::new(),
             findings: Findings::default(),
             counts: Counts::default(),
             executed: vec![(0, 0); env.code.insts.len()],

@@ -130,8 +130,8 @@ impl Shadow {
         }
     }
 
-    /// The instruction of the last write to a word, when an asynchronous copy made it.
-    pub(crate) fn copied_by(&self, word: usize) -> Option<u32> {
+    /// The last write to a word, which is none where there was none, and its instruction.
+    pub(crate) fn last_write(&self, word: usize) -> (Epoch, u32) {
         let mut c = &self.lines[word / 4];
         if let Some(words) = c.more.parts() {
             c = &self.parts.all[words][word % 4];
@@ -139,7 +139,13 @@ impl Shadow {
         if let Some(bytes) = c.more.parts() {
             c = &self.parts.all[bytes][0];
         }
-        (!c.w.is_none() && c.w.touch().is_async()).then_some(c.wpc)
+        (c.w, c.wpc)
+    }
+
+    /// The instruction of the last write to a word, when an asynchronous copy made it.
+    pub(crate) fn copied_by(&self, word: usize) -> Option<u32> {
+        let (e, pc) = self.last_write(word);
+        (!e.is_none() && e.touch().is_async()).then_some(pc)
     }
 
     /// Registers an access to a whole line and tells what is wrong with it.
