@@ -625,3 +625,103 @@ fn a_value_may_be_used_whole_and_row_by_row() {
         moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), 4).expect("agrees");
     }
 }
+
+#[test]
+fn segments_of_one_token_are_the_layer_of_tokens() {
+    let layer = |form: Form, x: &str| {
+        form.tensor("router", json!([4, 16]))
+            .networks(16, json!(12))
+            .node("l", "linear", &[x], json!({"w": "router"}))
+            .node("s", "softmax", &["l"], json!({}))
+            .node("q", "select", &["s"], json!({"rule": "topk", "k": 1}))
+            .node("r", "weigh", &["q", "s"], json!({}))
+            .node("d", "dispatch", &[x, "r"], json!({}))
+            .node("e", "experts", &["d"], json!({"bank": [networks([0, 4])]}))
+            .node("y", "combine", &["e", "r"], json!({}))
+    };
+    let base = || Form::default().input("x", "f32", &json!([TOKENS, 16]));
+    let plain = layer(base(), "x").output("output", "y");
+    let segments = base().node("p", "shape", &["x"], json!({"fn": "pad", "multiple": 1})).node(
+        "v",
+        "shape",
+        &["p"],
+        json!({"fn": "reshape", "to": [-1, 16]}),
+    );
+    let segments = layer(segments, "v")
+        .node("f", "shape", &["y"], json!({"fn": "reshape", "to": [-1, 16]}))
+        .node("z", "shape", &["f"], json!({"fn": "slice", "axis": 0, "range": [0, TOKENS]}))
+        .output("output", "z");
+    let [plain, segments] = [plain, segments].map(|form| {
+        let (graph, data) = with(&form);
+        results(&graph, &data)
+    });
+    close(&segments["output"], &plain["output"], "segments of one token");
+}
+
+#[test]
+fn experts_of_a_step_are_one_network() {
+    // The route of a step is the same for all its tokens: its experts side by side are a dense network.
+    let (tokens, width, inner, chosen) = (6usize, 8usize, 5usize, [2, 0]);
+    let routed = Form::default()
+        .input("x", "f32", &json!([tokens, width]))
+        .input("ids", "i32", &json!([1, 2]))
+        .tensor("up.{e}", json!([inner, width]))
+        .tensor("down.{e}", json!([width, inner]))
+        .node("q", "select", &["ids"], json!({"rule": "given", "experts": 4}))
+        .node("r", "weigh", &["q"], json!({"const": true, "scale": 0.5}))
+        .node("d", "dispatch", &["x", "r"], json!({"repeat": tokens}))
+        .node(
+            "e",
+            "experts",
+            &["d"],
+            json!({"bank": [{"ids": [0, 4], "kind": "ffn", "act": "gelu", "up": "up.{e}", "down": "down.{e}"}]}),
+        )
+        .node("y", "combine", &["e", "r"], json!({"repeat": tokens}))
+        .output("output", "y");
+    let dense = Form::default()
+        .input("x", "f32", &json!([tokens, width]))
+        .tensor("up", json!([2 * inner, width]))
+        .tensor("down", json!([width, 2 * inner]))
+        .node("y", "ffn", &["x"], json!({"act": "gelu", "up": "up", "down": "down"}))
+        .output("output", "y");
+    let [(routed, mut steps), (dense, mut fused)] = [routed, dense].map(|form| {
+        let graph = form.graph();
+        let data = data(&graph, tokens as u64, 5, Numbers::Small);
+        (graph, data)
+    });
+    steps.set_ints("ids", &chosen);
+    let of = |part: &str, e: i32| steps.weights.0[&format!("{part}.{e}")].floats();
+    let up: Vec<f32> = chosen.iter().flat_map(|e| of("up", *e)).map(|v| v as f32).collect();
+    let row = |e: i32, r: usize| of("down", e)[r * inner..(r + 1) * inner].to_vec();
+    let down: Vec<f32> =
+        (0..width).flat_map(|r| chosen.map(|e| row(e, r)).concat()).map(|v| (v * 0.5) as f32).collect();
+    fused.set_weight("up", &up);
+    fused.set_weight("down", &down);
+    close(&results(&routed, &steps)["output"], &results(&dense, &fused)["output"], "experts of a step");
+}
+
+#[test]
+fn a_batch_whose_experts_are_all_forbidden_gives_zero() {
+    let form = Form::default()
+        .input("x", "f32", &json!([3, 8]))
+        .input("c", "f32", &json!([1, 8]))
+        .input("mask", "f32", &json!([1, 4]))
+        .tensor("router", json!([4, 8]))
+        .networks(8, json!(12))
+        .node("l", "linear", &["c"], json!({"w": "router"}))
+        .node("a", "adjust", &["l"], json!({"mask": "mask"}))
+        .node("q", "select", &["a"], json!({"rule": "topk", "k": 2}))
+        .node("r", "weigh", &["q", "l"], json!({"fn": "softmax"}))
+        .node("d", "dispatch", &["x", "r"], json!({"repeat": 3}))
+        .node("e", "experts", &["d"], json!({"bank": [networks([0, 4])]}))
+        .node("y", "combine", &["e", "r"], json!({"repeat": 3}))
+        .output("output", "y");
+    let graph = form.graph();
+    let mut data = data(&graph, 3, 5, Numbers::Small);
+    data.set("mask", &[-1.0; 4]);
+    // The simulator says whether rows that nobody wrote are read.
+    let sim = Arc::new(moec::runtime::Sim::new(moec_sim::Options::default()));
+    let compiled = Compiled::new(&graph, moec::Target::Sm80, sim).unwrap_or_else(|e| panic!("{e}"));
+    let found = compiled.run(&data).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(found["output"], vec![0.0; 24]);
+}

@@ -56,7 +56,9 @@ impl Any {
             }
             _ => {
                 let (function, flag) = (self.draw.of(&["sign", "abs", "exp", "tanh"]), self.draw.of(&["gt", "ge"]));
+                // Half of it: a small number and its tanh are equal in f32.
                 let other = self.add("unary", &[x], json!({"fn": function}));
+                let other = self.add("binary", &[&other], json!({"fn": "mul", "c": 0.5}));
                 let flag = self.add("binary", &[x, &other], json!({"fn": flag}));
                 let half = self.add("binary", &[&flag], json!({"fn": "mul", "c": 0.5}));
                 self.add("binary", &[x, &half], json!({"fn": "add"}))
