@@ -3,7 +3,7 @@
 use crate::{CodegenError, Target, cpu, plan::PlanKernel, rows::type_of};
 use indexmap::IndexMap;
 use moec_abi::{Buffer, BufferKind, DType, Expr, Launch, Slot};
-use moec_ir::{Dim, Graph, NodeId, Part, RouteType, Type};
+use moec_ir::{Dim, Graph, NodeId, Op, Part, RouteType, Type};
 
 /// Alignment of buffers in the workspace, in bytes.
 const ALIGN: u64 = 256;
@@ -192,11 +192,13 @@ impl Memory {
         Ok(place)
     }
 
-    /// Whether sorted rows are those of some experts only, so that there may be none.
+    /// Whether there may be no sorted rows at all: they are those of some experts only, or every slot may be empty.
     pub(crate) fn is_partial(&self, graph: &Graph, id: NodeId) -> bool {
         let Some(Place::Ragged { plan, .. }) = self.places.get(&id) else { return false };
         match (self.places.get(plan), &graph.node(*plan).ty) {
-            (Some(Place::Plan { experts, holes, .. }), Some(Type::Plan(ty))) => *holes || *experts < ty.experts,
+            (Some(Place::Plan { experts, holes, .. }), Some(Type::Plan(ty))) => {
+                *holes || *experts < ty.experts || graph.operands(*plan).into_iter().any(|o| is_sparse(graph, o))
+            }
             (_, _) => false,
         }
     }
@@ -334,4 +336,16 @@ pub(crate) fn max_tokens(buffers: &[Buffer], workspace: &Expr, launches: &[Launc
         if fits(middle) { low = middle } else { high = middle }
     }
     low
+}
+
+/// Whether a route that a kernel gives may have nothing but empty slots, because its experts can be forbidden.
+fn is_sparse(graph: &Graph, route: NodeId) -> bool {
+    let Op::Kernel(kernel) = &graph.node(route).op else { return false };
+    let forbids = |id: NodeId| {
+        let op = &kernel.body.node(id).op;
+        matches!(op, Op::Adjust(adjust) if adjust.mask || adjust.class_experts.is_some())
+    };
+    let of_route = |o: &NodeId| matches!(graph.node(*o).ty, Some(Type::Route(_)));
+    kernel.body.ids().into_iter().any(forbids)
+        || graph.operands(route).iter().filter(|o| of_route(o)).any(|o| is_sparse(graph, *o))
 }
