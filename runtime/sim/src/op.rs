@@ -174,19 +174,32 @@ pub(crate) enum Elem {
     E5m2,
     S8,
     U8,
+    S4,
+    U4,
+    /// Bits that are and-ed.
+    B1,
+    /// Bits that are xor-ed: as 1 and -1, their product tells whether two are the same.
+    B1Xor,
     F32,
     S32,
     F64,
 }
 
 impl Elem {
-    pub(crate) fn bytes(self) -> u32 {
+    pub(crate) fn bits(self) -> usize {
         match self {
-            Elem::Bf16 | Elem::F16 => 2,
-            Elem::Tf32 | Elem::F32 | Elem::S32 => 4,
-            Elem::E4m3 | Elem::E5m2 | Elem::S8 | Elem::U8 => 1,
-            Elem::F64 => 8,
+            Elem::B1 | Elem::B1Xor => 1,
+            Elem::S4 | Elem::U4 => 4,
+            Elem::E4m3 | Elem::E5m2 | Elem::S8 | Elem::U8 => 8,
+            Elem::Bf16 | Elem::F16 => 16,
+            Elem::Tf32 | Elem::F32 | Elem::S32 => 32,
+            Elem::F64 => 64,
         }
+    }
+
+    /// Whole bytes; operands of less than a byte are those of `mma.sync` alone.
+    pub(crate) fn bytes(self) -> u32 {
+        (self.bits() / 8) as u32
     }
 }
 

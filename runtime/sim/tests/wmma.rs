@@ -1,6 +1,9 @@
 //! `wmma` in every layout: fragments mean the same however they were loaded and are stored.
 
-use moec_sim::{Arg, Error, FindingKind, Launch, Memory, Module, Options, Report, launch};
+mod support;
+
+use moec_sim::{Error, FindingKind, Options, Report};
+use support::{launch_on, words_of};
 
 const M: usize = 8;
 const N: usize = 32;
@@ -37,27 +40,11 @@ fn product(layouts: [bool; 3], a: &[i8], b: &[i8], c: &[i32], bytes: u64) -> Res
         name(rb),
         name(rc)
     );
-    let module = Module::parse(&ptx)?;
-    let mut memory = Memory::new();
-    let mut place = |values: Vec<u8>, bytes: u64| {
-        let address = memory.alloc(bytes, 256);
-        memory.write(address, &values[..bytes as usize]).map(|()| address)
-    };
     let of_bytes = |x: &[i8]| x.iter().map(|v| *v as u8).collect::<Vec<_>>();
-    let (a, b) = (place(of_bytes(a), a.len() as u64)?, place(of_bytes(b), b.len() as u64)?);
-    let c = place(c.iter().flat_map(|v| v.to_le_bytes()).collect(), bytes)?;
-    let l = Launch {
-        entry: "k",
-        grid: [1; 3],
-        block: [32, 1, 1],
-        cluster: [1; 3],
-        dynamic_shared: 0,
-        dependent: false,
-        args: vec![Arg::U64(a), Arg::U64(b), Arg::U64(c)],
-    };
-    let report = launch(&module, &mut memory, &l, &Options::default())?;
-    let words = memory.read(c, bytes)?.chunks_exact(4).map(|w| i32::from_le_bytes([w[0], w[1], w[2], w[3]])).collect();
-    Ok((report, words))
+    let mut c: Vec<u8> = c.iter().flat_map(|v| v.to_le_bytes()).collect();
+    c.truncate(bytes as usize);
+    let (report, buffers) = launch_on(&ptx, &[of_bytes(a), of_bytes(b), c], [1, 32, 1], &Options::default())?;
+    Ok((report, words_of(&buffers[2]).into_iter().map(|w| w as i32).collect()))
 }
 
 #[test]

@@ -87,37 +87,41 @@ impl Decoder<'_> {
     }
 
     fn mma(&mut self, p: Name<'_>, o: Operands<'_>) -> Result<(), Error> {
-        if p.iter().any(|s| {
-            s.starts_with("sp")
-                || s.starts_with("block_scale")
-                || s.starts_with("kind")
-                || matches!(*s, "xor" | "and" | "popc")
-        }) {
+        let unknown = |s: &&str| s.starts_with("sp") || s.starts_with("block_scale") || s.starts_with("kind");
+        if p.iter().any(unknown) {
             return self.unsupported("this form is not in the simulator");
         }
         let Some((m, n, k)) = p.iter().find_map(|s| shape(s)) else { return self.unsupported("shape") };
         if !p.contains(&"row") || !p.contains(&"col") || p.iter().filter(|s| **s == "row").count() != 1 {
             return self.unsupported("layout; only row.col is known");
         }
-        let types: Vec<Elem> = p.iter().filter_map(|s| elem(s)).collect();
+        let small = |s: &str| match s {
+            "s4" => Some(Elem::S4),
+            "u4" => Some(Elem::U4),
+            "b1" if p.ends_with(&["and", "popc"]) => Some(Elem::B1),
+            "b1" if p.ends_with(&["xor", "popc"]) => Some(Elem::B1Xor),
+            _ => elem(s),
+        };
+        let types: Vec<Elem> = p.iter().filter_map(|s| small(s)).collect();
         let [d_ty, a_ty, b_ty, c_ty] = types[..] else { return self.unsupported("types") };
         let known = match (a_ty, d_ty) {
             (Elem::Bf16, Elem::F32) | (Elem::F16, Elem::F32 | Elem::F16) => matches!(k, 8 | 16) && m == 16,
             (Elem::Tf32, Elem::F32) => matches!(k, 4 | 8) && m == 16,
             (Elem::S8 | Elem::U8, Elem::S32) => matches!((m, k), (16, 16 | 32) | (8, 16)),
+            (Elem::S4 | Elem::U4, Elem::S32) => matches!((m, k), (16, 32 | 64) | (8, 32)),
+            (Elem::B1 | Elem::B1Xor, Elem::S32) => matches!((m, k), (16, 128 | 256) | (8, 128)),
             (Elem::E4m3 | Elem::E5m2, Elem::F32 | Elem::F16) => matches!(k, 16 | 32) && m == 16,
             (Elem::F64, Elem::F64) => matches!((m, k), (8, 4) | (16, 4 | 8 | 16)),
             _ => false,
         };
-        if !known || n != 8 || c_ty != d_ty {
+        if !known || n != 8 || c_ty != d_ty || a_ty.bits() != b_ty.bits() {
             return self.unsupported("shape or types");
         }
         let a = self.source_list(&o[1], Ty::B32)?;
         let b = self.source_list(&o[2], Ty::B32)?;
         let c = self.source_list(&o[3], Ty::F32)?;
         let d = self.dest_list(&o[0])?;
-        let bits = |e: Elem| e.bytes() as usize * 8;
-        let regs = |count: usize, e: Elem| count * bits(e) / 32 / if e == Elem::F64 { 2 } else { 1 } / 32;
+        let regs = |count: usize, e: Elem| count * e.bits() / 32 / if e == Elem::F64 { 2 } else { 1 } / 32;
         if a.len() != regs(m * k, a_ty)
             || b.len() != regs(k * n, b_ty)
             || c.len() != regs(m * n, c_ty)

@@ -179,6 +179,7 @@ impl Decoder<'_> {
                 Elem::S8 | Elem::U8 => (d_ty, c_ty) == (Elem::S32, Elem::S32) && k == 16,
                 Elem::F64 => (d_ty, c_ty) == (Elem::F64, Elem::F64) && k == 4,
                 Elem::E4m3 | Elem::E5m2 | Elem::F32 | Elem::S32 => false,
+                Elem::S4 | Elem::U4 | Elem::B1 | Elem::B1Xor => false,
             };
         if !known {
             return self.unsupported("shape or types");

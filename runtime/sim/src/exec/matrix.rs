@@ -171,6 +171,10 @@ pub(super) fn value(e: Elem, bits: u64) -> f64 {
         Elem::E5m2 => num::decode(bits as u32 & 0xff, num::E5M2),
         Elem::S8 => f64::from(bits as i8),
         Elem::U8 => f64::from(bits as u8),
+        Elem::S4 => f64::from((bits as i8) << 4 >> 4),
+        Elem::U4 => f64::from(bits as u8 & 15),
+        Elem::B1 => f64::from(bits as u8 & 1),
+        Elem::B1Xor => 1.0 - 2.0 * f64::from(bits as u8 & 1),
         Elem::S32 => f64::from(bits as i32),
         Elem::F64 => f64::from_bits(bits),
     }
@@ -199,6 +203,12 @@ fn fetch<const K: usize>(list: &[u32], e: Elem, groups: usize, regs: &[V], out: 
         }),
         Elem::E4m3 | Elem::E5m2 | Elem::S8 | Elem::U8 => {
             spread::<K, 4, 16>(list, groups, regs, out, |bits| [0, 8, 16, 24].map(|s| value(e, bits >> s)));
+        }
+        Elem::S4 | Elem::U4 => {
+            spread::<K, 8, 32>(list, groups, regs, out, |bits| std::array::from_fn(|i| value(e, bits >> (4 * i))));
+        }
+        Elem::B1 | Elem::B1Xor => {
+            spread::<K, 32, 128>(list, groups, regs, out, |bits| std::array::from_fn(|i| value(e, bits >> i)));
         }
         Elem::Tf32 | Elem::F32 | Elem::S32 | Elem::F64 => {
             spread::<K, 1, 4>(list, groups, regs, out, |bits| [value(e, bits)]);
@@ -270,7 +280,9 @@ fn mma_of_depth<const FUSED: bool>(regs: &mut [V], op: &Mma) {
         0..=4 => mma_of::<4, FUSED>(regs, op),
         5..=8 => mma_of::<8, FUSED>(regs, op),
         9..=16 => mma_of::<16, FUSED>(regs, op),
-        _ => mma_of::<32, FUSED>(regs, op),
+        17..=32 => mma_of::<32, FUSED>(regs, op),
+        33..=64 => mma_of::<64, FUSED>(regs, op),
+        _ => mma_of::<256, FUSED>(regs, op),
     }
 }
 
@@ -310,7 +322,12 @@ fn mma_of<const K: usize, const FUSED: bool>(regs: &mut [V], op: &Mma) {
                     one(0) | one(1)
                 }
                 Elem::F64 => (0..K).fold(f64::from_bits(c), |s, x| a[row][x].mul_add(b[col][x], s)).to_bits(),
-                Elem::S32 => accumulate_int(c, dots[row][col] as i64, op.satfinite),
+                Elem::S32 => {
+                    let dot = dots[row][col] as i64;
+                    // Of k bits, those that are the same less those that are not: how many are not.
+                    let dot = if op.a_ty == Elem::B1Xor { (op.k as i64 - dot) / 2 } else { dot };
+                    accumulate_int(c, dot, op.satfinite)
+                }
                 _ => 0,
             };
         }

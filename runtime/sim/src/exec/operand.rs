@@ -130,6 +130,7 @@ fn table(e: Elem) -> Option<&'static [f32; 256]> {
         Elem::E4m3 => Some(E4M3.get_or_init(|| make(e))),
         Elem::E5m2 => Some(E5M2.get_or_init(|| make(e))),
         Elem::Bf16 | Elem::F16 | Elem::Tf32 | Elem::S8 | Elem::U8 | Elem::F32 | Elem::S32 | Elem::F64 => None,
+        Elem::S4 | Elem::U4 | Elem::B1 | Elem::B1Xor => None,
     }
 }
 
@@ -142,7 +143,7 @@ pub(super) fn element(e: Elem, bits: u64) -> f32 {
         Elem::S8 => f32::from(bits as i8),
         Elem::U8 => f32::from(bits as u8),
         Elem::E4m3 | Elem::E5m2 => table(e).map_or(0.0, |t| t[bits as usize & 255]),
-        Elem::F32 | Elem::S32 | Elem::F64 => value(e, bits) as f32,
+        Elem::S4 | Elem::U4 | Elem::B1 | Elem::B1Xor | Elem::F32 | Elem::S32 | Elem::F64 => value(e, bits) as f32,
     }
 }
 
