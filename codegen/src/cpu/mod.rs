@@ -29,6 +29,9 @@ use crate::{
 pub use schedule::{Engine, Schedule, operand_type, schedule};
 use stream::Stream;
 
+/// Most full tiles of a chunk that are not enough to share the fetching of weights.
+const FEW_TILES: u64 = 2;
+
 /// Type of addresses.
 const PTR: &str = "!llvm.ptr";
 
@@ -98,10 +101,8 @@ struct Tile<'c> {
     index: V<'c>,
     /// The weights of the item, of which this tile reads those of its unit (vector kernel).
     stream: Stream<'c>,
-    /// Bytes of the next unit's weights that a full tile fetches in each step, where full tiles do (vector kernel).
+    /// Bytes of the next unit's weights that a full tile fetches in each step (vector kernel).
     share: V<'c>,
-    /// Whether they do: there are enough of them.
-    shared: V<'c>,
     /// Steps over `k`.
     steps: V<'c>,
     /// Where the sums are kept.
@@ -232,7 +233,7 @@ impl<'b, 'c> Kernel<'b, 'c> {
             self.pack(chunk, k0, columns);
         }
         let slots = self.at(self.scratch, s.pack_bytes(spec) + s.decoded_bytes(spec));
-        let tiles = s.chunk_rows.div_ceil(s.mr as u64);
+        let tiles = s.tiles();
         b.each(item.begin, item.end, |unit| {
             // Sums outlive a unit only when another block of `k` follows.
             let slots = match index {
@@ -262,18 +263,26 @@ impl<'b, 'c> Kernel<'b, 'c> {
         let scales = self.scales.map(|of| self.factors(of, item.expert, unit, self.scale_bytes()));
         let zeros = self.zeros.map(|of| self.factors(of, item.expert, unit, 4));
         let ahead = self.at(stored[0], s.panels_per_unit(spec) * s.panel_bytes(spec));
-        // Full tiles fetch the next unit together, evenly: a line that comes from memory holds a place among those that
-        // are on their way for long, and the loop needs places too. (LLVM leaves a division of integers where it is
-        // used first, in the innermost loop; one of floats it moves out.) One or two tiles wait for memory anyway.
         let next = b.select(b.cmpi("slt", b.addc(unit, 1), item.end), ahead, stored[0]);
-        let full = b.divui(chunk.rows, self.c(s.mr as u64));
-        let shared = b.cmpi("sgt", full, self.c(2));
+        // Where there are enough of them, full tiles fetch the next unit together, evenly: a line that comes from memory
+        // holds a place among those that are on their way for long, and the loop needs places too. (LLVM leaves a
+        // division of integers where it is used first, in the innermost loop; one of floats it moves out.) A few tiles
+        // wait for memory: lower ones of about equal height, which ask for their own weights.
+        let mr = self.c(s.mr as u64);
+        let full = b.divui(chunk.rows, mr);
         let bytes = b.f32(s.step_bytes(spec) as f32);
         let share = b.cast("arith.fptosi", b.divf(bytes, b.cast("arith.sitofp", full, "f32")), "i64");
         let stream = self.stream(item, unit, stored[0], steps);
-        b.for_(self.c(0), chunk.rows, self.c(s.mr as u64), &[], |row, _| {
-            let rows = b.minsi(b.subi(chunk.rows, row), self.c(s.mr as u64));
-            let tile_index = b.divui(row, self.c(s.mr as u64));
+        let height = match s.engine {
+            Engine::Matrix => mr,
+            Engine::Vector => {
+                let tiles = b.ceil_div(chunk.rows, self.c(s.mr as u64 - 1));
+                b.select(b.cmpi("ugt", full, self.c(FEW_TILES)), mr, b.ceil_div(chunk.rows, tiles))
+            }
+        };
+        b.for_(self.c(0), chunk.rows, height, &[], |row, _| {
+            let rows = b.minsi(b.subi(chunk.rows, row), height);
+            let tile_index = b.divui(row, height);
             let sums =
                 if once { slots } else { b.gep(slots, "i8", b.mulc(tile_index, s.slot_bytes(spec).cast_signed())) };
             let a = self.operand(chunk, row, k0);
@@ -290,7 +299,6 @@ impl<'b, 'c> Kernel<'b, 'c> {
                 index: tile_index,
                 stream,
                 share,
-                shared,
                 steps,
                 sums,
                 fresh,

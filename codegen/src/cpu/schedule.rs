@@ -82,7 +82,7 @@ fn vector(spec: &Grouped, target: Target) -> Schedule {
     };
     // Columns that are computed for nothing cost as much as others.
     let padded = |nv: usize| spec.n.next_multiple_of((nv * lanes) as u64);
-    let (mr, nv) = shapes.iter().copied().min_by_key(|&(_, nv)| padded(nv)).unwrap_or((1, 1));
+    let (mr, nv) = shapes.iter().copied().min_by_key(|&(_, nv)| padded(nv)).unwrap_or(shapes[0]);
     let mut s = Schedule {
         engine: Engine::Vector,
         mr,
@@ -161,12 +161,17 @@ impl Schedule {
 
     /// Bytes of scratch: packed rows, decoded weights, then sums.
     fn scratch(&self, spec: &Grouped) -> u64 {
-        let tiles = self.chunk_rows.div_ceil(self.mr as u64);
         let slots = match self.k_blocks(spec) {
             1 => 1,
-            _ => self.merge * self.units_per_item * tiles,
+            _ => self.merge * self.units_per_item * self.tiles(),
         };
         self.pack_bytes(spec) + self.decoded_bytes(spec) + slots * self.slot_bytes(spec)
+    }
+
+    /// Most tiles of a chunk: full ones, or those that are lower because there are few.
+    pub(super) fn tiles(&self) -> u64 {
+        let few = (super::FEW_TILES + 1) * self.mr as u64 - 1;
+        self.chunk_rows.div_ceil(self.mr as u64).max(few.div_ceil(self.mr as u64 - 1))
     }
 
     /// Bytes of decoded weights: two panels, for the matrix unit.

@@ -31,15 +31,8 @@ impl<'c> Kernel<'_, 'c> {
             return self.matrices(tile, 1, Fetch::Own);
         }
         let exact = b.cmpi("eq", tile.rows, self.c(rows as u64));
-        let this = || {
-            if rows == self.schedule.mr {
-                let share = || self.matrices(tile, rows, Fetch::Share);
-                self.either(tile.shared, share, || self.matrices(tile, rows, Fetch::Own));
-            } else {
-                self.matrices(tile, rows, Fetch::Own);
-            }
-        };
-        self.either(exact, this, || self.heights(tile, rows - 1));
+        let fetch = if rows == self.schedule.mr { Fetch::Share } else { Fetch::Own };
+        self.either(exact, || self.matrices(tile, rows, fetch), || self.heights(tile, rows - 1));
     }
 
     /// Does one or the other.
