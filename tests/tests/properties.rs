@@ -701,27 +701,52 @@ fn experts_of_a_step_are_one_network() {
 }
 
 #[test]
-fn a_batch_whose_experts_are_all_forbidden_gives_zero() {
-    let form = Form::default()
-        .input("x", "f32", &json!([3, 8]))
-        .input("c", "f32", &json!([1, 8]))
-        .input("mask", "f32", &json!([1, 4]))
-        .tensor("router", json!([4, 8]))
-        .networks(8, json!(12))
-        .node("l", "linear", &["c"], json!({"w": "router"}))
-        .node("a", "adjust", &["l"], json!({"mask": "mask"}))
-        .node("q", "select", &["a"], json!({"rule": "topk", "k": 2}))
-        .node("r", "weigh", &["q", "l"], json!({"fn": "softmax"}))
-        .node("d", "dispatch", &["x", "r"], json!({"repeat": 3}))
-        .node("e", "experts", &["d"], json!({"bank": [networks([0, 4])]}))
-        .node("y", "combine", &["e", "r"], json!({"repeat": 3}))
-        .output("output", "y");
-    let graph = form.graph();
-    let mut data = data(&graph, 3, 5, Numbers::Small);
-    data.set("mask", &[-1.0; 4]);
-    // The simulator says whether rows that nobody wrote are read.
-    let sim = Arc::new(moec::runtime::Sim::new(moec_sim::Options::default()));
-    let compiled = Compiled::new(&graph, moec::Target::Sm80, sim).unwrap_or_else(|e| panic!("{e}"));
-    let found = compiled.run(&data).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(found["output"], vec![0.0; 24]);
+fn a_batch_without_experts_gives_zero() {
+    let base = || {
+        Form::default()
+            .input("x", "f32", &json!([3, 8]))
+            .input("c", "f32", &json!([1, 8]))
+            .tensor("router", json!([4, 8]))
+            .networks(8, json!(12))
+            .node("l", "linear", &["c"], json!({"w": "router"}))
+    };
+    let weighed = |form: Form| form.node("r", "weigh", &["q", "l"], json!({"fn": "softmax"}));
+    let chosen = |form: Form, x: &str| form.node("q", "select", &[x], json!({"rule": "topk", "k": 2}));
+    let masked = base().input("mask", "f32", &json!([1, 4])).node("a", "adjust", &["l"], json!({"mask": "mask"}));
+    let given = base().input("ids", "i32", &json!([1, 2]));
+    let dropped = chosen(base(), "l").node("p", "softmax", &["l"], json!({})).input("c2", "f32", &json!([1, 1]));
+    let forms = [
+        weighed(chosen(masked, "a")),
+        weighed(base().node("q", "select", &["l"], json!({"rule": "threshold", "tau": 1000.0, "max_k": 2}))),
+        given.node("q", "select", &["ids"], json!({"rule": "given", "experts": 4})).node(
+            "r",
+            "weigh",
+            &["q"],
+            json!({"const": true}),
+        ),
+        dropped
+            .node("i", "select", &["c2"], json!({"rule": "expert_choice", "capacity": 1}))
+            .node("r", "weigh", &["q", "p"], json!({"drop_below": 0.4, "drop_rows": "i"}))
+            .batch(),
+    ];
+    for form in forms {
+        let graph = form
+            .node("d", "dispatch", &["x", "r"], json!({"repeat": 3}))
+            .node("e", "experts", &["d"], json!({"bank": [networks([0, 4])]}))
+            .node("y", "combine", &["e", "r"], json!({"repeat": 3}))
+            .output("output", "y")
+            .graph();
+        let mut data = data(&graph, 3, 5, Numbers::Small);
+        if data.arrays.contains_key("mask") {
+            data.set("mask", &[-1.0; 4]);
+        }
+        if data.arrays.contains_key("ids") {
+            data.set_ints("ids", &[-1, -1]);
+        }
+        // The simulator says whether rows that nobody wrote are read.
+        let sim = Arc::new(moec::runtime::Sim::new(moec_sim::Options::default()));
+        let compiled = Compiled::new(&graph, moec::Target::Sm80, sim).unwrap_or_else(|e| panic!("{e}"));
+        let found = compiled.run(&data).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(found["output"], vec![0.0; 24]);
+    }
 }

@@ -3,7 +3,7 @@
 use crate::{CodegenError, Target, cpu, plan::PlanKernel, rows::type_of};
 use indexmap::IndexMap;
 use moec_abi::{Buffer, BufferKind, DType, Expr, Launch, Slot};
-use moec_ir::{Dim, Graph, NodeId, Op, Part, RouteType, Type};
+use moec_ir::{Dim, Graph, NodeId, Op, Part, RouteType, Type, ops::SelectRule};
 
 /// Alignment of buffers in the workspace, in bytes.
 const ALIGN: u64 = 256;
@@ -338,14 +338,32 @@ pub(crate) fn max_tokens(buffers: &[Buffer], workspace: &Expr, launches: &[Launc
     low
 }
 
-/// Whether a route that a kernel gives may have nothing but empty slots, because its experts can be forbidden.
+/// Whether a route that a kernel gives may have nothing but empty slots: its experts can be forbidden, no score need
+/// pass, rows can be dropped, or ids are data.
 fn is_sparse(graph: &Graph, route: NodeId) -> bool {
     let Op::Kernel(kernel) = &graph.node(route).op else { return false };
-    let forbids = |id: NodeId| {
+    let empties = |id: NodeId| {
         let op = &kernel.body.node(id).op;
         matches!(op, Op::Adjust(adjust) if adjust.mask || adjust.class_experts.is_some())
+            || matches!(op, Op::Weigh(weigh) if weigh.drop_rows)
+            || matches!(op, Op::Select(select) if may_choose_none(&select.rule))
     };
     let of_route = |o: &NodeId| matches!(graph.node(*o).ty, Some(Type::Route(_)));
-    kernel.body.ids().into_iter().any(forbids)
+    kernel.body.ids().into_iter().any(empties)
         || graph.operands(route).iter().filter(|o| of_route(o)).any(|o| is_sparse(graph, *o))
+}
+
+/// Whether a rule may choose nothing in any row.
+const fn may_choose_none(rule: &SelectRule) -> bool {
+    match rule {
+        SelectRule::Threshold { min_k, .. } => !matches!(min_k, Some(1..)),
+        SelectRule::Given { .. } => true,
+        SelectRule::Topk { .. }
+        | SelectRule::Rank { .. }
+        | SelectRule::All
+        | SelectRule::Topp { .. }
+        | SelectRule::GroupTopk { .. }
+        | SelectRule::GroupLimited { .. }
+        | SelectRule::ExpertChoice { .. } => false,
+    }
 }
