@@ -38,7 +38,7 @@ pub(super) fn cause(graph: &Graph, data: &Data, expected: &Results, found: &Resu
         let limit = limit(graph, name, wanted);
         (0..wanted.len()).all(|i| {
             let apart = distance(got[i], wanted[i]);
-            apart <= limit || draws.iter().any(|other| distance(other[name][i], wanted[i]) >= apart)
+            apart <= limit || draws.iter().any(|other| distance(other[name][i], wanted[i]) + limit >= apart)
         })
     });
     explained.then_some(Cause::Sensitive)
