@@ -25,22 +25,8 @@ pub enum MapType {
 }
 
 impl MapType {
-    const ALL: [MapType; 11] = [
-        MapType::U8,
-        MapType::U16,
-        MapType::U32,
-        MapType::S32,
-        MapType::U64,
-        MapType::S64,
-        MapType::F16,
-        MapType::F32,
-        MapType::F64,
-        MapType::Bf16,
-        MapType::Tf32,
-    ];
-
-    /// As `tensormap.replace` numbers them.
-    const OF_REPLACE: [MapType; 13] = [
+    /// As the driver and `tensormap.replace` number them. Forms that flush subnormal numbers stand beside the others.
+    const NUMBERED: [MapType; 13] = [
         MapType::U8,
         MapType::U16,
         MapType::U32,
@@ -213,7 +199,7 @@ impl TensorMapDesc {
         let mut out = Vec::with_capacity(128);
         out.extend(MAGIC.to_le_bytes());
         out.extend(self.base.to_le_bytes());
-        let code = MapType::ALL.iter().position(|t| *t == self.dtype).unwrap_or(0) as u8;
+        let code = MapType::NUMBERED.iter().position(|t| *t == self.dtype).unwrap_or(0) as u8;
         let swizzle = Swizzle::ALL.iter().position(|t| *t == self.swizzle).unwrap_or(0) as u8;
         out.extend([self.dims.len() as u8, code, swizzle, 0]);
         for i in 0..5 {
@@ -261,7 +247,7 @@ impl TensorMapDesc {
             (0..rank).map(|i| u32::from(u16::from_le_bytes([bytes[92 + 2 * i], bytes[93 + 2 * i]]))).collect();
         let element_strides = (0..rank).map(|i| u32::from(bytes[102 + i])).collect();
         Some(TensorMapDesc {
-            dtype: *MapType::ALL.get(usize::from(bytes[17]))?,
+            dtype: *MapType::NUMBERED.get(usize::from(bytes[17]))?,
             base: u64_at(8)?,
             dims,
             strides,
@@ -278,7 +264,7 @@ impl TensorMapDesc {
             true => TensorMapDesc::blank().raw(),
             false => TensorMapDesc::decode(bytes).map(|_| bytes.to_vec())?,
         };
-        let (i, types) = (index as usize, &MapType::OF_REPLACE);
+        let i = index as usize;
         let mut put = |at: usize, new: &[u8]| raw.get_mut(at..at + new.len()).map(|old| old.copy_from_slice(new));
         match field {
             0 => put(8, &value.to_le_bytes())?,
@@ -289,10 +275,7 @@ impl TensorMapDesc {
             // In bytes, as toolkits from 12.4 on pass it.
             4 if i < 4 => put(60 + 8 * i, &value.to_le_bytes())?,
             5 if i < 5 => put(102 + i, &[value as u8])?,
-            6 => {
-                let ty = types.get(value as usize)?;
-                put(17, &[MapType::ALL.iter().position(|t| t == ty)? as u8])?;
-            }
+            6 if (value as usize) < MapType::NUMBERED.len() => put(17, &[value as u8])?,
             8 if (value as usize) < Swizzle::ALL.len() => put(18, &[value as u8])?,
             // No interleave, and zeros outside.
             7 | 9 if value == 0 => {}

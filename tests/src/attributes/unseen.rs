@@ -24,10 +24,10 @@ pub enum Reason {
     SameRows,
     /// `bits` says how codes are stored: more of them change no value, and fewer are refused with the codes.
     Storage,
-    /// `strict` counts where a score meets its bound exactly, which random data never do. `tests/properties.rs` has
+    /// `strict` counts where a score meets its bound exactly, which random data never do. `tests/properties/choice.rs` has
     /// such data.
     Tie,
-    /// `min_k` counts where no score passes. `tests/properties.rs` has such data.
+    /// `min_k` counts where no score passes. `tests/properties/choice.rs` has such data.
     Floor,
 }
 

@@ -1,7 +1,5 @@
 //! Accesses of a few threads, and what is said to them.
 
-#![allow(clippy::needless_range_loop, reason = "the index is the thread")]
-
 use super::cell::More;
 use super::*;
 use crate::clock::{Clock, Memo, Scope, Sync, Touch, View};
@@ -58,12 +56,12 @@ fn unordered_read_after_write_races_and_a_barrier_orders_it() {
 fn write_after_reads_of_many_threads_races_with_the_unordered_one() {
     let mut views = views();
     let mut s = Shadow::new(16);
-    for i in 0..64 {
-        assert_eq!(s.touch(1, 15, false, &|| false, &access(&views[i], i as u32, Touch::Plain)), None);
+    for (i, view) in (0..).zip(&views) {
+        assert_eq!(s.touch(1, 15, false, &|| false, &access(view, i, Touch::Plain)), None);
     }
     assert!(s.touch(1, 15, true, &|| false, &access(&views[0], 0, Touch::Plain)).is_some());
-    for i in 0..64 {
-        s.touch(2, 15, false, &|| false, &access(&views[i], i as u32, Touch::Plain));
+    for (i, view) in (0..).zip(&views) {
+        s.touch(2, 15, false, &|| false, &access(view, i, Touch::Plain));
     }
     barrier(&mut views);
     assert_eq!(s.touch(2, 15, true, &|| false, &access(&views[0], 0, Touch::Plain)), None);
@@ -91,8 +89,8 @@ fn readers_of_two_clusters_stand_for_all() {
 fn neighbouring_bytes_do_not_race() {
     let views = views();
     let mut s = Shadow::new(16);
-    for i in 0..4 {
-        assert_eq!(s.touch(0, 1 << i, true, &|| false, &access(&views[i], i as u32, Touch::Plain)), None);
+    for (i, view) in (0..).zip(&views[..4]) {
+        assert_eq!(s.touch(0, 1 << i, true, &|| false, &access(view, i, Touch::Plain)), None);
     }
     assert!(s.touch(0, 1, true, &|| false, &access(&views[5], 5, Touch::Plain)).is_some());
 }

@@ -1,0 +1,313 @@
+//! Forms that become a plainer one at the end of what they can be.
+
+use super::*;
+
+#[test]
+fn no_rewiring_is_the_base_model_bit_for_bit() {
+    let (base, base_data) = with(&std_router(Form::new(16), 8, 16));
+    let rewired = Form::new(16)
+        .tensor("router", json!([8, 16]))
+        .input("state_delta_in", "f32", &json!([1, 8]))
+        .networks(16, json!(12))
+        .node("l", "linear", &["x"], json!({"w": "router"}))
+        .node("a", "binary", &["l", "state_delta_in"], json!({"fn": "add"}))
+        .node("s", "softmax", &["a"], json!({}))
+        .node("q", "select", &["s"], json!({"rule": "topk", "k": 2}))
+        .node("r", "weigh", &["q", "s"], json!({"norm": "sum"}))
+        .mixture(json!([networks([0, 8])]));
+    let (rewired, mut data) = with(&rewired);
+    let layer = compile(&rewired);
+    let layer = layer.layer(&data).unwrap();
+    data.set("state_delta_in", &[0.0; 8]);
+    let base = results(&base, &base_data);
+    assert_eq!(run(&layer, &data).unwrap()["output"], base["output"]);
+    // The vector is a buffer: another one needs no other code.
+    data.set("state_delta_in", &[9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    let other = run(&layer, &data).unwrap();
+    assert_ne!(other["output"], base["output"]);
+    let expected = data.expected(&rewired).unwrap();
+    close(&other["output"], &expected["output"], "another vector");
+}
+
+#[test]
+fn no_forced_expert_is_the_base_model_bit_for_bit() {
+    let (graph, data) = of("tunable_experts");
+    let adjust = graph.order().into_iter().find(|id| graph.node(*id).op.name() == "adjust").unwrap();
+    let name = graph.node(adjust).name.clone();
+    let none = changed(&graph, &name, |node| {
+        node.shift_remove("on");
+        node.shift_remove("off");
+    });
+    let mut base = none.clone();
+    let (adjust, scores) = (base.find(&name).unwrap(), base.operands(base.find(&name).unwrap())[0]);
+    base.replace_uses(adjust, scores);
+    base.remove(adjust);
+    assert_eq!(results(&none, &data), results(&base, &data));
+    assert_ne!(results(&graph, &data), results(&base, &data));
+}
+
+#[test]
+fn all_slices_are_the_dense_layer() {
+    let slice = |w: &str, axis: u64| json!({"slice": w, "axis": axis, "n": 4});
+    let form = Form::new(16)
+        .tensor("router", json!([4, 16]))
+        .tensor("w1", json!([32, 16]))
+        .tensor("w2", json!([16, 32]))
+        .node("l", "linear", &["x"], json!({"w": "router"}))
+        .node("q", "select", &["l"], json!({"rule": "all"}))
+        .node("r", "weigh", &["q"], json!({"const": true}))
+        .mixture(json!([{"ids": [0, 4], "kind": "ffn", "act": "gelu", "up": slice("w1", 0), "down": slice("w2", 1)}]))
+        .node("dense", "ffn", &["x"], json!({"act": "gelu", "up": "w1", "down": "w2"}))
+        .output("dense", "dense");
+    let (graph, data) = with(&form);
+    let found = results(&graph, &data);
+    close(&found["output"], &found["dense"], "slices and dense");
+}
+
+#[test]
+fn disjoint_sets_of_neurons_are_the_dense_layer() {
+    let take = |w: &str, axis: u64| json!({"take": w, "ids": "set.{e}", "axis": axis});
+    let form = Form::new(16)
+        .tensor("router", json!([2, 16]))
+        .tensor("w1", json!([8, 16]))
+        .tensor("w2", json!([16, 8]))
+        .typed("set.{e}", "i32", json!([4]))
+        .node("l", "linear", &["x"], json!({"w": "router"}))
+        .node("q", "select", &["l"], json!({"rule": "all"}))
+        .node("r", "weigh", &["q"], json!({"const": true}))
+        .mixture(json!([{"ids": [0, 2], "kind": "ffn", "act": "silu", "up": take("w1", 0), "down": take("w2", 1)}]))
+        .node("dense", "ffn", &["x"], json!({"act": "silu", "up": "w1", "down": "w2"}))
+        .output("dense", "dense");
+    let (graph, mut data) = with(&form);
+    data.set_weight_ints("set.0", &[6, 1, 3, 4]);
+    data.set_weight_ints("set.1", &[0, 7, 5, 2]);
+    let found = results(&graph, &data);
+    close(&found["output"], &found["dense"], "sets and dense");
+}
+
+#[test]
+fn width_zero_gives_zero() {
+    let form = Form::new(16)
+        .input("ids", "i32", &json!(["T", 1]))
+        .networks(16, json!([12, 0, 5, 0]))
+        .node("q", "select", &["ids"], json!({"rule": "given", "experts": 4}))
+        .node("r", "weigh", &["q"], json!({"const": true}))
+        .mixture(json!([networks([0, 4])]));
+    let (graph, mut data) = with(&form);
+    let ids: Vec<i32> = (0..13).map(|i| i % 4).collect();
+    data.set_ints("ids", &ids);
+    let found = results(&graph, &data);
+    for (row, id) in found["output"].chunks(16).zip(&ids) {
+        assert_eq!(row.iter().all(|v| *v == 0.0), id % 2 == 1, "expert {id}");
+    }
+}
+
+#[test]
+fn an_identity_graph_of_tokens_is_the_plain_router() {
+    let form = Form::default()
+        .input("x", "f32", &json!([8, 16]))
+        .input("graph", "f32", &json!([8, 8]))
+        .tensor("router", json!([4, 16]))
+        .node("l", "linear", &["x"], json!({"w": "router"}))
+        .node("p", "softmax", &["l"], json!({}))
+        .node("m", "einsum", &["graph", "p"], json!({"eq": "tu,ue->te"}))
+        .node("q", "select", &["m"], json!({"rule": "topk", "k": 2}))
+        .node("r", "weigh", &["q", "m"], json!({"norm": "sum"}))
+        .node("q0", "select", &["p"], json!({"rule": "topk", "k": 2}))
+        .node("r0", "weigh", &["q0", "p"], json!({"norm": "sum"}))
+        .output("ids", "r.idx")
+        .output("weights", "r.w")
+        .output("plain_ids", "r0.idx")
+        .output("plain_weights", "r0.w");
+    let graph = form.graph();
+    let mut data = data(&graph, 8, 5, Numbers::Small);
+    let identity: Vec<f32> = (0..64).map(|i| if i / 8 == i % 8 { 1.0 } else { 0.0 }).collect();
+    data.set("graph", &identity);
+    let found = results(&graph, &data);
+    assert_eq!(found["ids"], found["plain_ids"]);
+    close(&found["weights"], &found["plain_weights"], "weights");
+}
+
+#[test]
+fn all_blocks_are_full_attention() {
+    let form = |blocks: u64| {
+        Form::default()
+            .input("q", "f32", &json!([16, 2, 8]))
+            .input("k", "f32", &json!([16, 2, 8]))
+            .input("v", "f32", &json!([16, 2, 8]))
+            .input("scores", "f32", &json!([32, 4]))
+            .node("a", "adjust", &["scores"], json!({"causal_block": 4, "tokens": 16}))
+            .node("r", "select", &["a"], json!({"rule": "topk", "k": blocks}))
+            .node("y", "attention", &["q", "k", "v"], json!({"blocks": "r", "block": 4}))
+            .node("full", "attention", &["q", "k", "v"], json!({}))
+            .output("output", "y")
+            .output("full", "full")
+    };
+    let found = |blocks| {
+        let graph = form(blocks).graph();
+        let data = data(&graph, 16, 5, Numbers::Small);
+        results(&graph, &data)
+    };
+    let all = found(4);
+    close(&all["output"], &all["full"], "all blocks");
+    let some = found(2);
+    assert_ne!(some["output"], some["full"]);
+}
+
+#[test]
+fn momentum_and_scalings_of_zero_leave_the_rest() {
+    let (graph, mut data) = of("momentum_smoe");
+    let state = data.arrays.keys().find(|n| n.starts_with("state_")).cloned().unwrap();
+    let size = data.input(&state).len();
+    let layer = compile(&graph);
+    let layer = layer.layer(&data).unwrap();
+    data.set(&state, &vec![0.0; size]);
+    let first = run(&layer, &data).unwrap();
+    let name = state.strip_suffix("_in").unwrap();
+    // From a state of zero the step is the layer's own output: x - y.
+    let step: Vec<f64> = data.input("x").iter().zip(&first["output"]).map(|(x, y)| f64::from(*x) - y).collect();
+    close(&step, &first[name], "the first step");
+    let (graph, mut data) = of("x_lora");
+    let scalings = data.arrays.keys().find(|n| *n != "x").cloned().unwrap();
+    let size = data.input(&scalings).len();
+    data.set(&scalings, &vec![0.0; size]);
+    let found = results(&graph, &data);
+    let base = graph.order().into_iter().find(|id| graph.node(*id).op.name() == "linear").unwrap();
+    let mut plain = graph.clone();
+    plain.outputs.clear();
+    plain.output("output", base, moec_ir::Part::Whole);
+    assert_eq!(found["output"], results(&plain, &data)["output"], "no adapter, no change");
+}
+
+#[test]
+fn a_loop_of_one_pass_is_the_plain_layer() {
+    let nodes = |c: &str| {
+        json!([{"id": "l", "op": "linear", "in": [c], "w": "router"},
+            {"id": "s", "op": "softmax", "in": ["l"]},
+            {"id": "q", "op": "select", "in": ["s"], "rule": "topk", "k": 2},
+            {"id": "r", "op": "weigh", "in": ["q", "s"], "norm": "sum"},
+            {"id": "d", "op": "dispatch", "in": [c, "r"]},
+            {"id": "e", "op": "experts", "in": ["d"], "bank": [networks([0, 8])]},
+            {"id": "y", "op": "combine", "in": ["e", "r"]}])
+    };
+    let (plain, plain_data) = with(&std_router(Form::new(16), 8, 16));
+    let looped = Form::new(16)
+        .tensor("router", json!([8, 16]))
+        .networks(16, json!(12))
+        .node("o", "loop", &[], json!({"n": 1, "carry": "x", "next": "y", "body": nodes("x")}))
+        .output("output", "o");
+    let (looped, data) = with(&looped);
+    assert_eq!(results(&looped, &data)["output"], results(&plain, &plain_data)["output"]);
+}
+
+#[test]
+fn vectors_of_one_leave_the_main_experts() {
+    let (graph, mut data) = of("compressed_experts");
+    let file = moec_ir::json::write_graph(&graph);
+    let table = graph.weights.keys().find(|n| n.contains("theta")).cloned().unwrap();
+    let size: u64 = graph.weights[&table].shape.iter().map(moec_ir::Extent::max).product();
+    data.set_weight(&table, &vec![1.0; usize::try_from(size).unwrap()]);
+    let found = results(&graph, &data);
+    // The main experts alone: the product with the vectors' sum is left out.
+    let product = file["nodes"].as_array().unwrap().iter().find(|n| n["op"] == "binary" && n["fn"] == "mul").unwrap();
+    let (product, x) = (graph.find(product["id"].as_str().unwrap()).unwrap(), graph.find("x").unwrap());
+    let mut main = graph.clone();
+    main.replace_uses(product, x);
+    let alone = results(&main, &data);
+    close(&found["output"], &alone["output"], "theta = 1");
+}
+
+#[test]
+fn a_value_may_be_used_whole_and_row_by_row() {
+    // `a` has rows; `x` and what follows from it stand against its last axes, whole for each of its rows.
+    let form = || {
+        Form::default()
+            .input("x", "f32", &json!([4, 3]))
+            .node("a", "shape", &["x"], json!({"fn": "reshape", "to": [4, 1, 3]}))
+            .output("output", "y")
+    };
+    let act = |form: Form, id: &str, x: &str| form.node(id, "unary", &[x], json!({"fn": "silu"}));
+    let binary = |form: Form, id: &str, x: &[&str]| form.node(id, "binary", x, json!({"fn": "mul"}));
+    let forms = [
+        binary(form(), "y", &["a", "x"]),
+        binary(act(form(), "s", "x"), "y", &["s", "a"]),
+        binary(binary(act(act(form(), "s", "a"), "u", "x"), "v", &["s", "u"]), "y", &["v", "x"]),
+    ];
+    for form in forms {
+        moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), 4).expect("agrees");
+    }
+}
+
+#[test]
+fn segments_of_one_token_are_the_layer_of_tokens() {
+    let layer = |form: Form, x: &str| {
+        form.tensor("router", json!([4, 16]))
+            .networks(16, json!(12))
+            .node("l", "linear", &[x], json!({"w": "router"}))
+            .node("s", "softmax", &["l"], json!({}))
+            .node("q", "select", &["s"], json!({"rule": "topk", "k": 1}))
+            .node("r", "weigh", &["q", "s"], json!({}))
+            .node("d", "dispatch", &[x, "r"], json!({}))
+            .node("e", "experts", &["d"], json!({"bank": [networks([0, 4])]}))
+            .node("y", "combine", &["e", "r"], json!({}))
+    };
+    let base = || Form::default().input("x", "f32", &json!([TOKENS, 16]));
+    let plain = layer(base(), "x").output("output", "y");
+    let segments = base().node("p", "shape", &["x"], json!({"fn": "pad", "multiple": 1})).node(
+        "v",
+        "shape",
+        &["p"],
+        json!({"fn": "reshape", "to": [-1, 16]}),
+    );
+    let segments = layer(segments, "v")
+        .node("f", "shape", &["y"], json!({"fn": "reshape", "to": [-1, 16]}))
+        .node("z", "shape", &["f"], json!({"fn": "slice", "axis": 0, "range": [0, TOKENS]}))
+        .output("output", "z");
+    let [plain, segments] = [plain, segments].map(|form| {
+        let (graph, data) = with(&form);
+        results(&graph, &data)
+    });
+    close(&segments["output"], &plain["output"], "segments of one token");
+}
+
+#[test]
+fn experts_of_a_step_are_one_network() {
+    // The route of a step is the same for all its tokens: its experts side by side are a dense network.
+    let (tokens, width, inner, chosen) = (6usize, 8usize, 5usize, [2, 0]);
+    let routed = Form::default()
+        .input("x", "f32", &json!([tokens, width]))
+        .input("ids", "i32", &json!([1, 2]))
+        .tensor("up.{e}", json!([inner, width]))
+        .tensor("down.{e}", json!([width, inner]))
+        .node("q", "select", &["ids"], json!({"rule": "given", "experts": 4}))
+        .node("r", "weigh", &["q"], json!({"const": true, "scale": 0.5}))
+        .node("d", "dispatch", &["x", "r"], json!({"repeat": tokens}))
+        .node(
+            "e",
+            "experts",
+            &["d"],
+            json!({"bank": [{"ids": [0, 4], "kind": "ffn", "act": "gelu", "up": "up.{e}", "down": "down.{e}"}]}),
+        )
+        .node("y", "combine", &["e", "r"], json!({"repeat": tokens}))
+        .output("output", "y");
+    let dense = Form::default()
+        .input("x", "f32", &json!([tokens, width]))
+        .tensor("up", json!([2 * inner, width]))
+        .tensor("down", json!([width, 2 * inner]))
+        .node("y", "ffn", &["x"], json!({"act": "gelu", "up": "up", "down": "down"}))
+        .output("output", "y");
+    let [(routed, mut steps), (dense, mut fused)] = [routed, dense].map(|form| {
+        let graph = form.graph();
+        let data = data(&graph, tokens as u64, 5, Numbers::Small);
+        (graph, data)
+    });
+    steps.set_ints("ids", &chosen);
+    let of = |part: &str, e: i32| steps.weights.0[&format!("{part}.{e}")].floats();
+    let up: Vec<f32> = chosen.iter().flat_map(|e| of("up", *e)).map(|v| v as f32).collect();
+    let row = |e: i32, r: usize| of("down", e)[r * inner..(r + 1) * inner].to_vec();
+    let down: Vec<f32> =
+        (0..width).flat_map(|r| chosen.map(|e| row(e, r)).concat()).map(|v| (v * 0.5) as f32).collect();
+    fused.set_weight("up", &up);
+    fused.set_weight("down", &down);
+    close(&results(&routed, &steps)["output"], &results(&dense, &fused)["output"], "experts of a step");
+}
