@@ -117,11 +117,11 @@ pub(super) fn at<'c>(b: &Builder<'c>, pointer: V<'c>, bytes: V<'c>) -> V<'c> {
 }
 
 /// Address a constant number of bytes after a pointer.
-///
-/// # Panics
-/// When the distance does not fit in 31 bits; tiles are far smaller.
 pub(super) fn at_const<'c>(b: &Builder<'c>, pointer: V<'c>, bytes: u64) -> V<'c> {
-    b.gepc(pointer, "i8", i32::try_from(bytes).expect("distances inside a tile are small"))
+    match i32::try_from(bytes) {
+        Ok(bytes) => b.gepc(pointer, "i8", bytes),
+        Err(_) => at(b, pointer, b.i64(i64::try_from(bytes).expect("addresses have 63 bits"))),
+    }
 }
 
 /// Widens an unsigned 32-bit number.

@@ -35,15 +35,18 @@ impl Loader<'_> {
 
 /// What one thread copies of one row.
 pub(super) struct Piece<'c> {
-    /// Address of the piece in the first stage.
-    from: V<'c>,
-    /// Place in the stage.
-    to: V<'c>,
+    /// Address of the piece in the first stage, and bytes past it.
+    from: (V<'c>, u64),
+    /// Place in the stage, and bytes past it.
+    to: (V<'c>, u64),
     /// Whether the row exists; rows that do not are zero.
     exists: Option<V<'c>>,
     /// Whether this thread has such a piece at all.
     mine: Option<V<'c>>,
 }
+
+/// Where a row starts: an address and bytes past it, and whether the row exists; rows that do not are zero.
+type Start<'c> = ((V<'c>, u64), Option<V<'c>>);
 
 /// Carried through the loop of stages: the products, from the addresses of both operands in a stage.
 pub(super) trait Step<'c> {
@@ -120,7 +123,8 @@ impl<'c> Kernel<'_, 'c> {
         let unit = [16, 8, 4].into_iter().find(|u| stride.is_multiple_of(u64::from(*u))).unwrap_or(2);
         let last = b.addc(rows.count, -1);
         let row_end = (!whole_rows).then_some(spec.k * spec.a.bytes());
-        self.loader(tile.rows, row_bytes, unit, row_end, |row| {
+        self.loader(tile.rows, row_bytes, unit, row_end, |row, past| {
+            let row = b.addc(row, i64::from(past));
             let exists = b.cmpi("slt", row, rows.count);
             let sorted = b.addi(rows.first, b.minsi(row, last));
             let row = match self.args.map {
@@ -128,7 +132,7 @@ impl<'c> Kernel<'_, 'c> {
                 Some(_) | None => sorted,
             };
             let bytes = b.mulc(wide(b, row), i64::try_from(stride).expect("rows fit in memory"));
-            (at(b, self.args.a, bytes), Some(exists))
+            ((at(b, self.args.a, bytes), 0), Some(exists))
         })
     }
 
@@ -142,25 +146,25 @@ impl<'c> Kernel<'_, 'c> {
         let expert = at(b, self.args.w, b.mulc(wide(b, rows.expert), packed * stride));
         let first = b.mulc(column_tile, columns);
         let base = at(b, expert, b.mulc(wide(b, first), stride));
-        self.loader(self.mode.columns, row_bytes, 16, None, |row| {
-            let row = if packed % columns == 0 {
-                row
-            } else {
-                let last = b.subi(b.i32(int(packed - 1)), first);
-                b.minsi(row, last)
-            };
-            (at(b, base, b.mulc(wide(b, row), stride)), None)
+        let start = |row| at(b, base, b.mulc(wide(b, row), stride));
+        self.loader(self.mode.columns, row_bytes, 16, None, |row, past| {
+            if packed % columns == 0 {
+                return ((start(row), u64::from(past) * stride.unsigned_abs()), None);
+            }
+            let last = b.subi(b.i32(int(packed - 1)), first);
+            ((start(b.minsi(b.addc(row, i64::from(past)), last)), 0), None)
         })
     }
 
-    /// Deals the pieces of `rows` rows to the threads of the block.
+    /// Deals the pieces of `rows` rows to the threads of the block. `source` says where the row so many past another
+    /// starts: bytes that are known now are no work for the kernel.
     fn loader(
         &self,
         rows: u32,
         row_bytes: u32,
         unit: u32,
         row_end: Option<u64>,
-        source: impl Fn(V<'c>) -> (V<'c>, Option<V<'c>>),
+        source: impl Fn(V<'c>, u32) -> Start<'c>,
     ) -> Loader<'c> {
         let b = self.b;
         let threads = self.threads;
@@ -169,17 +173,24 @@ impl<'c> Kernel<'_, 'c> {
         let start = b.mulc(b.remui(self.thread, constant(per_row)), i64::from(unit));
         let swizzle = Swizzle { row_bytes };
         let total = rows * per_row;
+        // Threads are a multiple of the pieces of a row, so each stays in its column of pieces.
+        let row = b.divui(self.thread, constant(per_row));
+        let chunk = b.shrui(start, b.i32(4));
+        let inside = b.andi(start, b.i32(15));
         let pieces = (0..total.div_ceil(threads)).map(|i| {
             let mine = (!total.is_multiple_of(threads)).then(|| {
                 let index = b.addc(self.thread, i64::from(i * threads));
                 b.cmpi("ult", index, constant(total))
             });
-            // Threads are a multiple of the pieces of a row, so each stays in its column of pieces.
-            let row = b.addc(b.divui(self.thread, constant(per_row)), i64::from(i * (threads / per_row)));
-            let (from, exists) = source(row);
+            let past = i * (threads / per_row);
+            let ((from, past_from), exists) = source(row, past);
             let from = at(b, from, wide(b, start));
-            let inside = b.andi(start, b.i32(15));
-            let to = b.addi(swizzle.offset(b, row, b.shrui(start, b.i32(4))), inside);
+            let (row, past_to) = match past % Swizzle::PERIOD {
+                0 => (row, past * row_bytes),
+                _ => (b.addc(row, i64::from(past)), 0),
+            };
+            let to = b.addi(swizzle.offset(b, row, chunk), inside);
+            let (from, to) = ((from, past_from), (to, u64::from(past_to)));
             Piece { from, to, exists, mine }
         });
         let pieces = pieces.collect();
@@ -204,8 +215,8 @@ impl<'c> Kernel<'_, 'c> {
         });
         for piece in &loader.pieces[pieces] {
             let copy = || {
-                let from = at(b, piece.from, wide(b, along));
-                let to = at(b, to, piece.to);
+                let from = at_const(b, at(b, piece.from.0, wide(b, along)), piece.from.1);
+                let to = at_const(b, at(b, to, piece.to.0), piece.to.1);
                 let bytes = match (piece.exists, inside) {
                     (None, inside) => inside,
                     (Some(exists), inside) => {

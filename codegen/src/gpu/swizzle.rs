@@ -13,6 +13,9 @@ pub(super) struct Swizzle {
 }
 
 impl Swizzle {
+    /// Rows after which the order repeats, for rows of any size.
+    pub(super) const PERIOD: u32 = 8;
+
     /// Byte offset of piece `chunk` of row `row` (i32 values).
     pub(super) fn offset<'c>(self, b: &Builder<'c>, row: V<'c>, chunk: V<'c>) -> V<'c> {
         let place = b.shli(b.xori(chunk, self.mask(b, row)), b.i32(4));

@@ -231,7 +231,8 @@ impl<'c> Builder<'c> {
     }
     /// `ceil(a / b)` for non-negative numbers.
     pub fn ceil_div(&self, a: V<'c>, b: V<'c>) -> V<'c> {
-        self.same("arith.ceildivui", &[a, b], &[])
+        // Both are below half of the unsigned range.
+        self.divui(self.addi(a, self.addc(b, -1)), b)
     }
     /// `a + constant`, in the type of `a` (i32 or i64).
     pub fn addc(&self, a: V<'c>, constant: i64) -> V<'c> {

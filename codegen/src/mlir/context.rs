@@ -4,6 +4,7 @@ use crate::{CodegenError, mlir::Builder, target::Target};
 use inkwell::{
     OptimizationLevel,
     context::Context as LlvmContext,
+    llvm_sys::support::LLVMParseCommandLineOptions,
     module::Module as LlvmModule,
     passes::PassBuilderOptions,
     targets::{
@@ -19,15 +20,15 @@ use melior::{
 };
 use std::{
     cell::RefCell,
+    ffi::{CStr, c_int},
     rc::Rc,
     sync::Once,
     time::{Duration, Instant},
 };
 
-/// From `scf`, `arith`, `vector` and `nvvm` to the LLVM dialect; the same for every target.
-const PIPELINE: &str = "builtin.module(cse,convert-vector-to-scf,convert-scf-to-cf,convert-nvvm-to-llvm,\
-arith-expand,convert-vector-to-llvm,convert-arith-to-llvm,convert-index-to-llvm,convert-cf-to-llvm,convert-ub-to-llvm,\
-canonicalize,cse,reconcile-unrealized-casts)";
+/// From `scf`, `arith`, `vector` and `nvvm` to the LLVM dialect, all dialects in one conversion; the same for every
+/// target. What is left to clean up is left to LLVM.
+const PIPELINE: &str = "builtin.module(cse,convert-scf-to-cf,convert-to-llvm,reconcile-unrealized-casts)";
 
 /// Optimisation of LLVM IR for CPUs. The emitters unroll, vectorise and interleave themselves, so what is left is to
 /// clean up and to move address arithmetic out of loops: as fast as the code of `default<O3>`, in a tenth of its time.
@@ -37,7 +38,11 @@ loop-mssa(loop-instsimplify,loop-rotate,licm),early-cse<memssa>,instcombine<no-v
 /// The same for GPUs, where loops of a few turns are worth unrolling: a warp has registers for them.
 const CLEAN_UP_AND_UNROLL: &str = "function(sroa<modify-cfg>,early-cse<memssa>,instcombine<no-verify-fixpoint>,\
 simplifycfg,loop-mssa(loop-instsimplify,loop-rotate,licm),loop(indvars,loop-deletion,loop-unroll-full),\
-sroa<modify-cfg>,gvn,instcombine<no-verify-fixpoint>,simplifycfg)";
+sroa<modify-cfg>,early-cse<memssa>,instcombine<no-verify-fixpoint>,simplifycfg)";
+
+/// What LLVM's code generator for GPUs does by itself and without effect here, since the emitters add what is constant
+/// in an address last: it took a tenth of the time of compiling.
+const LEFT_OUT: [&CStr; 3] = [c"moec", c"-opt-disable=slsr,nary-reassociate", c"-opt-disable-enable-verbosity=0"];
 
 /// An MLIR context with the dialects that kernels use. Not shared between threads.
 #[derive(Debug)]
@@ -207,6 +212,12 @@ fn machine(target: &Target) -> Result<TargetMachine, CodegenError> {
         }
         _ => X86.call_once(|| LlvmTarget::initialize_x86(&InitializationConfig::default())),
     }
+    static OPTIONS: Once = Once::new();
+    OPTIONS.call_once(|| {
+        let words = LEFT_OUT.map(CStr::as_ptr);
+        // SAFETY: the words are alive during the call, which copies them; no other thread is inside of LLVM's options.
+        unsafe { LLVMParseCommandLineOptions(words.len() as c_int, words.as_ptr(), std::ptr::null()) };
+    });
     let triple = TargetTriple::create(target.triple());
     LlvmTarget::from_triple(&triple)
         .map_err(|e| CodegenError::llvm("target", &e.to_string()))?
@@ -214,7 +225,8 @@ fn machine(target: &Target) -> Result<TargetMachine, CodegenError> {
             &triple,
             target.cpu(),
             target.features(),
-            OptimizationLevel::Aggressive,
+            // For GPUs the highest only numbers values twice more.
+            if target.is_gpu() { OptimizationLevel::Default } else { OptimizationLevel::Aggressive },
             if target.is_gpu() { RelocMode::Default } else { RelocMode::PIC },
             CodeModel::Default,
         )
