@@ -64,6 +64,8 @@ pub struct Software {
     pub all_to_all_overlap: f64,
     /// Whether tensor-parallel collectives run in chunks beside the products they feed (user buffers).
     pub tensor_overlap: bool,
+    /// Whether stages send and receive beside computing when chunks interleave; stages of one chunk always wait.
+    pub pipeline_overlap: bool,
     /// Whether pipeline stages may hold chunks of different sizes, written by hand.
     pub free_layouts: bool,
     /// Kernel quality relative to the best release, in (0, 1].
@@ -113,7 +115,7 @@ pub struct TrainCalibration {
     pub attention_half_dim: f64,
     /// Link shares.
     pub links: LinkEfficiency,
-    /// Share of gradient reduction and parameter gathering hidden behind compute.
+    /// Share of gradient reduction and parameter gathering hidden behind the passes of one micro-batch, as far as these last.
     pub dp_overlap: f64,
     /// The same for fully sharded parameters, per micro-batch.
     pub fsdp_overlap: f64,
@@ -125,7 +127,7 @@ pub struct TrainCalibration {
     pub cp_overlap: f64,
     /// Synchronisation of one step of the context-parallel ring, microseconds.
     pub cp_step_us: f64,
-    /// Share of pipeline transfers that is exposed.
+    /// Share of pipeline transfers that is exposed where they run beside computing.
     pub pp_exposed: f64,
     /// Fixed time per step (optimizer launch, logging, data), milliseconds.
     pub step_ms: f64,

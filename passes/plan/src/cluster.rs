@@ -185,12 +185,14 @@ impl Cluster {
     /// `E0404` for text that is not a cluster, and for figures that cannot be.
     pub fn from_json(text: &str) -> Result<Self, PlanError> {
         let cluster: Self = serde_json::from_str(text).map_err(|e| {
-            let member = not_a_number(text).map_or_else(|| e.to_string(), |m| format!("{m}; {e}"));
-            PlanError::cluster(
-                format!("the cluster file cannot be read: {member}"),
+            let wrong = wrong_member(text);
+            let what = wrong.as_ref().map_or_else(|| e.to_string(), |(_, what)| what.clone());
+            let error = PlanError::cluster(
+                format!("the cluster file cannot be read: {what}"),
                 "needed: name, gpu {name, bf16_tflops, hbm_bytes, hbm_gbps, nvlink_gbps}, gpus_per_domain, nic_gbps; \
                  `moec plan --cluster dgx-h100 --print-cluster` prints one to start from",
-            )
+            );
+            PlanError { at: wrong.map(|(at, _)| at), ..error }
         })?;
         cluster.check()?;
         Ok(cluster)
@@ -233,25 +235,30 @@ impl Cluster {
                 return Err(PlanError::cluster(
                     format!("{name} = {value} is outside (0, {limit}]"),
                     "rates are GB/s one way per GPU, peaks dense TFLOP/s, memory bytes",
-                ));
+                )
+                .at(name));
             }
         }
         if self.max_gpus == Some(0) {
-            return Err(PlanError::cluster("max_gpus = 0", "give the GPUs of the cluster, or leave max_gpus out"));
+            let help = "give the GPUs of the cluster, or leave max_gpus out";
+            return Err(PlanError::cluster("max_gpus = 0", help).at("max_gpus"));
         }
         if self.gpus_per_domain == 0 || self.gpus_per_domain > 4096 {
             return Err(PlanError::cluster(
                 format!("gpus_per_domain = {} is outside 1..=4096", self.gpus_per_domain),
                 "a DGX node has 8, an NVL72 rack 72",
-            ));
+            )
+            .at("gpus_per_domain"));
         }
         if gpu.hbm_bytes < 1e9 {
             return Err(PlanError::cluster(
                 format!("gpu.hbm_bytes = {} is less than 1 GB", gpu.hbm_bytes),
                 "give bytes, for example 85899345920 for 80 GiB",
-            ));
+            )
+            .at("gpu.hbm_bytes"));
         }
-        self.collectives.iter().try_for_each(|curve| curve.check(gpu.nvlink_gbps))
+        let curves = self.collectives.iter().enumerate();
+        curves.map(|(i, c)| c.check(gpu.nvlink_gbps).map_err(|e| e.at(format!("collectives.{i}")))).collect()
     }
 
     /// Peak of matrix products in a number format, FLOP/s.
@@ -298,27 +305,42 @@ fn collect_unread(
     }
 }
 
-/// Names the first figure of a cluster file that is there and is not the number it must be.
-fn not_a_number(text: &str) -> Option<String> {
+/// The first member of a cluster file that is missing or not what it must be, and what is wrong with it.
+fn wrong_member(text: &str) -> Option<(String, String)> {
     let file: serde_json::Value = serde_json::from_str(text).ok()?;
-    let figures = [
-        "gpu.bf16_tflops",
-        "gpu.fp8_tflops",
-        "gpu.fp4_tflops",
-        "gpu.hbm_bytes",
-        "gpu.hbm_gbps",
-        "gpu.nvlink_gbps",
-        "gpus_per_domain",
-        "nic_gbps",
-        "latency_us.nvlink",
-        "latency_us.network",
-        "max_gpus",
+    let whole = [("", "an object"), ("name", "text"), ("gpu", "an object"), ("gpu.name", "text")];
+    let needed = [
+        ("gpu.bf16_tflops", "a number"),
+        ("gpu.hbm_bytes", "a number"),
+        ("gpu.hbm_gbps", "a number"),
+        ("gpu.nvlink_gbps", "a number"),
+        ("gpus_per_domain", "a whole number"),
+        ("nic_gbps", "a number"),
     ];
-    figures.into_iter().find_map(|name| {
-        let value = file.pointer(&format!("/{}", name.replace('.', "/"))).filter(|v| !v.is_null())?;
-        let counts = name.contains("gpus");
-        let (fits, due) = if counts { (value.is_u64(), "whole number") } else { (value.is_number(), "number") };
-        (!fits).then(|| format!("{name} is {value}, not a {due}"))
+    let free = [
+        ("gpu.fp8_tflops", "a number"),
+        ("gpu.fp4_tflops", "a number"),
+        ("latency_us", "an object"),
+        ("latency_us.nvlink", "a number"),
+        ("latency_us.network", "a number"),
+        ("max_gpus", "a whole number"),
+        ("collectives", "a list"),
+    ];
+    let needed = whole.into_iter().chain(needed).map(|(name, due)| (name, due, true));
+    needed.chain(free.map(|(name, due)| (name, due, false))).find_map(|(name, due, needed)| {
+        let pointer = if name.is_empty() { String::new() } else { format!("/{}", name.replace('.', "/")) };
+        let Some(value) = file.pointer(&pointer).filter(|v| needed || !v.is_null()) else {
+            return needed.then(|| (name.to_owned(), format!("{name} is missing")));
+        };
+        let fits = match due {
+            "an object" => value.is_object(),
+            "a list" => value.is_array(),
+            "text" => value.is_string(),
+            "a whole number" => value.is_u64(),
+            _ => value.is_number(),
+        };
+        let named = if name.is_empty() { "the file" } else { name };
+        (!fits).then(|| (name.to_owned(), format!("{named} is {value}, not {due}")))
     })
 }
 

@@ -23,26 +23,34 @@ pub struct PlanError {
     pub message: String,
     /// What would work.
     pub help: String,
+    /// Member of the user's file that it is about, such as `gpu.hbm_gbps` or `collectives.3`.
+    pub at: Option<String>,
 }
 
 impl PlanError {
     /// A refused mapping or size (`E0402`).
     pub fn mapping(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self { code: E_MAPPING, message: message.into(), help: help.into() }
+        Self { code: E_MAPPING, message: message.into(), help: help.into(), at: None }
     }
 
     /// A refused cluster description (`E0404`).
     pub fn cluster(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self { code: E_CLUSTER, message: message.into(), help: help.into() }
+        Self { code: E_CLUSTER, message: message.into(), help: help.into(), at: None }
     }
 
     /// A refused model description (`E0405`).
     pub fn model(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self { code: E_MODEL, message: message.into(), help: help.into() }
+        Self { code: E_MODEL, message: message.into(), help: help.into(), at: None }
     }
 
     /// Nothing fits (`E0406`).
     pub fn no_plan(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self { code: E_NO_PLAN, message: message.into(), help: help.into() }
+        Self { code: E_NO_PLAN, message: message.into(), help: help.into(), at: None }
+    }
+
+    /// Says which member of the file it is about.
+    #[must_use]
+    pub fn at(self, member: impl Into<String>) -> Self {
+        Self { at: Some(member.into()), ..self }
     }
 }

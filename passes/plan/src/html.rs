@@ -4,6 +4,7 @@
 //! per kind for every plan, and each op on the roofline.
 
 mod chart;
+mod pipeline;
 
 use crate::{
     choice::{Objective, Request},
@@ -15,10 +16,15 @@ use crate::{
 };
 use std::fmt::Write;
 
-const STYLE: &str = "body{font:14px/1.45 system-ui,sans-serif;color:#1c2733;max-width:70em;margin:2em auto;padding:0 1em}\
+/// Colours are variables, so that a dark page needs only other values.
+const STYLE: &str = ":root{color-scheme:light dark;--page:#fff;--ink:#1c2733;--soft:#5b6b7b;--rule:#dde3ea;--panel:#f3f6f9}\
+@media(prefers-color-scheme:dark){:root{--page:#14191f;--ink:#e3e9ef;--soft:#9fadbb;--rule:#38434f;--panel:#1e262e}}\
+body{font:14px/1.45 system-ui,sans-serif;background:var(--page);color:var(--ink);max-width:70em;margin:2em auto;padding:0 1em}\
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}td,th{padding:.25em .7em;text-align:right;\
-border-bottom:1px solid #dde3ea}td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}.why{text-align:left;white-space:normal}svg{max-width:100%;height:auto}svg text{font:11px system-ui,sans-serif;\
-fill:#1c2733}.note{color:#5b6b7b}";
+border-bottom:1px solid var(--rule);white-space:nowrap}td:first-child,th:first-child{text-align:left}\
+.why{text-align:left;white-space:normal}svg{max-width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--ink)}\
+svg .on{fill:#fff}svg .panel{fill:var(--panel);stroke:var(--rule)}svg .grid{stroke:var(--rule)}svg .roof{stroke:var(--ink);fill:none}\
+.note{color:var(--soft)}";
 
 /// Text made safe for HTML.
 pub(crate) fn escape(text: &str) -> String {
@@ -48,9 +54,15 @@ pub fn html(
         report.evaluated, report.pruned
     );
     page.push_str(&table(report));
+    if let Some(tie) = &report.tie {
+        let _ = write!(page, "<p>Plan 1: {}.</p>", escape(tie));
+    }
     if let Some(best) = report.plans.first() {
         let _ = write!(page, "<h2>Mapping of the best plan</h2>{}", chart::mapping(best, cluster)?);
         let _ = write!(page, "<h2>Timeline of a step</h2>{}", chart::timeline(best));
+        if best.attention.pp > 1 {
+            let _ = write!(page, "<h2>Pipeline</h2>{}", pipeline::draw(best));
+        }
         let _ = write!(page, "<h2>Memory per GPU</h2>{}", chart::memory(&report.plans));
         if best.objective == Objective::Train {
             let ops = operations(model, cluster, request, best)?;

@@ -233,12 +233,17 @@ impl LayerCx<'_> {
         collective_seconds(self.cluster, &self.cal.links, op, span, bytes)
     }
 
+    /// Whether the dispatcher sends a token to a node once and writes rows in the order of experts; it needs every token.
+    fn dedup(&self) -> bool {
+        self.software.node_dedup && self.dropless
+    }
+
     /// One direction of the expert exchange for `sent` tokens of this rank.
     fn all_to_all(&self, sent: f64, top_k: f64) -> (f64, f64) {
         let ranks = self.ep.ranks as f64;
         let row = self.hidden * 2.0;
         let bytes = sent * top_k * row;
-        if self.ep.is_local() || !self.software.node_dedup || !self.dropless {
+        if self.ep.is_local() || !self.dedup() {
             return (self.collective(Collective::AllToAll, self.ep, bytes), bytes * (ranks - 1.0) / ranks);
         }
         // A token crosses to each remote node at most once and is copied there over NVLink.
@@ -291,8 +296,11 @@ pub(crate) fn layer_ops(cx: &LayerCx<'_>, layer: &Layer, sink: &mut impl Sink) {
             }
             // Router scores in fp32, softmax and top-k: streamed, the product is small.
             cx.stream("router", own * (2.0 * h + 12.0 * e), sink);
-            // Permute and unpermute read and write each copy of a row on both sides of the exchange.
-            cx.stream("permute", own * k * h * 2.0 * 4.0, sink);
+            // Permute and unpermute read and write each copy of a row before and after the exchange; received rows
+            // are sorted by local expert and back, unless there is one or the dispatcher has put them in order.
+            let local = e / cx.ep.ranks as f64;
+            let sorts = if local > 1.0 && !cx.dedup() { 2.0 } else { 0.0 };
+            cx.stream("permute", own * k * h * 2.0 * (4.0 + sorts), sink);
             expert_exchange(cx, own, k, sink);
             let etp = cx.etp.ranks as f64;
             let rows = own * k * etp * cx.imbalance;

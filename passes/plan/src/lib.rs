@@ -26,6 +26,7 @@ pub mod model;
 pub mod pipeline;
 pub mod plan;
 pub mod ranks;
+pub mod schedule;
 pub mod search;
 pub mod serve;
 mod serve_search;

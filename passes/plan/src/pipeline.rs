@@ -6,9 +6,10 @@
 //! DualPipe `(P/2-1)(F&B+B-3W)`.
 
 use crate::choice::Schedule;
+use serde::Serialize;
 
-/// Times of the slowest stage for one micro-batch, seconds.
-#[derive(Clone, Copy, Debug)]
+/// Times of a stage for one micro-batch, seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct StageTimes {
     /// Forward.
     pub forward: f64,
@@ -18,13 +19,21 @@ pub struct StageTimes {
     pub weight_gradient: f64,
 }
 
-/// Seconds a stage idles per step.
+impl StageTimes {
+    /// Forward and backward.
+    pub fn total(&self) -> f64 {
+        self.forward + self.backward
+    }
+}
+
+/// Seconds the slowest stage idles per step: it waits while the first micro-batch passes through the others
+/// and the last one returns through them. `t` is their mean, not the slowest stage itself.
 pub fn bubble_seconds(schedule: Schedule, stages: u64, virtual_stages: u64, t: StageTimes) -> f64 {
     let p = stages as f64;
     if stages <= 1 {
         return 0.0;
     }
-    let both = t.forward + t.backward;
+    let both = t.total();
     match schedule {
         Schedule::OneForwardOneBackward => (p - 1.0) * both / virtual_stages as f64,
         Schedule::ZeroBubble => (p - 1.0) * (both - 2.0 * t.weight_gradient).max(0.0),
@@ -33,12 +42,14 @@ pub fn bubble_seconds(schedule: Schedule, stages: u64, virtual_stages: u64, t: S
     }
 }
 
-/// Micro-batches whose activations the first stage holds, in units of a whole stage.
-pub fn in_flight(schedule: Schedule, stages: u64, virtual_stages: u64, micro_batches: u64) -> f64 {
-    let p = stages as f64;
+/// Micro-batches whose activations stage `stage` holds, in units of a whole stage: those it has read before the
+/// first backward pass reaches it, and the one it computes.
+pub fn in_flight(schedule: Schedule, stages: u64, virtual_stages: u64, micro_batches: u64, stage: u64) -> f64 {
+    let after = (stages - 1 - stage.min(stages - 1)) as f64;
+    let (p, v) = (stages as f64, virtual_stages as f64);
     let limit = match schedule {
-        Schedule::OneForwardOneBackward if virtual_stages > 1 => p * (1.0 + (p - 1.0) / (p * virtual_stages as f64)),
-        Schedule::OneForwardOneBackward | Schedule::ZeroBubble => p,
+        Schedule::OneForwardOneBackward if virtual_stages > 1 => (2.0 * after + (v - 1.0) * p + 1.0) / v,
+        Schedule::OneForwardOneBackward | Schedule::ZeroBubble => after + 1.0,
         Schedule::DualPipe => p + 1.0,
     };
     limit.min(micro_batches as f64)
@@ -81,6 +92,16 @@ mod tests {
         assert_eq!(bubble_seconds(Schedule::ZeroBubble, 8, 1, T), 7.0);
         assert_eq!(bubble_seconds(Schedule::DualPipe, 8, 1, T), 6.0);
         assert_eq!(bubble_seconds(Schedule::DualPipe, 1, 1, T), 0.0);
+    }
+
+    #[test]
+    fn stages_hold_what_is_read_before_the_first_backward_pass() {
+        // arXiv 2104.04473, section 2.2: a stage of four keeps 4, 3, 2, 1 micro-batches; interleaved a little more.
+        let held = |v| (0..4).map(|s| in_flight(Schedule::OneForwardOneBackward, 4, v, 64, s)).collect::<Vec<_>>();
+        assert_eq!(held(1), [4.0, 3.0, 2.0, 1.0]);
+        assert_eq!(held(2), [5.5, 4.5, 3.5, 2.5]);
+        assert_eq!(in_flight(Schedule::OneForwardOneBackward, 4, 2, 2, 0), 2.0);
+        assert_eq!(in_flight(Schedule::DualPipe, 4, 1, 64, 3), 5.0);
     }
 
     #[test]

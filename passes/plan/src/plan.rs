@@ -11,7 +11,7 @@ use crate::{
     mapping::{Mapping, check_gpus},
     memory::MemoryGib,
     model::{FeedForward, ModelShape},
-    pipeline::stage_layers,
+    pipeline::{StageTimes, stage_layers},
     search::{Candidate, Found, gib, memory_limit, search},
     serve_search,
     train::TrainCx,
@@ -71,6 +71,8 @@ pub struct Plan {
     pub local_experts: u64,
     /// Layers of each pipeline stage as `[first, end)` pairs, one per virtual stage.
     pub stage_layers: Vec<Vec<(usize, usize)>>,
+    /// Times of every pipeline stage for one micro-batch, seconds (training).
+    pub stage_seconds: Vec<StageTimes>,
     /// Time of a training step, of a prefill, or of a decode step, milliseconds.
     pub step_ms: f64,
     /// Model operations over the bf16 peak, a fraction (training).
@@ -104,6 +106,9 @@ pub struct PlanReport {
     pub gpus: u64,
     /// Best plans, best first.
     pub plans: Vec<Plan>,
+    /// Where the first plan is not the fastest: which rule put it first (decode).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tie: Option<String>,
     /// What changing one size of the winner costs or gains.
     pub sensitivity: Vec<Sensitivity>,
     /// Choices whose cost was computed.
@@ -294,6 +299,7 @@ fn train_report(model: &ModelShape, cluster: &Cluster, request: &Request) -> Res
         cluster: cluster.name.clone(),
         gpus: request.gpus,
         plans,
+        tie: None,
         sensitivity: sensitivity_training(&cx, &winner),
         evaluated: found.evaluated,
         pruned: found.pruned,
@@ -350,11 +356,12 @@ pub(crate) fn training_plan(cx: &TrainCx<'_>, candidate: &Candidate) -> Plan {
         micro_batches: e.micro_batches,
         vpp: c.vpp,
         recompute: c.recompute,
-        recompute_share: c.recompute_quarters as f64 / 4.0,
+        recompute_share: cx.recomputed_share(c),
         sharding: c.sharding,
         schedule: request.schedule,
         local_experts: local_experts(cx.model, c.mapping.ep),
         stage_layers: layer_pairs(cx.depth() as usize, c.mapping.pp, c.vpp),
+        stage_seconds: cx.all_stages(&cx.layer_set(&c.mapping, c.mbs), c),
         step_ms: 1e3 * seconds,
         mfu: Some(tokens * cx.flops_per_token() / (1e12 * cx.cluster.gpu.bf16_tflops)),
         tokens_per_s_per_gpu: tokens,

@@ -127,24 +127,26 @@ fn check(cx: &TrainCx<'_>) -> Result<(), PlanError> {
             "for example --global-batch 1024",
         ));
     }
-    for (name, size) in [
-        ("tp", fixed.tp),
-        ("cp", fixed.cp),
-        ("dp", fixed.dp),
-        ("pp", fixed.pp),
-        ("etp", fixed.etp),
-        ("ep", fixed.ep),
-        ("edp", fixed.edp),
-    ] {
+    // What divides the model, so that a suggestion works.
+    type Keep<'a> = &'a dyn Fn(u64) -> bool;
+    let axes: [(&str, Option<u64>, Keep<'_>); 7] = [
+        ("tp", fixed.tp, &|n| tp_divides(model, n)),
+        ("cp", fixed.cp, &|_| true),
+        ("dp", fixed.dp, &|_| true),
+        ("pp", fixed.pp, &|n| n <= cx.depth()),
+        ("etp", fixed.etp, &|n| experts_divide(model, 1, n)),
+        ("ep", fixed.ep, &|n| experts_divide(model, n, 1)),
+        ("edp", fixed.edp, &|_| true),
+    ];
+    let workable = |keep: Keep<'_>| list(&divisors(request.gpus).into_iter().filter(|&n| keep(n)).collect::<Vec<_>>());
+    for (name, size, keep) in axes {
         if let Some(size) = size.filter(|&n| n == 0 || !request.gpus.is_multiple_of(n)) {
             return Err(PlanError::mapping(
                 format!("{name} = {size} does not divide {} GPUs", request.gpus),
-                format!("{name} can be {}", list(&divisors(request.gpus))),
+                format!("{name} can be {}", workable(keep)),
             ));
         }
     }
-    let workable =
-        |keep: &dyn Fn(u64) -> bool| list(&divisors(request.gpus).into_iter().filter(|&n| keep(n)).collect::<Vec<_>>());
     if let Some(ep) = fixed.ep.filter(|&ep| !experts_divide(model, ep, 1)) {
         return Err(PlanError::mapping(
             format!("ep = {ep} does not divide the {} experts", model.experts()),
@@ -273,7 +275,7 @@ impl<'a> Search<'a> {
                     mbs,
                     vpp,
                     recompute: Recompute::None,
-                    recompute_quarters: 4,
+                    recompute_eighths: 8,
                     sharding: Sharding::None,
                 };
                 self.variants(set, &choice);
@@ -288,8 +290,8 @@ impl<'a> Search<'a> {
         let plan = self.plans.entry((pp, vpp)).or_insert_with(|| cx.stage_plan(pp, vpp));
         for &recompute in &self.recomputes {
             for sharding in shardings(request, choice.dp, pp) {
-                for recompute_quarters in quarters(recompute, request.recompute.is_some()) {
-                    let choice = TrainChoice { recompute, recompute_quarters, sharding, ..*choice };
+                for recompute_eighths in eighths(recompute, request.recompute.is_some()) {
+                    let choice = TrainChoice { recompute, recompute_eighths, sharding, ..*choice };
                     let estimate = cx.estimate(set, plan, &choice);
                     self.found.evaluated += 1;
                     keep_candidate(&mut self.found, Candidate { choice, estimate }, self.limit, self.keep);
@@ -303,12 +305,12 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Numbers of recomputed quarters of the layers to try, fewest first; all when full recomputation is asked for.
-fn quarters(recompute: Recompute, pinned: bool) -> std::ops::RangeInclusive<u64> {
+/// Numbers of recomputed eighths of the layers to try, fewest first; all when full recomputation is asked for.
+fn eighths(recompute: Recompute, pinned: bool) -> std::ops::RangeInclusive<u64> {
     match recompute {
-        Recompute::None | Recompute::Selective => 4..=4,
-        Recompute::Full if pinned => 4..=4,
-        Recompute::Full => 1..=4,
+        Recompute::None | Recompute::Selective => 8..=8,
+        Recompute::Full if pinned => 8..=8,
+        Recompute::Full => 1..=8,
     }
 }
 

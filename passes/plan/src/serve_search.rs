@@ -18,6 +18,10 @@ use crate::{
 /// Largest instance that is tried, in GPUs.
 const LARGEST_INSTANCE: u64 = 1024;
 
+/// Throughputs this close to the best are a tie: the median error of predicted times per output token on the points
+/// that the fit did not see (`docs/planner.md`).
+const TIE: f64 = 0.07;
+
 struct Scored {
     layout: ServeLayout,
     estimate: ServeEstimate,
@@ -75,6 +79,7 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
             format!("ask for {:.1} ms or more, a shorter context, or a faster GPU", reached * 1.02),
         ));
     }
+    let tie = settle_tie(request, &mut scored);
     let plans: Vec<Plan> = scored
         .iter()
         .take(request.top.clamp(1, 1000))
@@ -90,6 +95,7 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
         cluster: cluster.name.clone(),
         gpus: request.gpus,
         plans,
+        tie,
         sensitivity: Vec::new(),
         evaluated,
         pruned: 0,
@@ -111,9 +117,15 @@ fn check(model: &ModelShape, request: &Request) -> Result<(), PlanError> {
     }
     for (name, size) in [("tp", f.tp), ("ep", f.ep), ("etp", f.etp)] {
         if let Some(size) = size.filter(|n| !request.gpus.is_multiple_of(*n)) {
+            let fits = |n: &u64| match name {
+                "tp" => heads_divide(model, *n),
+                "ep" => divides(model, *n, 1),
+                _ => divides(model, 1, *n),
+            };
+            let workable: Vec<u64> = divisors(request.gpus).into_iter().filter(fits).collect();
             return Err(PlanError::mapping(
                 format!("{name} = {size} does not divide {} GPUs", request.gpus),
-                format!("{name} can be {}", list(&divisors(request.gpus))),
+                format!("{name} can be {}", list(&workable)),
             ));
         }
     }
@@ -196,7 +208,9 @@ fn batches(request: &Request, layout: &ServeLayout, capacity: f64) -> Vec<f64> {
     all
 }
 
-/// The largest batch that still meets the bound, between the last one tried that does and the first that does not.
+/// The largest mean batch that still meets the bound, within a hundredth, between the last one tried that does and the
+/// first that does not. How many requests a rank decodes changes from step to step, so that their mean is no whole
+/// number; whole ones would favour instances whose steps of a request are small.
 fn largest_within_bound(
     tried: &[Scored],
     layout: &ServeLayout,
@@ -206,8 +220,8 @@ fn largest_within_bound(
     let last = tried.iter().rposition(|s| s.feasible)?;
     let (mut low, mut high) = (tried[last].concurrency / ranks, tried.get(last + 1)?.concurrency / ranks);
     let mut best = None;
-    while high - low > 1.0 {
-        let middle = ((low + high) / 2.0).floor();
+    while high - low > 0.01 * low {
+        let middle = (low + high) / 2.0;
         let scored = scored_at(middle * ranks);
         if scored.feasible {
             low = middle;
@@ -246,6 +260,34 @@ fn order(request: &Request, a: &Scored, b: &Scored) -> std::cmp::Ordering {
         .then(a.concurrency.total_cmp(&b.concurrency))
 }
 
+/// Moves the simplest of the instances that the model cannot tell from the best to the front: the one of the fewest
+/// GPUs, whose faults stop the fewest requests and which needs the fewest links, then one that splits experts in one way
+/// rather than two, so that one kind of group exchanges rows, then the one that slices experts least. Says so where that
+/// is not the best.
+fn settle_tie(request: &Request, scored: &mut [Scored]) -> Option<String> {
+    if request.objective != Objective::Decode || !scored[0].feasible {
+        return None;
+    }
+    let rate = |s: &Scored| s.estimate.tokens_per_s_per_gpu;
+    let best = rate(&scored[0]);
+    let tied = scored.iter().take_while(|s| s.feasible && rate(s) >= (1.0 - TIE) * best).count();
+    let complexity = |l: &ServeLayout| (l.gpus(), l.ep > 1 && l.etp > 1, l.etp);
+    let simplest = (0..tied).min_by_key(|&i| (complexity(&scored[i].layout), i)).filter(|&i| i > 0)?;
+    let less = 100.0 * (1.0 - rate(&scored[simplest]) / best);
+    scored[..=simplest].rotate_right(1);
+    let (l, was) = (&scored[0].layout, &scored[1].layout);
+    let reason = if l.gpus() < was.gpus() {
+        format!("{} GPUs a copy instead of {}", l.gpus(), was.gpus())
+    } else {
+        format!("experts split ep {} x etp {} instead of {} x {}", l.ep, l.etp, was.ep, was.etp)
+    };
+    Some(format!(
+        "{tied} instances are within {:.0}%, the error of the model; the simplest is taken: {reason}, {less:.1}% fewer \
+         tokens per second predicted",
+        100.0 * TIE
+    ))
+}
+
 fn why(request: &Request, best: &Scored, other: &Scored) -> String {
     let mut parts: Vec<(&str, f64)> = PART_NAMES
         .iter()
@@ -264,7 +306,11 @@ fn why(request: &Request, best: &Scored, other: &Scored) -> String {
         }
         Objective::Train | Objective::Decode => {
             let less = 1.0 - other.estimate.tokens_per_s_per_gpu / best.estimate.tokens_per_s_per_gpu;
-            let much = if less < 5e-4 { "as many".to_owned() } else { format!("{:.1}% fewer", 100.0 * less) };
+            let much = match less {
+                l if l < -5e-4 => format!("{:.1}% more", -100.0 * l),
+                l if l < 5e-4 => "as many".to_owned(),
+                l => format!("{:.1}% fewer", 100.0 * l),
+            };
             format!("{much} tokens per second and GPU{worst}{bound}")
         }
     }
@@ -301,6 +347,7 @@ fn serving_plan(model: &ModelShape, cluster: &Cluster, request: &Request, set: &
         schedule: Schedule::OneForwardOneBackward,
         local_experts: local_experts(model, l.ep),
         stage_layers: crate::plan::layer_pairs(model.layers.len(), 1, 1),
+        stage_seconds: Vec::new(),
         step_ms: 1e3 * if decode { e.tpot } else { e.ttft },
         mfu: None,
         tokens_per_s_per_gpu: if decode { e.tokens_per_s_per_gpu } else { read },

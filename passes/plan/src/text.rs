@@ -24,6 +24,9 @@ pub fn text(report: &PlanReport) -> String {
     out.push('\n');
     out.push_str(&table(report));
     out.push_str(&wrapped(legend(best.objective), ""));
+    if let Some(tie) = &report.tie {
+        out.push_str(&wrapped(&format!("1: {tie}"), "   "));
+    }
     for (index, plan) in report.plans.iter().enumerate().filter(|(_, p)| p.why.is_some() || !p.feasible) {
         out.push_str(&wrapped(&format!("{}: {}", index + 1, verdict(plan)), "   "));
     }

@@ -6,7 +6,7 @@
 
 use crate::{
     calibration::{Software, TrainCalibration},
-    choice::{Recompute, Request, Sharding},
+    choice::{Recompute, Request, Schedule, Sharding},
     cluster::Cluster,
     collective::{Collective, Span, collective_seconds},
     groups::Strides,
@@ -16,6 +16,7 @@ use crate::{
     model::{Layer, ModelShape},
     pipeline::{StageTimes, bubble_seconds, in_flight, stage_layers, weight_copies},
 };
+use std::ops::Range;
 
 /// Share of the element-wise work that selective recomputation repeats: norms and activations, not the
 /// permutation of tokens.
@@ -36,8 +37,9 @@ pub struct TrainChoice {
     pub vpp: u64,
     /// What is recomputed.
     pub recompute: Recompute,
-    /// Quarters of the layers that full recomputation covers, 4 for all (Megatron's `recompute-num-layers`).
-    pub recompute_quarters: u64,
+    /// Eighths of the layers that full recomputation covers, 8 for all, rounded up to whole layers of a chunk:
+    /// Megatron's `recompute-num-layers` counts the layers of every virtual stage.
+    pub recompute_eighths: u64,
     /// How state is sharded.
     pub sharding: Sharding,
 }
@@ -112,6 +114,8 @@ pub(crate) struct StagePlan {
 
 struct DistinctStage {
     counts: Vec<f64>,
+    /// Stages with these counts.
+    times: f64,
     index: u64,
     is_last: bool,
 }
@@ -258,13 +262,11 @@ impl<'a> TrainCx<'a> {
         let mut stages: Vec<DistinctStage> = Vec::new();
         let split = stage_layers(self.class_of.len(), pp, vpp);
         for (index, chunks) in split.iter().enumerate() {
-            let mut counts = vec![0.0; self.layers.len()];
-            for layer in chunks.iter().flat_map(|r| r.clone()) {
-                counts[self.class_of[layer]] += 1.0;
-            }
+            let counts = self.layer_counts(chunks);
             let is_last = index + 1 == split.len();
-            if is_last || index == 0 || !stages.iter().any(|s| s.counts == counts) {
-                stages.push(DistinctStage { counts, index: index as u64, is_last });
+            match stages.iter_mut().skip(1).find(|s| s.counts == counts) {
+                Some(same) if !is_last => same.times += 1.0,
+                _ => stages.push(DistinctStage { counts, times: 1.0, index: index as u64, is_last }),
             }
         }
         StagePlan { stages }
@@ -280,60 +282,104 @@ impl<'a> TrainCx<'a> {
         layers / pp as f64 * micro_batches as f64
     }
 
-    /// Times of the slowest stage for one micro-batch, by schedule part and by kind.
-    fn slowest_stage(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> (StageTimes, [f64; 8]) {
-        let recomputed = c.recompute_quarters as f64 / 4.0;
-        let logits_times = 1.0 + self.model.mtp_layers as f64;
-        let mut worst = (StageTimes { forward: 0.0, backward: 0.0, weight_gradient: 0.0 }, [0.0; 8]);
-        for stage in &plan.stages {
-            let mut kinds = [0.0; 8];
-            let mut t = StageTimes { forward: 0.0, backward: 0.0, weight_gradient: 0.0 };
-            for (class, count) in set.classes.iter().zip(&stage.counts) {
-                let products = [Kind::Gemm, Kind::Experts].map(|k| class.times.backward[k as usize]);
-                add_scaled(&mut kinds, &class.times.forward, *count);
-                add_scaled(&mut kinds, &class.times.backward, *count);
-                t.forward += count * class.forward;
-                t.backward += count * class.backward;
-                t.weight_gradient += 0.5 * count * products.iter().sum::<f64>();
-                match c.recompute {
-                    Recompute::None => {}
-                    Recompute::Selective => {
-                        let [attention, elementwise] = [Kind::Attention, Kind::Elementwise].map(|k| k as usize);
-                        kinds[attention] += self.selective_attention() * count * class.times.forward[attention];
-                        kinds[elementwise] += SELECTIVE_ELEMENTWISE * count * class.times.forward[elementwise];
-                        t.backward += count * class.selective;
-                    }
-                    Recompute::Full => {
-                        add_scaled(&mut kinds, &class.times.forward, recomputed * count);
-                        t.backward += recomputed * count * class.forward;
-                    }
+    /// Share of the layers that full recomputation covers.
+    pub(crate) fn recomputed_share(&self, c: &TrainChoice) -> f64 {
+        let chunk = self.depth().div_ceil(c.mapping.pp * c.vpp).max(1);
+        (c.recompute_eighths * chunk).div_ceil(8) as f64 / chunk as f64
+    }
+
+    /// Times of one stage for one micro-batch, by schedule part and by kind; `counts` are its layers by class.
+    fn stage(&self, set: &LayerSet, counts: &[f64], is_last: bool, c: &TrainChoice) -> (StageTimes, [f64; 8]) {
+        let recomputed = self.recomputed_share(c);
+        let mut kinds = [0.0; 8];
+        let mut t = StageTimes::default();
+        for (class, count) in set.classes.iter().zip(counts) {
+            let products = [Kind::Gemm, Kind::Experts].map(|k| class.times.backward[k as usize]);
+            add_scaled(&mut kinds, &class.times.forward, *count);
+            add_scaled(&mut kinds, &class.times.backward, *count);
+            t.forward += count * class.forward;
+            t.backward += count * class.backward;
+            t.weight_gradient += 0.5 * count * products.iter().sum::<f64>();
+            match c.recompute {
+                Recompute::None => {}
+                Recompute::Selective => {
+                    let [attention, elementwise] = [Kind::Attention, Kind::Elementwise].map(|k| k as usize);
+                    kinds[attention] += self.selective_attention() * count * class.times.forward[attention];
+                    kinds[elementwise] += SELECTIVE_ELEMENTWISE * count * class.times.forward[elementwise];
+                    t.backward += count * class.selective;
+                }
+                Recompute::Full => {
+                    add_scaled(&mut kinds, &class.times.forward, recomputed * count);
+                    t.backward += recomputed * count * class.forward;
                 }
             }
-            if stage.is_last {
-                add_scaled(&mut kinds, &set.logits.forward, logits_times);
-                add_scaled(&mut kinds, &set.logits.backward, logits_times);
-                t.forward += logits_times * set.logits.forward_total();
-                t.backward += logits_times * set.logits.backward_total();
-            }
-            if t.forward + t.backward > worst.0.forward + worst.0.backward {
+        }
+        if is_last {
+            let logits_times = 1.0 + self.model.mtp_layers as f64;
+            add_scaled(&mut kinds, &set.logits.forward, logits_times);
+            add_scaled(&mut kinds, &set.logits.backward, logits_times);
+            t.forward += logits_times * set.logits.forward_total();
+            t.backward += logits_times * set.logits.backward_total();
+        }
+        (t, kinds)
+    }
+
+    /// Times of every stage for one micro-batch, for reports.
+    pub(crate) fn all_stages(&self, set: &LayerSet, c: &TrainChoice) -> Vec<StageTimes> {
+        let split = stage_layers(self.class_of.len(), c.mapping.pp, c.vpp);
+        let times = split
+            .iter()
+            .enumerate()
+            .map(|(index, chunks)| self.stage(set, &self.layer_counts(chunks), index + 1 == split.len(), c).0);
+        times.collect()
+    }
+
+    /// Layers of a stage by class.
+    fn layer_counts(&self, chunks: &[Range<usize>]) -> Vec<f64> {
+        let mut counts = vec![0.0; self.layers.len()];
+        for layer in chunks.iter().flat_map(Range::clone) {
+            counts[self.class_of[layer]] += 1.0;
+        }
+        counts
+    }
+
+    /// Times for one micro-batch, by schedule part: of the slowest stage, with its seconds by kind, and of the
+    /// others in the mean.
+    fn stage_times(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> (StageTimes, [f64; 8], StageTimes) {
+        let mut worst = (StageTimes::default(), [0.0; 8]);
+        let mut all = StageTimes::default();
+        for stage in &plan.stages {
+            let (t, kinds) = self.stage(set, &stage.counts, stage.is_last, c);
+            all.forward += stage.times * t.forward;
+            all.backward += stage.times * t.backward;
+            all.weight_gradient += stage.times * t.weight_gradient;
+            if t.total() > worst.0.total() {
                 worst = (t, kinds);
             }
         }
-        worst
+        let (slowest, kinds) = worst;
+        let others = (c.mapping.pp.max(2) - 1) as f64;
+        let mean = |sum: f64, slowest: f64| ((sum - slowest) / others).max(0.0);
+        let others = StageTimes {
+            forward: mean(all.forward, slowest.forward),
+            backward: mean(all.backward, slowest.backward),
+            weight_gradient: mean(all.weight_gradient, slowest.weight_gradient),
+        };
+        (slowest, kinds, others)
     }
 
     pub(crate) fn estimate(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> TrainEstimate {
         let m = &c.mapping;
         let micro_batches = (self.request.global_batch / (c.dp * c.mbs)).max(1);
         let n = micro_batches as f64;
-        let (stage, mut kinds) = self.slowest_stage(set, plan, c);
+        let (stage, mut kinds, others) = self.stage_times(set, plan, c);
         kinds.iter_mut().for_each(|k| *k *= n);
-        let bubble = bubble_seconds(self.request.schedule, m.pp, c.vpp, stage);
+        let bubble = bubble_seconds(self.request.schedule, m.pp, c.vpp, others);
         let mut times = StepTimes { kinds, bubble, ..StepTimes::default() };
-        times.pipeline_comm = self.pipeline_seconds(set, c) * n * self.cal.pp_exposed;
+        times.pipeline_comm = self.pipeline_seconds(set, c) * n;
         let parameters = self.local_parameters(set, plan, c);
         let busy = (stage.forward + stage.backward) * n;
-        times.data_comm = self.data_seconds(&parameters, c, n, busy);
+        times.data_comm = self.data_seconds(&parameters, c, n, stage);
         let shards = parameters.dense / (c.dp * m.cp) as f64 + parameters.experts / c.edp as f64;
         // The optimizer reads and writes fp32 weights and moments, reads gradients, writes bf16 weights.
         times.optimizer = 30.0 * shards / (self.cluster.hbm() * self.cal.memory) + self.cal.step_ms * 1e-3;
@@ -348,7 +394,7 @@ impl<'a> TrainCx<'a> {
         }
     }
 
-    /// Seconds of stage-to-stage transfers per micro-batch, both directions.
+    /// Exposed seconds of stage-to-stage transfers per micro-batch, both directions.
     fn pipeline_seconds(&self, set: &LayerSet, c: &TrainChoice) -> f64 {
         let m = &c.mapping;
         if m.pp <= 1 {
@@ -361,7 +407,9 @@ impl<'a> TrainCx<'a> {
         } else {
             (self.cluster.nic_gbps * self.cal.links.network, self.cluster.latency_us.network)
         };
-        2.0 * c.vpp as f64 * (bytes / (rate * 1e9) + latency * 1e-6)
+        let beside = c.vpp > 1 && self.software.pipeline_overlap || self.request.schedule == Schedule::DualPipe;
+        let exposed = if beside { self.cal.pp_exposed } else { 1.0 };
+        2.0 * exposed * c.vpp as f64 * (bytes / (rate * 1e9) + latency * 1e-6)
     }
 
     fn local_parameters(&self, set: &LayerSet, plan: &StagePlan, c: &TrainChoice) -> LocalParameters {
@@ -384,8 +432,9 @@ impl<'a> TrainCx<'a> {
         largest
     }
 
-    /// Exposed data-parallel traffic of a step.
-    fn data_seconds(&self, p: &LocalParameters, c: &TrainChoice, micro_batches: f64, busy: f64) -> f64 {
+    /// Exposed data-parallel traffic of a step. Gradients are reduced while the last micro-batch runs backward, weights
+    /// gathered while the first one runs forward: no more can be hidden than these passes of the slowest stage last.
+    fn data_seconds(&self, p: &LocalParameters, c: &TrainChoice, micro_batches: f64, stage: StageTimes) -> f64 {
         let m = &c.mapping;
         let domain = self.cluster.gpus_per_domain;
         let strides = self.strides(m);
@@ -403,12 +452,14 @@ impl<'a> TrainCx<'a> {
             + run(Collective::ReduceScatter, experts, gradient * p.experts);
         match c.sharding {
             // An all-reduce is a reduce-scatter and an all-gather of fp32 gradients.
-            Sharding::None => 2.0 * scatter * (1.0 - self.cal.dp_overlap),
-            Sharding::Optimizer => (gather + scatter) * (1.0 - self.cal.dp_overlap),
+            Sharding::None => 2.0 * scatter - self.cal.dp_overlap * (2.0 * scatter).min(stage.backward),
+            Sharding::Optimizer => {
+                gather + scatter - self.cal.dp_overlap * (gather.min(stage.forward) + scatter.min(stage.backward))
+            }
             // Layers are gathered in the forward and in the backward pass of every micro-batch.
             Sharding::Full => {
                 let comm = (2.0 * gather + scatter) * micro_batches;
-                comm - self.cal.fsdp_overlap * comm.min(busy)
+                comm - self.cal.fsdp_overlap * comm.min(stage.total() * micro_batches)
             }
         }
     }
@@ -425,10 +476,9 @@ impl<'a> TrainCx<'a> {
         let schedule = self.request.schedule;
         let ways = ShardWays { dense: (c.dp * m.cp) as f64, dense_dp: c.dp as f64, experts: c.edp as f64 };
         let mut memory = memory::state(p, c.sharding, ways, weight_copies(schedule));
-        let flight = in_flight(schedule, m.pp, c.vpp, micro_batches);
+        let share = self.recomputed_share(c);
         let (mut activations, mut buffers) = (0.0_f64, 0.0_f64);
         for stage in &plan.stages {
-            let share = c.recompute_quarters as f64 / 4.0;
             let per_layer = |class: &ClassCost| match c.recompute {
                 Recompute::None | Recompute::Selective => class.activations[c.recompute as usize],
                 Recompute::Full => {
@@ -437,9 +487,7 @@ impl<'a> TrainCx<'a> {
                 }
             };
             let kept: f64 = set.classes.iter().zip(&stage.counts).map(|(class, n)| n * per_layer(class)).sum();
-            // Later stages hold fewer micro-batches.
-            let live = (flight - stage.index as f64).max(1.0);
-            activations = activations.max(kept * live);
+            activations = activations.max(kept * in_flight(schedule, m.pp, c.vpp, micro_batches, stage.index));
             if c.recompute == Recompute::Full {
                 let working = set
                     .classes

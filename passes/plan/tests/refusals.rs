@@ -36,6 +36,7 @@ fn cluster_files_with_one_wrong_member() {
             let error = cluster_with(pointer, value.clone()).unwrap_err();
             assert_eq!(error.code, "E0404", "{pointer} {value}");
             assert!(error.message.contains(name), "{pointer} {value}: {error:?}");
+            assert_eq!(error.at, Some(pointer[1..].replace('/', ".")), "{value}");
             assert!(!error.help.is_empty(), "{pointer} {value}");
         }
         // Too large for any machine: refused, or planned without a panic.
@@ -61,6 +62,8 @@ fn cluster_files_with_one_wrong_member() {
         let error = Cluster::from_json(text).unwrap_err();
         assert!(error.code == "E0404" && !error.help.is_empty(), "{text}: {error:?}");
     }
+    let curve = cluster_with("/collectives/2/latency_us", json!([1])).unwrap_err();
+    assert_eq!(curve.at.as_deref(), Some("collectives.2"));
     says(&Cluster::preset("dgx-h1000").unwrap_err(), "dgx-h1000", "dgx-h100");
 }
 
@@ -82,7 +85,7 @@ fn contradicting_and_impossible_sizes() {
         (64, "mbs=3", "mbs = 3", "1, 2, 4"),
         (64, "pp=4,vpp=9", "vpp = 9", "1 to 8"),
         (64, "dp=64,mbs=8", "batch of 256", "dp x micro-batch"),
-        (7, "tp=2", "tp = 2", "1, 7"),
+        (7, "tp=2", "tp = 2", "tp can be 1"),
     ] {
         let error = refused(gpus, fix);
         assert!(error.code == "E0402" || error.code == "E0406", "{fix}: {error:?}");

@@ -1,10 +1,10 @@
 //! The search: speed, determinism, refusals, objectives, and the report page.
 
 use moec_plan::{
-    Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Strategy,
+    Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Schedule, Strategy,
     calibration::TrainCalibration, html::html, plan, plan_report, search::search_training,
 };
-use std::time::Instant;
+use std::{collections::BTreeMap, time::Instant};
 
 fn config(name: &str) -> ModelShape {
     let path = format!("{}/tests/data/configs/{name}.json", env!("CARGO_MANIFEST_DIR"));
@@ -255,13 +255,48 @@ fn the_report_page_is_self_contained() {
     let request = Request::train(64, 4096, 256);
     let report = plan_report(&model, &h100(), &request).unwrap();
     let page = html(&report, &model, &h100(), &request).unwrap();
-    assert_eq!(page.matches("<svg").count(), 5);
+    assert_eq!(page.matches("<svg").count(), if report.plans[0].attention.pp > 1 { 6 } else { 5 });
     assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
     for banned in ["http:", "https:", "<script", "<link", "<img", "url("] {
         assert!(!page.contains(banned), "{banned}");
     }
     assert!(page.contains("rank 63") && page.contains("experts up") && page.contains("activations"));
     assert_eq!(page, html(&report, &model, &h100(), &request).unwrap());
+}
+
+/// Value of an attribute of an element of the page.
+fn attribute(element: &str, name: &str) -> f64 {
+    element.split(&format!(" {name}=\"")).nth(1).unwrap().split('"').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_page_draws_the_pipeline_inside_its_frame_without_overlaps() {
+    let model = config("mixtral-8x7b");
+    let schedules = [Schedule::OneForwardOneBackward, Schedule::ZeroBubble, Schedule::DualPipe];
+    for (schedule, fixed) in
+        schedules.into_iter().flat_map(|s| [(s, "tp=1,pp=4,ep=8,etp=1,vpp=1"), (s, "tp=1,pp=8,ep=8,etp=1,vpp=4")])
+    {
+        let mut request = Request::train(64, 4096, 512);
+        request.fixed = Mapping::parse_fixed(fixed).unwrap();
+        request.schedule = schedule;
+        let report = plan_report(&model, &h100(), &request).unwrap();
+        let stages = report.plans[0].attention.pp as usize;
+        assert_eq!(report.plans[0].stage_seconds.len(), stages);
+        let page = html(&report, &model, &h100(), &request).unwrap();
+        let drawing = page.split("aria-label=\"pipeline schedule\"").nth(1).unwrap().split("</svg>").next().unwrap();
+        let mut rows: BTreeMap<i64, Vec<(f64, f64)>> = BTreeMap::new();
+        for block in drawing.split("<rect class=\"block\"").skip(1) {
+            let [x, y, width] = ["x", "y", "width"].map(|name| attribute(block, name));
+            assert!(x >= 64.0 && x + width <= 900.0 && width > 0.0, "{schedule:?} {fixed}");
+            rows.entry(y as i64).or_default().push((x, x + width));
+        }
+        assert_eq!(rows.len(), stages);
+        for row in rows.values_mut() {
+            row.sort_by(|a, b| a.0.total_cmp(&b.0));
+            assert!(row.windows(2).all(|w| w[0].1 <= w[1].0 + 0.02), "{schedule:?} {fixed}");
+        }
+        assert!(page.contains("prefers-color-scheme:dark") && page.contains("a stage idles"));
+    }
 }
 
 #[test]
@@ -285,4 +320,40 @@ fn the_text_fits_a_terminal_and_has_the_columns_of_the_page() {
             assert!(text.contains(column), "{column} in {text}");
         }
     }
+}
+
+#[test]
+fn among_instances_the_model_cannot_tell_apart_the_one_of_fewest_gpus_is_taken() {
+    let h200 = Cluster::preset("dgx-h200").unwrap();
+    let mut settled = 0;
+    for (name, gpus, bound) in [
+        ("deepseek-v3", 32, 80.0),
+        ("deepseek-v3", 8, 20.0),
+        ("qwen3-30b-a3b", 16, 15.0),
+        ("gpt-oss-120b", 32, 10.0),
+        ("mixtral-8x7b", 8, 30.0),
+    ] {
+        let request = Request {
+            precision: Precision::Fp8,
+            latency_bound_ms: Some(bound),
+            software: "trtllm".into(),
+            top: 1000,
+            ..Request::serve(Objective::Decode, gpus, 4000, 1000)
+        };
+        let report = plan_report(&config(name), &h200, &request).unwrap();
+        let feasible: Vec<_> = report.plans.iter().filter(|p| p.feasible).collect();
+        let best = feasible.iter().map(|p| p.tokens_per_s_per_gpu).fold(0.0, f64::max);
+        let size = |p: &moec_plan::Plan| p.gpus / p.experts.edp;
+        let first = feasible[0];
+        assert!(first.tokens_per_s_per_gpu >= 0.93 * best, "{name}");
+        let tied = feasible.iter().filter(|p| p.tokens_per_s_per_gpu >= 0.93 * best);
+        assert!(tied.clone().all(|p| size(p) >= size(first)), "{name}");
+        assert_eq!(report.tie.is_some(), first.tokens_per_s_per_gpu < best, "{name}");
+        if let Some(tie) = &report.tie {
+            assert!(moec_plan::text::text(&report).contains("7%") && tie.contains("instead of"), "{tie}");
+            settled += 1;
+        }
+        assert!(feasible.iter().skip(1).all(|p| p.why.is_some()), "{name}");
+    }
+    assert!(settled >= 2, "{settled}");
 }

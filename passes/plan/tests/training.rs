@@ -1,8 +1,7 @@
 //! The training model against published measurements.
 //!
 //! Figures are those of `examples/accuracy.rs`; the limits pin what holds, and `--nocapture` prints
-//! the tables. Known not to hold: one of the seven published best mappings is more than 3% behind
-//! ours (see `published_best_mappings_rank_near_our_best`).
+//! the tables.
 
 #[path = "../examples/published/mod.rs"]
 mod published;
@@ -132,9 +131,9 @@ fn utilisation_falls_with_more_gpus_at_a_fixed_batch() {
     assert!(series.len() >= 7);
     for (key, mut points) in series {
         points.sort_by_key(|p| p.0);
-        // FIXME: Mixtral-8x22B-G8T8 unfolded rises by 1.5% from 128 to 256 GPUs, since at 128 our count of its
-        // memory needs some recomputation; the published figures fall by 7%.
-        let slack = if key.0.ends_with("G8T8") && key.1 == "MCore" { 1.02 } else { 1.001 };
+        // FIXME: at 128 GPUs our count of the memory of Mixtral-8x22B-G8T8 unfolded needs some recomputation, so that
+        // it hardly falls to 256 GPUs; the published figures fall by 7%.
+        let slack = if key.0.ends_with("G8T8") && key.1 == "MCore" { 1.006 } else { 1.001 };
         assert!(points.windows(2).all(|w| w[1].1 <= w[0].1 * slack), "{key:?} {points:?}");
         assert!(points.last().unwrap().1 < points[0].1, "{key:?} {points:?}");
     }
@@ -145,10 +144,7 @@ fn published_best_mappings_rank_near_our_best() {
     let rows: Vec<Row> = published::rows().0.into_iter().filter(|r| r.is_published_best).collect();
     let behind: Vec<f64> = rows.iter().map(|r| published::behind_best(r, calibration()).unwrap()).collect();
     assert_eq!(behind.len(), 7);
-    // FIXME: Qwen2-57B-A14B is 4.6% behind: our best has two stages instead of four, since the slowest stage also
-    // computes the logits of a vocabulary of 152k, and fits by our count of memory (68 GiB).
-    assert!(behind.iter().filter(|b| **b <= 1.03).count() >= 6, "{behind:?}");
-    assert!(behind.iter().all(|b| *b <= 1.05), "{behind:?}");
+    assert!(behind.iter().all(|b| *b <= 1.03), "{behind:?}");
 }
 
 /// The tables of both halves; what they must hold is asserted above.

@@ -6,7 +6,8 @@ use crate::{
     failure::Failure,
 };
 use moec::{
-    ir::{Code, Diagnostic, nearest},
+    frontend::json,
+    ir::{Code, Diagnostic, Span, nearest},
     plan::{
         self, Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Schedule, Sharding,
         Strategy,
@@ -138,14 +139,36 @@ fn loads(path: &Path) -> Result<Vec<f64>, Failure> {
     Ok((0..experts).map(|e| layers.iter().filter_map(|l| l.get(e)).sum()).collect())
 }
 
+/// Where a member such as `gpu.hbm_gbps` or `collectives.3` stands; of a missing one, what it is missing from.
+fn member(file: &json::Value, path: &str) -> Span {
+    let mut at = file;
+    for step in path.split('.') {
+        let item = step.parse::<usize>().ok().and_then(|i| at.array()?.get(i));
+        match item.or_else(|| at.get(step)) {
+            Some(inner) => at = inner,
+            None => break,
+        }
+    }
+    at.span
+}
+
 fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
     let path = Path::new(name);
     if Cluster::preset_names().contains(&name) || !path.is_file() {
-        return Cluster::preset(name).map_err(refused);
+        return Cluster::preset(name).map_err(|e| match path.extension().is_some() || path.components().count() > 1 {
+            true => Failure::refused("E0404", format!("there is no file `{name}`"), e.help),
+            false => refused(e),
+        });
     }
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
-    let cluster = Cluster::from_json(&text).map_err(refused)?;
+    let pointed = |found: Diagnostic| Failure::Refused(vec![Diagnostic { file: Some(name.to_owned()), ..found }]);
+    let file = json::parse(&text).map_err(pointed)?;
+    let cluster = Cluster::from_json(&text).map_err(|e| {
+        let label = if e.at.is_some() { "this member" } else { "this file" };
+        let span = e.at.as_deref().map_or(file.span, |at| member(&file, at));
+        pointed(Diagnostic::error(Code(e.code), e.message).primary(span, label).help(e.help))
+    })?;
     for (member, known) in cluster.unread(&text) {
         let last = member.rsplit('.').next().unwrap_or(&member);
         let known: Vec<&str> = known.iter().map(String::as_str).collect();

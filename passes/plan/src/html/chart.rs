@@ -81,7 +81,7 @@ pub(super) fn mapping(plan: &Plan, cluster: &Cluster) -> Result<String, PlanErro
         let y = 4 + line as u64 * (tall + 12);
         let _ = write!(
             svg,
-            "<rect x=\"68\" y=\"{y}\" width=\"{}\" height=\"{tall}\" rx=\"6\" fill=\"#f3f6f9\" stroke=\"#c8d2dc\"/><text x=\"2\" y=\"{}\">node {node}</text>",
+            "<rect x=\"68\" y=\"{y}\" width=\"{}\" height=\"{tall}\" rx=\"6\" class=\"panel\"/><text x=\"2\" y=\"{}\">node {node}</text>",
             columns * BOX.0 + 8,
             y + tall / 2
         );
@@ -169,12 +169,12 @@ pub(super) fn layer_timeline(ops: &[(u64, Vec<Op>)]) -> String {
             let name = escape(op.name);
             let _ = write!(
                 svg,
-                "<rect x=\"{x:.2}\" y=\"{y}\" width=\"{width:.2}\" height=\"34\" fill=\"{}\" stroke=\"#fff\" stroke-width=\"0.5\"><title>{name}: {:.1} us</title></rect>",
+                "<rect x=\"{x:.2}\" y=\"{y}\" width=\"{width:.2}\" height=\"34\" fill=\"{}\" stroke=\"#fff\" stroke-opacity=\"0.6\" stroke-width=\"0.5\"><title>{name}: {:.1} us</title></rect>",
                 color(kind),
                 1e6 * op.seconds
             );
             if width > 6.0 * name.len() as f64 + 6.0 {
-                let _ = write!(svg, "<text x=\"{:.2}\" y=\"{}\" style=\"fill:#fff\">{name}</text>", x + 4.0, y + 21);
+                let _ = write!(svg, "<text x=\"{:.2}\" y=\"{}\" class=\"on\">{name}</text>", x + 4.0, y + 21);
             }
             x += width;
         }
@@ -278,7 +278,7 @@ pub(super) fn roofline(ops: &[(u64, Vec<Op>)], cluster: &Cluster, precision: Pre
         let x = x_of(10_f64.powi(decade as i32));
         let _ = write!(
             svg,
-            "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"20\" y2=\"330\" stroke=\"#e3e8ee\"/><text x=\"{x:.1}\" y=\"344\" text-anchor=\"middle\">{}</text>",
+            "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"20\" y2=\"330\" class=\"grid\"/><text x=\"{x:.1}\" y=\"344\" text-anchor=\"middle\">{}</text>",
             10_f64.powi(decade as i32)
         );
     }
@@ -286,7 +286,7 @@ pub(super) fn roofline(ops: &[(u64, Vec<Op>)], cluster: &Cluster, precision: Pre
         let y = y_of(10_f64.powi(decade as i32));
         let _ = write!(
             svg,
-            "<line x1=\"60\" x2=\"860\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#e3e8ee\"/><text x=\"54\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+            "<line x1=\"60\" x2=\"860\" y1=\"{y:.1}\" y2=\"{y:.1}\" class=\"grid\"/><text x=\"54\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
             y + 4.0,
             10_f64.powi(decade as i32 - 12)
         );
@@ -294,7 +294,7 @@ pub(super) fn roofline(ops: &[(u64, Vec<Op>)], cluster: &Cluster, precision: Pre
     let foot = 10_f64.powf(x0).max(10_f64.powf(y0) / hbm);
     let _ = write!(
         svg,
-        "<path d=\"M{:.1} {:.1} L{:.1} {:.1} L860 {:.1}\" stroke=\"#1c2733\" fill=\"none\" stroke-width=\"1.5\"/>\
+        "<path d=\"M{:.1} {:.1} L{:.1} {:.1} L860 {:.1}\" class=\"roof\" stroke-width=\"1.5\"/>\
          <text x=\"856\" y=\"{:.1}\" text-anchor=\"end\">{:.0} TFLOP/s</text><text x=\"64\" y=\"362\">operations per byte; on the left TFLOP/s</text>",
         x_of(foot),
         y_of(foot * hbm),
