@@ -203,19 +203,20 @@ fn plans_and_places_answer_in_the_published_forms() {
     assert_eq!(done.code, 1);
     assert!(done.err.starts_with("error[E0402]"), "{}", done.err);
     let cluster = moec(folder.path(), "plan --print-cluster").out;
-    for (right, wrong, code, line) in [
-        ("\"nic_gbps\": 50.0", "\"nic_gbps\": \"fast\"", "E0404", 1),
-        ("\"gpus_per_domain\": 8", "\"gpus_per_domain\": 0", "E0404", 1),
-        ("\"gpus_per_domain\": 8,", "", "E0404", 0),
-        ("\"nic_gbps\": 50.0", "\"nic_gbps\":", "E01", 2),
+    for (right, wrong, code, missing) in [
+        ("\"nic_gbps\": 50.0", "\"nic_gbps\": \"fast\"", "E0404", false),
+        ("\"nic_gbps\": 50.0", "\"nic_gbps\": NaN", "E0404", false),
+        ("\"gpus_per_domain\": 8", "\"gpus_per_domain\": 0", "E0404", false),
+        ("\"gpus_per_domain\": 8,", "", "E0404", true),
+        ("\"nic_gbps\": 50.0", "\"nic_gbps\":", "E01", false),
     ] {
         assert!(cluster.contains(right));
         std::fs::write(folder.path().join("cluster.json"), cluster.replace(right, wrong)).expect("written");
         let done = moec(folder.path(), "plan config.json --gpus 8 --cluster cluster.json");
         assert_eq!(done.code, 1);
-        // Of a missing member, the object that it is missing from, the whole file here.
-        let at = cluster[..cluster.find(right).expect("there")].lines().count();
-        let place = if line == 0 { "cluster.json:1:".to_owned() } else { format!("cluster.json:{}:", at + line - 1) };
+        // Of a missing member, the object that it is missing from: the whole file here.
+        let line = cluster[..cluster.find(right).expect("there")].lines().count();
+        let place = format!("cluster.json:{}:", if missing { 1 } else { line });
         assert!(done.err.contains(code) && done.err.contains(&place), "{place} {}", done.err);
         assert!(done.err.contains("help"), "{}", done.err);
     }

@@ -152,6 +152,16 @@ fn member(file: &json::Value, path: &str) -> Span {
     at.span
 }
 
+/// The first `NaN` or infinity of a file.
+fn not_finite(value: &json::Value) -> Option<(&str, Span)> {
+    match &value.kind {
+        json::Kind::NotFinite(figure) => Some((figure, value.span)),
+        json::Kind::Array(items) => items.iter().find_map(not_finite),
+        json::Kind::Object(members) => members.iter().find_map(|m| not_finite(&m.value)),
+        json::Kind::Null | json::Kind::Bool(_) | json::Kind::Number(_) | json::Kind::String(_) => None,
+    }
+}
+
 fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
     let path = Path::new(name);
     if Cluster::preset_names().contains(&name) || !path.is_file() {
@@ -164,6 +174,10 @@ fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
         .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
     let pointed = |found: Diagnostic| Failure::Refused(vec![Diagnostic { file: Some(name.to_owned()), ..found }]);
     let file = json::parse(&text).map_err(pointed)?;
+    if let Some((figure, span)) = not_finite(&file) {
+        let found = Diagnostic::error(Code("E0404"), format!("{figure} is not the figure of a machine"));
+        return Err(pointed(found.primary(span, "this member").help("give a positive number")));
+    }
     let cluster = Cluster::from_json(&text).map_err(|e| {
         let label = if e.at.is_some() { "this member" } else { "this file" };
         let span = e.at.as_deref().map_or(file.span, |at| member(&file, at));
