@@ -173,7 +173,8 @@ fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
     let pointed = |found: Diagnostic| Failure::Refused(vec![Diagnostic { file: Some(name.to_owned()), ..found }]);
-    let file = json::parse(&text).map_err(pointed)?;
+    let start = "`moec plan --cluster dgx-h100 --print-cluster` prints a file to start from";
+    let file = json::parse(&text).map_err(|e| pointed(if e.help.is_some() { e } else { e.help(start) }))?;
     if let Some((figure, span)) = not_finite(&file) {
         let found = Diagnostic::error(Code("E0404"), format!("{figure} is not the figure of a machine"));
         return Err(pointed(found.primary(span, "this member").help("give a positive number")));
