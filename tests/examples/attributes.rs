@@ -1,8 +1,9 @@
 //! Every change of every attribute of the gallery, judged: `attributes interpreter [GRAPH..]`, by the interpreter alone;
 //! `attributes TARGET [seed=N] [minutes=N] [tokens=N] [done=FILE] [GRAPH..]`, compiled and run.
 //!
-//! Of changes that reach the same code (operation, attribute, kind of change) one in the gallery is compiled, which one
-//! the seed says. A run that ends with its minutes leaves in the file what it did; the next one takes what is left.
+//! Of changes that reach the same code (operation, attribute, kind of change) one in the gallery is compiled: in a graph
+//! that compiles quickly, which one the seed says. A run that ends with its minutes leaves in the file what it did; the
+//! next one takes what is left. Attributes that no change was compiled of come first.
 
 use moec::{
     Target,
@@ -75,11 +76,19 @@ fn compiled(subjects: &[(String, Subject)], target: Target, seed: u64, end: Inst
     for i in (1..order.len()).rev() {
         order.swap(i, draw.place(i + 1));
     }
-    order.retain(|(i, j)| {
+    let costs: Vec<usize> = subjects.iter().map(|(_, subject)| subject.cost()).collect();
+    order.sort_by_key(|(i, _)| costs[*i]);
+    let mut places: BTreeSet<String> =
+        all.iter().flatten().filter(|m| keys.contains(&m.key)).map(|m| m.place.clone()).collect();
+    let runs_first = |(i, j): &(usize, usize)| {
         let mutant = &all[*i][*j];
         !keys.contains(&mutant.key) && subjects[*i].1.runs(mutant) && keys.insert(mutant.key.clone())
-    });
-    eprintln!("{} keys to compile, {before} done before", order.len());
+    };
+    order.retain(runs_first);
+    let (first, rest): (Vec<_>, Vec<_>) =
+        order.into_iter().partition(|(i, j)| places.insert(all[*i][*j].place.clone()));
+    eprintln!("{} keys to compile, {} of new attributes; {before} done before", first.len() + rest.len(), first.len());
+    let order = [first, rest].concat();
     let log =
         done.map(|path| OpenOptions::new().create(true).append(true).open(path).expect("the file can be written"));
     let (log, judged) = (Mutex::new(log), Mutex::new(Vec::new()));

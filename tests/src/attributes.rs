@@ -6,7 +6,7 @@
 use crate::gallery::{Compiled, Numbers, Results, agree, data, tokens_of};
 use moec::{Error, Target, runtime::Device};
 use moec_ir::{
-    Diagnostic, Graph, Severity, Type,
+    Diagnostic, Graph, Op, Severity, Type,
     json::{Signature, read_value, write_graph},
     verify,
 };
@@ -116,6 +116,21 @@ impl Subject {
     /// The graph file.
     pub fn file(&self) -> &Value {
         &self.file
+    }
+
+    /// How long it takes to compile, in kernels and parts of banks.
+    ///
+    /// # Panics
+    /// When the passes refuse it.
+    pub fn cost(&self) -> usize {
+        let mut kernels = self.graph.clone();
+        moec_passes::run(&mut kernels, false).unwrap_or_else(|e| panic!("{e}"));
+        let parts = |graph: &Graph| -> usize {
+            let bank = |id| if let Op::Experts(op) = &graph.node(id).op { op.bank.len() } else { 0 };
+            graph.ids().into_iter().map(bank).sum()
+        };
+        let kernel = |id| if let Op::Kernel(kernel) = &kernels.node(id).op { 1 + parts(&kernel.body) } else { 1 };
+        kernels.order().into_iter().map(kernel).sum()
     }
 
     /// Whether a mutant is another graph that can be compiled and run.
