@@ -1,53 +1,71 @@
 //! Split banks that mix kinds of experts, and feature-wise modulation into two products.
 //!
 //! Before: one bank with feed-forward experts, single matrices, modulations and identity, constant
-//! or one-neuron experts. After: a bank for each kind, whose sums are added: those with matrices
-//! move rows, the simple ones are computed by a combine in place. Null experts cost nothing.
+//! or one-neuron experts, or several such banks in series. After: a chain for each kind, or each
+//! series of kinds, whose sums are added: those with matrices move rows, the simple ones are
+//! computed by a combine in place. Null experts cost nothing, and identity in a series is left out.
 //! A modulation `M x * x + A x` is linear in its products, and all slots of a token see the same
 //! `x`: its sum over slots is `x` times the sum of the `M x`, plus the sum of the `A x`.
 
 use crate::{Changed, Pass, PassCx};
 use moec_ir::{
-    Graph, NodeId, Op,
-    ops::{BankPart, Binary, BinaryFn, Dispatch, Experts, Film, LinearBank, PartKind},
+    Graph, NodeId, Op, Type,
+    ops::{BankPart, Binary, BinaryFn, Dispatch, Experts, Film, LinearBank, PartKind, Shape, Unary, UnaryFn},
 };
+use std::collections::{BTreeMap, BTreeSet};
 
 pub(crate) const PASS: Pass =
     Pass { name: "split-banks", about: "separate kinds of experts that are computed in different ways", run };
 
 /// Ways to compute an expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Way {
-    Simple,
     Network,
     Matrix,
     Film,
+    /// A function of the row that a combine computes.
+    Simple,
+    /// A row that does not depend on what comes in.
+    Const,
+    /// The row itself.
+    Same,
+    Zero,
+    /// No experts: attention of the rows.
+    Attention,
 }
 
-fn way(kind: &PartKind) -> Option<Way> {
+fn way(kind: &PartKind) -> Way {
     match kind {
-        PartKind::Ffn(_) => Some(Way::Network),
-        PartKind::Linear(_) => Some(Way::Matrix),
-        PartKind::Film(_) => Some(Way::Film),
-        PartKind::Const { .. } | PartKind::Neuron(_) | PartKind::Identity {} => Some(Way::Simple),
-        PartKind::Zero {} => None,
+        PartKind::Ffn(_) => Way::Network,
+        PartKind::Linear(_) => Way::Matrix,
+        PartKind::Film(_) => Way::Film,
+        PartKind::Const { .. } => Way::Const,
+        PartKind::Neuron(_) => Way::Simple,
+        PartKind::Identity {} => Way::Same,
+        PartKind::Zero {} => Way::Zero,
     }
 }
 
+/// Stages with their ways, from first to last: what remains of a series for some of the experts.
+type Series = Vec<(usize, Way)>;
+
+/// What stands between a dispatch and its combine.
 struct Mixed {
     dispatch: NodeId,
-    experts: NodeId,
+    stages: Vec<NodeId>,
     combine: NodeId,
-    ways: Vec<Way>,
+    /// Experts by what is computed for them.
+    series: BTreeMap<Series, BTreeSet<u64>>,
 }
 
 fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     let mut changed = Changed::No;
     for id in graph.order() {
         if let Some(mixed) = find(graph, id) {
-            let simple = mixed.ways.contains(&Way::Simple);
+            let simple = mixed.series.keys().flatten().any(|(_, way)| *way == Way::Simple);
             let text = if simple { "simple experts are computed by the combine" } else { "a bank for each kind" };
-            cx.remark(graph, mixed.experts, text);
+            let first = mixed.stages.iter().find(|id| bank(graph, **id).is_some()).copied().unwrap_or(mixed.combine);
+            cx.remark(graph, first, text);
             split(graph, &mixed);
             changed = Changed::Yes;
         }
@@ -55,105 +73,230 @@ fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     changed
 }
 
-fn find(graph: &Graph, id: NodeId) -> Option<Mixed> {
-    if !graph.contains(id) {
+fn bank(graph: &Graph, id: NodeId) -> Option<&[BankPart]> {
+    if let Op::Experts(op) = &graph.node(id).op { Some(&op.bank) } else { None }
+}
+
+/// What a combine sums, where that must be split.
+fn find(graph: &Graph, combine: NodeId) -> Option<Mixed> {
+    if !graph.contains(combine) || !matches!(graph.node(combine).op, Op::Combine(_)) {
         return None;
     }
-    let Op::Experts(op) = &graph.node(id).op else { return None };
-    let ways: Vec<Way> = [Way::Network, Way::Matrix, Way::Film, Way::Simple]
-        .into_iter()
-        .filter(|w| op.bank.iter().any(|p| way(&p.kind) == Some(*w)))
-        .collect();
-    let (users, dispatch) = (graph.users(id), *graph.operands(id).first()?);
-    let [combine] = users[..] else { return None };
-    let between = matches!(graph.node(dispatch).op, Op::Dispatch(_)) && !graph.is_output(id);
-    // Inner activations beside whole rows are padded to the row: apart, the widths would differ.
-    let padded = op.bank.iter().any(|p| matches!(&p.kind, PartKind::Ffn(ffn) if ffn.down.is_none()));
-    let mixed = ways.len() > 1 && !padded || ways.contains(&Way::Film);
-    (mixed && between && matches!(graph.node(combine).op, Op::Combine(_))).then_some(Mixed {
-        dispatch,
-        experts: id,
-        combine,
-        ways,
-    })
-}
-
-/// The bank with every part of which nothing is `kept` replaced by zero.
-fn only(bank: &[BankPart], kept: impl Fn(&PartKind) -> Option<PartKind>) -> Experts {
-    let part = |p: &BankPart| BankPart { kind: kept(&p.kind).unwrap_or(PartKind::Zero {}), ..p.clone() };
-    Experts { bank: bank.iter().map(part).collect() }
-}
-
-fn film(kind: &PartKind, bank: impl Fn(&Film) -> LinearBank) -> Option<PartKind> {
-    match kind {
-        PartKind::Film(film) => Some(PartKind::Linear(bank(film))),
-        PartKind::Ffn(_)
-        | PartKind::Linear(_)
-        | PartKind::Const { .. }
-        | PartKind::Neuron(_)
-        | PartKind::Identity {}
-        | PartKind::Zero {} => None,
+    let mut stages = Vec::new();
+    let mut id = *graph.operands(combine).first()?;
+    while !matches!(graph.node(id).op, Op::Dispatch(_)) {
+        let one = matches!(graph.node(id).op, Op::Experts(_) | Op::Attention(_));
+        if !one || graph.users(id).len() != 1 || graph.is_output(id) {
+            return None;
+        }
+        stages.insert(0, id);
+        id = *graph.operands(id).first()?;
     }
+    let kinds = kinds(graph, &stages);
+    let mut series = series(&kinds);
+    if series.is_empty() && row(graph, *stages.last()?) == row(graph, id) {
+        let last = stages.iter().rposition(|id| bank(graph, *id).is_some())?;
+        series.insert(vec![(last, Way::Simple)], BTreeSet::new());
+    }
+    // Inner activations beside whole rows are padded to the row: apart, the widths would differ.
+    let parts = || stages.iter().filter_map(|id| bank(graph, *id)).flatten();
+    let padded = parts().any(|p| matches!(&p.kind, PartKind::Ffn(ffn) if ffn.down.is_none()));
+    let has = |wanted: Way| series.keys().flatten().any(|(_, way)| *way == wanted);
+    // Rows that nothing comes of are not moved.
+    let given: usize = series.values().map(BTreeSet::len).sum();
+    let moved = kinds.iter().filter(|ways| ways.iter().any(|way| !matches!(way, Way::Zero | Way::Attention))).count();
+    let several = series.len() > 1 || series.keys().any(|s| s.len() < stages.len()) || has(Way::Zero) || given < moved;
+    let wanted = several && !padded || has(Way::Film);
+    // Of several in series, each is a grouped product.
+    let whole = given == kinds.len();
+    let can = series.keys().all(|s| can_run(s) && (whole && series.len() == 1 || has_bank(s)));
+    (wanted && can).then_some(Mixed { dispatch: id, stages, combine, series })
+}
+
+/// What each expert computes at each stage.
+fn kinds(graph: &Graph, stages: &[NodeId]) -> Vec<Vec<Way>> {
+    let banks: Vec<Option<&[BankPart]>> = stages.iter().map(|id| bank(graph, *id)).collect();
+    let count = banks.iter().flatten().flat_map(|parts| parts.iter()).map(|p| p.ids[1]).max().unwrap_or(0);
+    let of = |parts: &[BankPart], expert: u64| {
+        let part = parts.iter().find(|p| (p.ids[0]..p.ids[1]).contains(&expert));
+        part.map_or(Way::Zero, |p| way(&p.kind))
+    };
+    let row = |expert| banks.iter().map(|parts| parts.map_or(Way::Attention, |parts| of(parts, expert))).collect();
+    (0..count).map(row).collect()
+}
+
+/// What is computed for each expert that gives something. A stage that passes rows on is left out, and so is all that
+/// stands before rows that do not depend on it.
+fn series(kinds: &[Vec<Way>]) -> BTreeMap<Series, BTreeSet<u64>> {
+    let mut series: BTreeMap<Series, BTreeSet<u64>> = BTreeMap::new();
+    for (expert, ways) in (0..).zip(kinds) {
+        let mut own = Series::new();
+        for (at, way) in ways.iter().enumerate() {
+            match way {
+                Way::Same => {}
+                Way::Zero => own = vec![(at, Way::Zero)],
+                Way::Const => own = vec![(at, Way::Simple)],
+                Way::Network | Way::Matrix | Way::Film | Way::Simple | Way::Attention => own.push((at, *way)),
+            }
+        }
+        if own.is_empty() {
+            own.push((ways.len() - 1, Way::Simple));
+        }
+        if own.last().is_some_and(|(_, way)| *way != Way::Zero) {
+            series.entry(own).or_default().insert(expert);
+        }
+    }
+    series
+}
+
+/// Whether a bank says which experts the series is for.
+fn has_bank(series: &Series) -> bool {
+    series.iter().any(|(_, way)| !matches!(way, Way::Attention | Way::Zero))
+}
+
+/// Shape of one dispatched row.
+fn row(graph: &Graph, id: NodeId) -> Option<Vec<u64>> {
+    match &graph.node(id).ty {
+        Some(Type::Ragged(rows)) => Some(rows.row.clone()),
+        Some(Type::Tensor(_) | Type::Route(_) | Type::Plan(_)) | None => None,
+    }
+}
+
+/// Whether there are kernels for a series: of several in a row, each is a grouped product.
+fn can_run(series: &Series) -> bool {
+    let product = |way: Way| matches!(way, Way::Network | Way::Matrix | Way::Attention);
+    let rest = if let [(_, Way::Zero), rest @ ..] = &series[..] { rest } else { series };
+    series.len() == 1 || rest.iter().all(|(_, way)| product(*way))
+}
+
+/// The bank for some of the experts, each as `kept` says; the others give nothing.
+fn only(bank: &[BankPart], experts: &BTreeSet<u64>, kept: impl Fn(&PartKind) -> Option<PartKind>) -> Op {
+    let mut parts: Vec<(bool, BankPart)> = Vec::new();
+    for part in bank {
+        let first = parts.len();
+        for id in part.ids[0]..part.ids[1] {
+            let own = experts.contains(&id);
+            match parts[first..].last_mut() {
+                Some((as_before, run)) if *as_before == own => run.ids[1] = id + 1,
+                Some(_) | None => {
+                    let place = usize::try_from(id - part.ids[0]).unwrap_or(usize::MAX);
+                    let numbers = part.numbers.get(place..).unwrap_or_default().to_vec();
+                    let kind = if own { kept(&part.kind) } else { None };
+                    let kind = kind.unwrap_or(PartKind::Zero {});
+                    parts.push((own, BankPart { ids: [id, id + 1], numbers, kind, base_id: part.base_id }));
+                }
+            }
+        }
+    }
+    Op::Experts(Experts { bank: parts.into_iter().map(|(_, part)| part).collect() })
+}
+
+/// A chain under construction: what is dispatched, through which stages, and how it is summed.
+struct Chain<'a> {
+    mixed: &'a Mixed,
+    x: NodeId,
+    route: [NodeId; 2],
+    combine: Op,
+}
+
+impl Chain<'_> {
+    /// Adds the chain of these stages.
+    fn add(&self, graph: &mut Graph, name: &str, x: NodeId, stages: &[(usize, Op)]) -> NodeId {
+        let copy = |graph: &mut Graph, name: &str, of: NodeId, op: Op, operands: &[NodeId]| {
+            let (id, round) = (graph.add(name, op, operands), graph.node(of).round);
+            graph.set_round(id, round);
+            id
+        };
+        let dispatch = graph.node(self.mixed.dispatch).op.clone();
+        let mut rows = copy(graph, "", self.mixed.dispatch, dispatch, &[x, self.route[0]]);
+        for (at, op) in stages {
+            let stage = self.mixed.stages[*at];
+            let operands = [&[rows], graph.operands(stage).get(1..).unwrap_or_default()].concat();
+            rows = copy(graph, name, stage, op.clone(), &operands);
+        }
+        graph.add("", self.combine.clone(), &[rows, self.route[1]])
+    }
+}
+
+const fn binary(function: BinaryFn, c: Option<f64>) -> Op {
+    Op::Binary(Binary { function, w: None, c })
 }
 
 fn split(graph: &mut Graph, mixed: &Mixed) {
-    let (Op::Experts(op), dispatch, combine) = (
-        graph.node(mixed.experts).op.clone(),
-        graph.node(mixed.dispatch).op.clone(),
-        graph.node(mixed.combine).op.clone(),
-    ) else {
-        return;
-    };
-    let dispatched = graph.operands(mixed.dispatch);
-    let (Some(x), Some(route)) = (dispatched.first().copied(), graph.operands(mixed.combine).get(1).copied()) else {
-        return;
-    };
-    let binary = |function| Op::Binary(Binary { function, w: None, c: None });
-    let through = |graph: &mut Graph, name: &str, experts: Experts, combine: &Op| {
-        let moved = graph.add("", dispatch.clone(), &dispatched);
-        let rows = graph.add(name, Op::Experts(experts), &[moved]);
-        graph.add("", combine.clone(), &[rows, route])
-    };
-    let chain = |graph: &mut Graph, name: &str, experts: Experts| through(graph, name, experts, &combine);
+    let (dispatched, combined) = (graph.operands(mixed.dispatch), graph.operands(mixed.combine));
+    let (&[x, first], &[_, second]) = (&dispatched[..], &combined[..]) else { return };
+    let combine = graph.node(mixed.combine).op.clone();
+    let chain = Chain { mixed, x, route: [first, second], combine };
     let mut sum = None;
-    for own in &mixed.ways {
-        let part = match own {
-            Way::Network | Way::Matrix | Way::Simple => {
-                let name = match own {
-                    Way::Simple => "simple",
-                    Way::Network | Way::Matrix | Way::Film => "heavy",
-                };
-                let bank = only(&op.bank, |kind| (way(kind) == Some(*own)).then(|| kind.clone()));
-                chain(graph, name, bank)
-            }
-            Way::Film => {
-                let linear = |w: &moec_ir::WeightSpec, bias: &Option<moec_ir::WeightSpec>| LinearBank {
-                    w: w.clone(),
-                    bias: bias.clone(),
-                };
-                let mul = only(&op.bank, |kind| film(kind, |f| linear(&f.mul, &f.mul_bias)));
-                let add = only(&op.bank, |kind| film(kind, |f| linear(&f.add, &f.add_bias)));
-                // The factor meets the row as the expert sees it: weighted rows carry their weight once more.
-                let mut scaling = combine.clone();
-                if let (Op::Dispatch(Dispatch { weighted: true, .. }), Op::Combine(combine)) = (&dispatch, &mut scaling)
-                {
-                    combine.weighted = true;
-                }
-                let (mul, add) = (through(graph, "mul", mul, &scaling), chain(graph, "add", add));
-                let scaled = graph.add("", binary(BinaryFn::Mul), &[x, mul]);
-                graph.add("", binary(BinaryFn::Add), &[scaled, add])
-            }
+    for (series, experts) in &mixed.series {
+        let part = if let [(at, Way::Film)] = series[..] {
+            film(graph, &chain, at, experts)
+        } else {
+            let simple = series.iter().any(|(_, way)| *way == Way::Simple);
+            let stages = series.iter().filter(|(_, way)| *way != Way::Zero).map(|(at, _)| {
+                let stage = mixed.stages[*at];
+                let bank = bank(graph, stage).map(|bank| only(bank, experts, |kind| Some(kind.clone())));
+                (*at, bank.unwrap_or_else(|| graph.node(stage).op.clone()))
+            });
+            let stages: Vec<(usize, Op)> = stages.collect();
+            let x = match series[..] {
+                [(at, Way::Zero), ..] => zeros(graph, x, at.checked_sub(1).map(|before| mixed.stages[before])),
+                _ => x,
+            };
+            chain.add(graph, if simple { "simple" } else { "heavy" }, x, &stages)
         };
         sum = Some(match sum {
             None => part,
-            Some(sum) => graph.add("", binary(BinaryFn::Add), &[sum, part]),
+            Some(sum) => graph.add("", binary(BinaryFn::Add, None), &[sum, part]),
         });
     }
     let Some(sum) = sum else { return };
     let round = graph.node(mixed.combine).round;
     graph.set_round(sum, round);
     graph.replace_uses(mixed.combine, sum);
-    for id in [mixed.combine, mixed.experts, mixed.dispatch] {
-        graph.remove(id);
+    graph.remove(mixed.combine);
+    for id in mixed.stages.iter().rev() {
+        graph.remove(*id);
     }
+    if graph.users(mixed.dispatch).is_empty() {
+        graph.remove(mixed.dispatch);
+    }
+}
+
+/// Zeros as many as the rows of `x` and as wide as those of `like`: no sign is above 1.
+fn zeros(graph: &mut Graph, x: NodeId, like: Option<NodeId>) -> NodeId {
+    let sign = graph.add("", Op::Unary(Unary { function: UnaryFn::Sign }), &[x]);
+    let zeros = graph.add("", binary(BinaryFn::Gt, Some(1.0)), &[sign]);
+    let Some(&[n]) = like.and_then(|id| row(graph, id)).as_deref() else { return zeros };
+    let column = graph.add("", Op::Shape(Shape::Slice { axis: 1, range: [0, 1] }), &[zeros]);
+    graph.add("", Op::Shape(Shape::Repeat { n, axis: 1 }), &[column])
+}
+
+/// Modulations: the sum of the scaled rows and that of the added ones.
+fn film(graph: &mut Graph, chain: &Chain<'_>, at: usize, experts: &BTreeSet<u64>) -> NodeId {
+    let half = |graph: &Graph, bank_of: fn(&Film) -> LinearBank| {
+        let linear = |kind: &PartKind| match kind {
+            PartKind::Film(film) => Some(PartKind::Linear(bank_of(film))),
+            PartKind::Ffn(_)
+            | PartKind::Linear(_)
+            | PartKind::Const { .. }
+            | PartKind::Neuron(_)
+            | PartKind::Identity {}
+            | PartKind::Zero {} => None,
+        };
+        (at, only(bank(graph, chain.mixed.stages[at]).unwrap_or_default(), experts, linear))
+    };
+    let mul = half(graph, |film| LinearBank { w: film.mul.clone(), bias: film.mul_bias.clone() });
+    let add = half(graph, |film| LinearBank { w: film.add.clone(), bias: film.add_bias.clone() });
+    // The factor meets the row as the expert sees it: weighted rows carry their weight once more.
+    let mut scaling = chain.combine.clone();
+    let dispatch = &graph.node(chain.mixed.dispatch).op;
+    if let (Op::Dispatch(Dispatch { weighted: true, .. }), Op::Combine(combine)) = (dispatch, &mut scaling) {
+        combine.weighted = true;
+    }
+    let scaling = Chain { combine: scaling, ..*chain };
+    let mul = scaling.add(graph, "mul", chain.x, &[mul]);
+    let add = chain.add(graph, "add", chain.x, &[add]);
+    let scaled = graph.add("", binary(BinaryFn::Mul, None), &[chain.x, mul]);
+    graph.add("", binary(BinaryFn::Add, None), &[scaled, add])
 }

@@ -100,8 +100,15 @@ pub(super) fn plan_needs(graph: &Graph, plan: NodeId) -> Result<Needs, CodegenEr
         return Err(CodegenError::Unsupported { node, what: "the value is no plan".into() });
     };
     let (mut parts, mut scale, mut repeat) = (Vec::<[u64; 2]>::new(), false, 1);
-    for user in graph.users(plan) {
+    let mut users = graph.users(plan);
+    while let Some(user) = users.pop() {
         let Op::Kernel(kernel) = &graph.node(user).op else { continue };
+        // Rows that are only moved, or read by attention, are those that the next bank needs.
+        let banks = kernel.body.order().into_iter().any(|id| matches!(kernel.body.node(id).op, Op::Experts(_)));
+        let ragged = |id: &NodeId| matches!(graph.node(*id).ty, Some(Type::Ragged(_)));
+        if !banks && ragged(&user) {
+            users.extend(graph.users(user).into_iter().filter(ragged));
+        }
         for id in kernel.body.order() {
             match &kernel.body.node(id).op {
                 Op::Experts(experts) => {

@@ -30,7 +30,7 @@ use memory::{Memory, Place, dim};
 use moec_abi::{Arg, Expr, Grid, Launch, Program};
 use moec_ir::{
     Graph, NodeId, Op, Type,
-    ops::{Kernel, KernelKind},
+    ops::{Kernel, KernelKind, PartKind},
 };
 
 /// What to compile for, and which texts to keep.
@@ -108,6 +108,7 @@ pub fn compile<'g>(session: &'g Session, graph: &'g Graph, options: &'g Options)
         schedules: Vec::new(),
     };
     lowering.memory.inputs(graph)?;
+    refuse_series(graph)?;
     for id in early_gates(graph) {
         lowering.node(id)?;
     }
@@ -148,6 +149,40 @@ pub fn compile<'g>(session: &'g Session, graph: &'g Graph, options: &'g Options)
         domains,
     };
     Ok(CompiledForm { program, compiled, schedules, products })
+}
+
+/// Experts that a combine computes stand alone between dispatch and combine: behind or before other experts they have no
+/// kernel.
+fn refuse_series(graph: &Graph) -> Result<(), CodegenError> {
+    for id in graph.order() {
+        match &graph.node(id).op {
+            Op::Kernel(kernel) => refuse_series(&kernel.body)?,
+            Op::Experts(op) => {
+                let dispatched =
+                    graph.operands(id).first().is_some_and(|o| matches!(graph.node(*o).op, Op::Dispatch(_)));
+                let summed = graph.users(id).into_iter().all(|user| matches!(graph.node(user).op, Op::Combine(_)));
+                let alone = dispatched && summed && !graph.is_output(id);
+                let kind = op.bank.iter().find_map(|part| match part.kind {
+                    PartKind::Film(_) => Some("film"),
+                    PartKind::Const { .. } if !alone => Some("const"),
+                    PartKind::Neuron(_) if !alone => Some("neuron"),
+                    PartKind::Identity {} if !alone => Some("identity"),
+                    PartKind::Const { .. }
+                    | PartKind::Neuron(_)
+                    | PartKind::Identity {}
+                    | PartKind::Ffn(_)
+                    | PartKind::Linear(_)
+                    | PartKind::Zero {} => None,
+                });
+                if let Some(kind) = kind {
+                    let what = format!("experts of kind `{kind}` in series with other experts, or read as rows");
+                    return Err(CodegenError::Unsupported { node: graph.node(id).name.clone(), what });
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Nodes in the order of their launches: a gate runs as soon as its operands are there, so that whoever fetches experts
