@@ -347,6 +347,7 @@ fn is_sparse(graph: &Graph, route: NodeId) -> bool {
         matches!(op, Op::Adjust(adjust) if adjust.mask || adjust.class_experts.is_some())
             || matches!(op, Op::Weigh(weigh) if weigh.drop_rows)
             || matches!(op, Op::Select(select) if may_choose_none(&select.rule))
+            || matches!(op, Op::Limit(limit) if !matches!(limit.capacity, Some(1..)))
     };
     let of_route = |o: &NodeId| matches!(graph.node(*o).ty, Some(Type::Route(_)));
     kernel.body.ids().into_iter().any(empties)
@@ -357,13 +358,13 @@ fn is_sparse(graph: &Graph, route: NodeId) -> bool {
 const fn may_choose_none(rule: &SelectRule) -> bool {
     match rule {
         SelectRule::Threshold { min_k, .. } => !matches!(min_k, Some(1..)),
+        SelectRule::ExpertChoice { capacity, .. } => !matches!(capacity, Some(1..)),
         SelectRule::Given { .. } => true,
         SelectRule::Topk { .. }
         | SelectRule::Rank { .. }
         | SelectRule::All
         | SelectRule::Topp { .. }
         | SelectRule::GroupTopk { .. }
-        | SelectRule::GroupLimited { .. }
-        | SelectRule::ExpertChoice { .. } => false,
+        | SelectRule::GroupLimited { .. } => false,
     }
 }

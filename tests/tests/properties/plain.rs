@@ -1,6 +1,7 @@
 //! Forms that become a plainer one at the end of what they can be.
 
 use super::*;
+use moec::{Target, runtime::Sim};
 
 #[test]
 fn no_rewiring_is_the_base_model_bit_for_bit() {
@@ -346,4 +347,45 @@ fn experts_of_a_step_are_one_network() {
     fused.set_weight("up", &up);
     fused.set_weight("down", &down);
     close(&results(&routed, &steps)["output"], &results(&dense, &fused)["output"], "experts of a step");
+}
+
+#[test]
+fn numbers_for_all_rows_may_have_an_axis_for_rows() {
+    // The row of numbers has rank 2, as the tensor, and the sum still is over the axis inside its rows.
+    let against = |form: Form| {
+        form.node("d", "binary", &["x", "m"], json!({"fn": "sub"}))
+            .node("y", "reduce", &["d"], json!({"fn": "sum", "axis": 1, "keep": true}))
+            .output("output", "y")
+    };
+    let best = Form::new(6).node("m", "reduce", &["x"], json!({"fn": "max", "axis": 0, "keep": true}));
+    let weight = Form::new(6)
+        .tensor("w", json!([1, 6]))
+        .node("d", "binary", &["x"], json!({"fn": "mul", "w": "w"}))
+        .node("y", "reduce", &["d"], json!({"fn": "sum", "axis": 1, "keep": true}))
+        .output("output", "y");
+    for form in [against(best), weight] {
+        moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), TOKENS).expect("agrees");
+    }
+}
+
+#[test]
+fn a_capacity_of_none_reads_no_row() {
+    let form = |rule: serde_json::Value, limit: Option<u64>| {
+        let form =
+            Form::new(16).batch().tensor("router", json!([4, 16])).node("l", "linear", &["x"], json!({"w": "router"}));
+        let form = form.node("s", "select", &["l"], rule);
+        let (form, route) = match limit {
+            Some(n) => (form.node("c", "limit", &["s"], json!({"capacity": n})), "c"),
+            None => (form, "s"),
+        };
+        form.node("r", "weigh", &[route, "l"], json!({})).networks(16, json!(12)).mixture(json!([networks([0, 4])]))
+    };
+    let forms =
+        [form(json!({"rule": "expert_choice", "capacity": 0}), None), form(json!({"rule": "topk", "k": 2}), Some(0))];
+    for form in forms {
+        for target in [Target::Sm80, Target::Sm90a] {
+            let sim = Arc::new(Sim::new(moec_sim::Options::default()));
+            moec_tests::gallery::check(&form.graph(), target, sim, 5).expect("agrees, without a finding");
+        }
+    }
 }

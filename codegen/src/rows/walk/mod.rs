@@ -179,6 +179,11 @@ impl<'c> Walker<'_, 'c> {
             }
             Value::Sorted(_) | Value::Spread { .. } | Value::Simple { .. } => return value,
         };
+        // What is the same for all rows may have come with a row axis of its own.
+        let row = match self.row_shape(id) {
+            Ok(shape) if shape.iter().product::<u64>() == row.len() => row.reshaped(shape),
+            Ok(_) | Err(_) => row,
+        };
         let row = match self.body.node(id).round {
             Some(dtype) if !row.ints => tensor::rounded(&row, dtype),
             Some(_) | None => row,
