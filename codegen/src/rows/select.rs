@@ -397,7 +397,7 @@ fn group_limited<'c>(
             let sum = b.for_(b.i64(0), b.i64(c(top.min(size))), b.i64(1), &[b.f32(0.0)], |_, sum| {
                 let best = keys.take(x, base, size);
                 let score = scores.scalar(x, b.addi(base, b.maxsi(best, b.i64(0))));
-                // Without a score left the group cannot win: its sum is -infinity.
+                // Without a score left the group comes last: its sum is -infinity.
                 let score = b.select(b.cmpi("slt", best, b.i64(0)), b.f32(f32::NEG_INFINITY), score);
                 vec![b.addf(sum[0], score)]
             })[0];
@@ -407,7 +407,11 @@ fn group_limited<'c>(
                 b.store(b.i32(0), b.gep(x.at(kept), "i32", group), 4);
             });
         });
-        let sum_of = |group: V<'c>| b.load(b.gep(x.at(sums), "f32", group), "f32", 4);
+        // A group with too few scores comes last, but it is one: unlike an expert without a score it can be kept.
+        let sum_of = |group: V<'c>| {
+            let sum = b.load(b.gep(x.at(sums), "f32", group), "f32", 4);
+            b.select(b.cmpf("oeq", sum, b.f32(f32::NEG_INFINITY)), b.f32(f32::MIN), sum)
+        };
         group_keys.fill(x, b.i64(0), groups, sum_of);
         x.repeat(keep, |_| {
             let best = group_keys.take(x, b.i64(0), groups);

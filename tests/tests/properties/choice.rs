@@ -247,3 +247,25 @@ fn a_batch_without_experts_gives_zero() {
         assert_eq!(found["output"], vec![0.0; 24]);
     }
 }
+
+#[test]
+fn a_group_with_too_few_scores_can_be_kept() {
+    let form = Form::new(16)
+        .tensor("router", json!([4, 16]))
+        .networks(16, json!(12))
+        .node("l", "linear", &["x"], json!({"w": "router"}))
+        .node("a", "adjust", &["l"], json!({"off": [2]}))
+        .node(
+            "q",
+            "select",
+            &["a"],
+            json!({"rule": "group_limited", "groups": 2, "group_top": 2, "keep_groups": 2, "k": 2}),
+        )
+        .node("r", "weigh", &["q", "l"], json!({"fn": "sigmoid"}))
+        .mixture(json!([networks([0, 4])]));
+    let graph = form.graph();
+    moec_tests::gallery::check(&graph, host_target(), Arc::new(Cpu::new(1)), TOKENS).expect("agrees");
+    // Both groups are kept, so the expert beside the one that is switched off is chosen by some row.
+    let (graph, data) = with(&form.output("idx", "r.idx"));
+    assert!(chosen(&results(&graph, &data)["idx"], TOKENS).iter().flatten().any(|id| *id == 3));
+}

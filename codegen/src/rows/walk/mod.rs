@@ -114,10 +114,16 @@ pub(super) fn walk<'c>(kernel: &RowKernel<'_>, x: &Exec<'_, 'c>, pointers: &[V<'
             walker.values.insert(id, value);
         }
     }
-    let result = body.outputs.first().map(|o| o.node).and_then(|id| walker.values.get(&id).cloned());
-    let Some(result) = result else {
+    let result = body.outputs.first().map(|o| o.node).and_then(|id| Some((id, walker.values.get(&id).cloned()?)));
+    let Some((id, result)) = result else {
         return Err(unsupported(body.name.clone(), "the region has no result"));
     };
+    // What is written has the place that the type says, and not a number more.
+    if let (Value::Row(row), Ok(shape)) = (&result, walker.row_shape(id))
+        && row.len() != shape.iter().product::<u64>()
+    {
+        return walker.fail(id, "a row has another size than its type says");
+    }
     for (part, pointer) in outputs {
         let (row, dtype, ints) = match (&result, part) {
             (Value::Row(row), OutputPart::Data) => (row.clone(), kernel.result, row.ints),
