@@ -155,31 +155,29 @@ pub fn compile<'g>(session: &'g Session, graph: &'g Graph, options: &'g Options)
 /// kernel.
 fn refuse_series(graph: &Graph) -> Result<(), CodegenError> {
     for id in graph.order() {
-        match &graph.node(id).op {
-            Op::Kernel(kernel) => refuse_series(&kernel.body)?,
-            Op::Experts(op) => {
-                let dispatched =
-                    graph.operands(id).first().is_some_and(|o| matches!(graph.node(*o).op, Op::Dispatch(_)));
-                let summed = graph.users(id).into_iter().all(|user| matches!(graph.node(user).op, Op::Combine(_)));
-                let alone = dispatched && summed && !graph.is_output(id);
-                let kind = op.bank.iter().find_map(|part| match part.kind {
-                    PartKind::Film(_) => Some("film"),
-                    PartKind::Const { .. } if !alone => Some("const"),
-                    PartKind::Neuron(_) if !alone => Some("neuron"),
-                    PartKind::Identity {} if !alone => Some("identity"),
-                    PartKind::Const { .. }
-                    | PartKind::Neuron(_)
-                    | PartKind::Identity {}
-                    | PartKind::Ffn(_)
-                    | PartKind::Linear(_)
-                    | PartKind::Zero {} => None,
-                });
-                if let Some(kind) = kind {
-                    let what = format!("experts of kind `{kind}` in series with other experts, or read as rows");
-                    return Err(CodegenError::Unsupported { node: graph.node(id).name.clone(), what });
-                }
-            }
-            _ => {}
+        let node = graph.node(id);
+        if let Op::Kernel(kernel) = &node.op {
+            refuse_series(&kernel.body)?;
+        }
+        let Op::Experts(op) = &node.op else { continue };
+        let dispatched = graph.operands(id).first().is_some_and(|o| matches!(graph.node(*o).op, Op::Dispatch(_)));
+        let summed = graph.users(id).into_iter().all(|user| matches!(graph.node(user).op, Op::Combine(_)));
+        let alone = dispatched && summed && !graph.is_output(id);
+        let kind = op.bank.iter().find_map(|part| match part.kind {
+            PartKind::Film(_) => Some("film"),
+            PartKind::Const { .. } if !alone => Some("const"),
+            PartKind::Neuron(_) if !alone => Some("neuron"),
+            PartKind::Identity {} if !alone => Some("identity"),
+            PartKind::Const { .. }
+            | PartKind::Neuron(_)
+            | PartKind::Identity {}
+            | PartKind::Ffn(_)
+            | PartKind::Linear(_)
+            | PartKind::Zero {} => None,
+        });
+        if let Some(kind) = kind {
+            let what = format!("experts of kind `{kind}` in series with other experts, or read as rows");
+            return Err(CodegenError::Unsupported { node: node.name.clone(), what });
         }
     }
     Ok(())

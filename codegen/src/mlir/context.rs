@@ -86,8 +86,14 @@ impl Default for Session {
 impl Session {
     /// Registers what kernels use; a few milliseconds.
     pub fn new() -> Self {
-        static PASSES: Once = Once::new();
-        PASSES.call_once(register_all_passes);
+        static PROCESS: Once = Once::new();
+        PROCESS.call_once(|| {
+            register_all_passes();
+            let words = LEFT_OUT.map(CStr::as_ptr);
+            // SAFETY: the words are alive during the call, which copies them. No thread of ours uses LLVM before its
+            // session.
+            unsafe { LLVMParseCommandLineOptions(words.len() as c_int, words.as_ptr(), std::ptr::null()) };
+        });
         let registry = DialectRegistry::new();
         register_all_dialects(&registry);
         // No thread pool: modules are small, and start-up and memory count.
@@ -212,12 +218,6 @@ fn machine(target: &Target) -> Result<TargetMachine, CodegenError> {
         }
         _ => X86.call_once(|| LlvmTarget::initialize_x86(&InitializationConfig::default())),
     }
-    static OPTIONS: Once = Once::new();
-    OPTIONS.call_once(|| {
-        let words = LEFT_OUT.map(CStr::as_ptr);
-        // SAFETY: the words are alive during the call, which copies them; no other thread is inside of LLVM's options.
-        unsafe { LLVMParseCommandLineOptions(words.len() as c_int, words.as_ptr(), std::ptr::null()) };
-    });
     let triple = TargetTriple::create(target.triple());
     LlvmTarget::from_triple(&triple)
         .map_err(|e| CodegenError::llvm("target", &e.to_string()))?

@@ -2,6 +2,7 @@
 
 use super::*;
 use moec::{Target, runtime::Sim};
+use serde_json::Value;
 
 #[test]
 fn no_rewiring_is_the_base_model_bit_for_bit() {
@@ -47,39 +48,33 @@ fn no_forced_expert_is_the_base_model_bit_for_bit() {
     assert_ne!(results(&graph, &data), results(&base, &data));
 }
 
-#[test]
-fn all_slices_are_the_dense_layer() {
-    let slice = |w: &str, axis: u64| json!({"slice": w, "axis": axis, "n": 4});
-    let form = Form::new(16)
-        .tensor("router", json!([4, 16]))
-        .tensor("w1", json!([32, 16]))
-        .tensor("w2", json!([16, 32]))
+/// A layer that takes all of its experts, whose matrices are parts of `w1` and `w2` (axis 0 and 1), beside the dense layer
+/// of these two.
+fn beside_dense(experts: u64, inner: u64, act: &str, part: impl Fn(&str, u64) -> Value) -> Form {
+    let bank = json!([{"ids": [0, experts], "kind": "ffn", "act": act, "up": part("w1", 0), "down": part("w2", 1)}]);
+    Form::new(16)
+        .tensor("router", json!([experts, 16]))
+        .tensor("w1", json!([inner, 16]))
+        .tensor("w2", json!([16, inner]))
         .node("l", "linear", &["x"], json!({"w": "router"}))
         .node("q", "select", &["l"], json!({"rule": "all"}))
         .node("r", "weigh", &["q"], json!({"const": true}))
-        .mixture(json!([{"ids": [0, 4], "kind": "ffn", "act": "gelu", "up": slice("w1", 0), "down": slice("w2", 1)}]))
-        .node("dense", "ffn", &["x"], json!({"act": "gelu", "up": "w1", "down": "w2"}))
-        .output("dense", "dense");
-    let (graph, data) = with(&form);
+        .mixture(bank)
+        .node("dense", "ffn", &["x"], json!({"act": act, "up": "w1", "down": "w2"}))
+        .output("dense", "dense")
+}
+
+#[test]
+fn all_slices_are_the_dense_layer() {
+    let (graph, data) = with(&beside_dense(4, 32, "gelu", |w, axis| json!({"slice": w, "axis": axis, "n": 4})));
     let found = results(&graph, &data);
     close(&found["output"], &found["dense"], "slices and dense");
 }
 
 #[test]
 fn disjoint_sets_of_neurons_are_the_dense_layer() {
-    let take = |w: &str, axis: u64| json!({"take": w, "ids": "set.{e}", "axis": axis});
-    let form = Form::new(16)
-        .tensor("router", json!([2, 16]))
-        .tensor("w1", json!([8, 16]))
-        .tensor("w2", json!([16, 8]))
-        .typed("set.{e}", "i32", json!([4]))
-        .node("l", "linear", &["x"], json!({"w": "router"}))
-        .node("q", "select", &["l"], json!({"rule": "all"}))
-        .node("r", "weigh", &["q"], json!({"const": true}))
-        .mixture(json!([{"ids": [0, 2], "kind": "ffn", "act": "silu", "up": take("w1", 0), "down": take("w2", 1)}]))
-        .node("dense", "ffn", &["x"], json!({"act": "silu", "up": "w1", "down": "w2"}))
-        .output("dense", "dense");
-    let (graph, mut data) = with(&form);
+    let form = beside_dense(2, 8, "silu", |w, axis| json!({"take": w, "ids": "set.{e}", "axis": axis}));
+    let (graph, mut data) = with(&form.typed("set.{e}", "i32", json!([4])));
     data.set_weight_ints("set.0", &[6, 1, 3, 4]);
     data.set_weight_ints("set.1", &[0, 7, 5, 2]);
     let found = results(&graph, &data);
@@ -352,18 +347,16 @@ fn experts_of_a_step_are_one_network() {
 #[test]
 fn numbers_for_all_rows_may_have_an_axis_for_rows() {
     // The row of numbers has rank 2, as the tensor, and the sum still is over the axis inside its rows.
-    let against = |form: Form| {
-        form.node("d", "binary", &["x", "m"], json!({"fn": "sub"}))
-            .node("y", "reduce", &["d"], json!({"fn": "sum", "axis": 1, "keep": true}))
-            .output("output", "y")
-    };
-    let best = Form::new(6).node("m", "reduce", &["x"], json!({"fn": "max", "axis": 0, "keep": true}));
-    let weight = Form::new(6)
-        .tensor("w", json!([1, 6]))
-        .node("d", "binary", &["x"], json!({"fn": "mul", "w": "w"}))
-        .node("y", "reduce", &["d"], json!({"fn": "sum", "axis": 1, "keep": true}))
-        .output("output", "y");
-    for form in [against(best), weight] {
+    let best = Form::new(6).node("m", "reduce", &["x"], json!({"fn": "max", "axis": 0, "keep": true})).node(
+        "d",
+        "binary",
+        &["x", "m"],
+        json!({"fn": "sub"}),
+    );
+    let weight = Form::new(6).tensor("w", json!([1, 6])).node("d", "binary", &["x"], json!({"fn": "mul", "w": "w"}));
+    for form in [best, weight] {
+        let form =
+            form.node("y", "reduce", &["d"], json!({"fn": "sum", "axis": 1, "keep": true})).output("output", "y");
         moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), TOKENS).expect("agrees");
     }
 }
