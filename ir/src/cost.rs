@@ -202,7 +202,9 @@ fn spec_flops(graph: &Graph, spec: &WeightSpec, e: usize) -> f64 {
     2.0 * match spec {
         WeightSpec::Plain(name) => count(name, e),
         WeightSpec::Mul { mul: [a, b], group } => {
-            count(a, e) + count(b, group.get(e).and_then(|g| usize::try_from(*g).ok()).unwrap_or(0))
+            let g = group.get(e).copied().unwrap_or(0);
+            let factor = |name| count(name, usize::try_from(WeightSpec::entry(name, e as u64, g)).unwrap_or(0));
+            factor(a) + factor(b)
         }
         WeightSpec::Base { base, a, b, .. } => count(base, e) + count(a, e) + count(b, e),
         WeightSpec::Grouped { codes, .. } | WeightSpec::Ternary { codes, .. } => count(codes, e),

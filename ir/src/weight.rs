@@ -224,6 +224,11 @@ impl WeightSpec {
 }
 
 impl WeightSpec {
+    /// Which entry of a factor's template expert `e` of group `g` uses: the group's, where the name has its mark alone.
+    pub fn entry(name: &str, e: u64, g: u64) -> u64 {
+        if name.contains("{g}") && !name.contains("{e}") { g } else { e }
+    }
+
     /// Shape of the composed value for expert `e` of its part, where `weights` hold what it names.
     pub fn shape_in(&self, weights: &IndexMap<WeightName, Weight>, e: u64) -> Option<Vec<u64>> {
         self.shape(&Cx { weights }, e).ok()
@@ -235,7 +240,8 @@ impl WeightSpec {
             Self::Plain(name) => cx.shape_at(name, e),
             Self::Mul { mul: [a, b], group } => {
                 let g = group_of(group, e)?;
-                product_shape((a, &cx.shape_at(a, e)?), (b, &cx.shape_at(b, g)?))
+                let shape = |name| cx.shape_at(name, Self::entry(name, e, g));
+                product_shape((a, &shape(a)?), (b, &shape(b)?))
             }
             Self::Base { base, a, b, .. } => {
                 let shape = cx.shape_at(base, e)?;

@@ -76,7 +76,8 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
     let Some(ty) = &node.ty else { return false };
     let large = |name: &str| products == Products::Small && is_large(graph, name);
     let fits = match &node.op {
-        Op::Linear(op) => !large(&op.w),
+        // A product of a vector has no rows.
+        Op::Linear(op) => operand_rank(graph, id) != Some(1) && !large(&op.w),
         Op::Unary(_) | Op::Gather(_) | Op::Adjust(_) | Op::Weigh(_) | Op::Override(_) => true,
         Op::Binary(_) => weights_repeat(graph, id),
         Op::Norm(_) | Op::Softmax(_) => {
@@ -98,6 +99,7 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
             let specs = [Some(&op.up), op.gate.as_ref(), op.down.as_ref()];
             let plain = specs.iter().flatten().all(|s| matches!(s, WeightSpec::Plain(_)));
             plain
+                && operand_rank(graph, id) != Some(1)
                 && !op.a8
                 && !specs.into_iter().flatten().any(|s| products == Products::Small && is_large_spec(graph, s))
         }

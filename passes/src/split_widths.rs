@@ -36,13 +36,13 @@ fn sizes(graph: &Graph, part: &BankPart, e: usize) -> Vec<Option<u64>> {
         if let WeightSpec::Grouped { bits, .. } = spec {
             found.push(bits.get(e).map(|bits| stored_bits(*bits)));
         }
-        for (i, name) in spec.names().into_iter().enumerate() {
+        for name in spec.names() {
             let at = match spec {
-                WeightSpec::Mul { group, .. } if i == 1 => {
-                    group.get(e).and_then(|g| usize::try_from(*g).ok()).unwrap_or(e)
+                WeightSpec::Mul { group, .. } => {
+                    let g = group.get(e).copied().unwrap_or_default();
+                    usize::try_from(WeightSpec::entry(name, e as u64, g)).unwrap_or(e)
                 }
                 WeightSpec::Plain(_)
-                | WeightSpec::Mul { .. }
                 | WeightSpec::Base { .. }
                 | WeightSpec::Grouped { .. }
                 | WeightSpec::Ternary { .. }

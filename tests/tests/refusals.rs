@@ -95,6 +95,7 @@ fn every_check_names_its_node() {
         // 7: shapes of experts and of factors.
         ("I0025", "e", vec![bank(json!([with(ffn([0, 4]), "gate", json!("wide.{e}"))]))]),
         ("I0025", "e", vec![bank(json!([with(ffn([0, 4]), "up", json!("wide.{e}"))]))]),
+        ("I0006", "e", vec![bank(json!([with(with(ffn([0, 4]), "gate", json!("g.{e}")), "limit", json!(-1.5))]))]),
         (
             "I0026",
             "e",

@@ -23,6 +23,19 @@ pub(super) fn param<'c>(cx: &Cx<'_, 'c>, name: &WeightName, at: V<'c>) -> Result
     if cx.is_integer() { cx.put_integer(cx.integer(&w, at), at) } else { cx.put(cx.float(&w, at), at) }
 }
 
+/// One element of rows of a table.
+pub(super) fn gather<'c>(cx: &Cx<'_, 'c>, name: &WeightName, at: V<'c>) -> Result<(), CodegenError> {
+    let b = cx.b;
+    let (ids, table) = (cx.array(0)?, cx.weight(name)?);
+    let sizes: Vec<u64> = table.shape.iter().filter_map(Dim::known).collect();
+    let width = super::cx::c(sizes.iter().skip(1).product::<u64>().max(1));
+    let id = cx.integer(&ids, b.divui(at, b.i64(width)));
+    // An id outside of the table must not become an address.
+    let last = b.i64(super::cx::c(sizes.first().copied().unwrap_or(1).saturating_sub(1)));
+    let place = b.addi(b.mulc(b.minsi(b.maxsi(id, b.i64(0)), last), width), b.remui(at, b.i64(width)));
+    if cx.is_integer() { cx.put_integer(cx.integer(&table, place), at) } else { cx.put(cx.float(&table, place), at) }
+}
+
 pub(super) fn binary<'c>(cx: &Cx<'_, 'c>, op: &Binary, at: V<'c>) -> Result<(), CodegenError> {
     let shape = cx.shape()?;
     let coordinates = cx.coordinates(at, shape);

@@ -285,7 +285,7 @@ fn function<'c>(
 
 /// Whether units are single elements.
 fn is_element(op: &Op) -> bool {
-    matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Shape(_) | Op::Param(_) | Op::Dispatch(_))
+    matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Shape(_) | Op::Param(_) | Op::Gather(_) | Op::Dispatch(_))
         || matches!(op, Op::Norm(op) if op.kind == moec_ir::ops::NormKind::Batch)
 }
 
@@ -303,7 +303,8 @@ fn work(body: &Graph, id: NodeId) -> Result<(Option<Dim>, Vec<Dim>), CodegenErro
     };
     let elements = || volume(body, id, shape(id)?);
     let units = match &body.node(id).op {
-        Op::Unary(_) | Op::Binary(_) | Op::Shape(_) | Op::Param(_) | Op::Einsum(_) | Op::Reduce(_) => elements()?,
+        Op::Unary(_) | Op::Binary(_) | Op::Shape(_) | Op::Param(_) => elements()?,
+        Op::Gather(_) | Op::Einsum(_) | Op::Reduce(_) => elements()?,
         Op::Norm(_) if is_element(&body.node(id).op) => elements()?,
         Op::Norm(_) | Op::Softmax(_) => lead(body, id, shape(id)?)?,
         Op::Select(op) if matches!(op.rule, SelectRule::ExpertChoice { .. }) => match shape(operand(0)?)?.first() {
@@ -317,7 +318,6 @@ fn work(body: &Graph, id: NodeId) -> Result<(Option<Dim>, Vec<Dim>), CodegenErro
         Op::Transport(op) => return Ok((None, transport::scratch(op, shape(id)?))),
         op @ (Op::Input(_)
         | Op::Linear(_)
-        | Op::Gather(_)
         | Op::Adjust(_)
         | Op::Select(_)
         | Op::ProductKey(_)
@@ -340,6 +340,7 @@ fn emit_unit<'c>(cx: &Cx<'_, 'c>, unit: V<'c>) -> Result<(), CodegenError> {
         Op::Unary(op) => element::unary(cx, op, unit),
         Op::Binary(op) => element::binary(cx, op, unit),
         Op::Param(op) => element::param(cx, &op.w, unit),
+        Op::Gather(op) => element::gather(cx, &op.w, unit),
         Op::Einsum(op) => element::einsum(cx, op, unit),
         Op::Reduce(op) => element::reduce(cx, op, unit),
         Op::Norm(op) => element::norm(cx, op, unit),
@@ -351,7 +352,6 @@ fn emit_unit<'c>(cx: &Cx<'_, 'c>, unit: V<'c>) -> Result<(), CodegenError> {
         Op::Dispatch(op) => dispatch::emit(cx, op, unit),
         op @ (Op::Input(_)
         | Op::Linear(_)
-        | Op::Gather(_)
         | Op::Adjust(_)
         | Op::ProductKey(_)
         | Op::Weigh(_)

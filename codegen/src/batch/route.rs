@@ -144,21 +144,22 @@ pub(super) fn expert_choice<'c>(cx: &Cx<'_, 'c>, rule: &SelectRule, unit: V<'c>)
     let out = cx.output(OutputPart::Idx)?;
     let base = b.mulc(unit, experts);
     let allowed = |score: V<'c>| b.cmpf("ogt", score, b.f32(narrow(f64::NEG_INFINITY)));
+    // A row that is forced has a place, but it competes with no other.
+    let competes = |score: V<'c>| b.andi(allowed(score), b.cmpf("olt", score, b.f32(narrow(f64::INFINITY))));
     let filled = b.for_(b.i64(0), b.i64(experts), b.i64(1), &[b.i64(0)], |e, filled| {
         let score = |row: V<'c>| cx.float(&scores, b.addi(b.mulc(row, experts), e));
         let own = score(unit);
         let seen = b.for_(b.i64(0), rows, b.i64(1), &[b.i64(0), b.i64(0)], |row, seen| {
             let other = score(row);
-            let open = allowed(other);
-            let ahead = b.andi(open, before(cx, (other, row), (own, unit)));
+            let ahead = b.andi(allowed(other), before(cx, (other, row), (own, unit)));
             let one = |flag: V<'c>| b.cast("arith.extui", flag, "i64");
-            vec![b.addi(seen[0], one(ahead)), b.addi(seen[1], one(open))]
+            vec![b.addi(seen[0], one(ahead)), b.addi(seen[1], one(competes(other)))]
         });
         let places = match (capacity, factor) {
             (Some(n), _) => b.i64(c(*n)),
             (None, share) => share_of(cx, share.unwrap_or(0.0), seen[1]),
         };
-        let chosen = b.andi(allowed(own), b.cmpi("slt", seen[0], places));
+        let chosen = b.andi(competes(own), b.cmpi("slt", seen[0], places));
         b.if_(chosen, || {
             let at = b.addi(base, filled[0]);
             b.store(b.cast("arith.trunci", e, "i32"), b.gep(out, "i32", at), 4);

@@ -72,15 +72,16 @@ pub(super) fn of_spec(graph: &Graph, node: NodeId, outer: &Graph, spec: &WeightS
         WeightSpec::Plain(name) => part(name)?,
         WeightSpec::Mul { mul: [a, b], group } => {
             let (left, right) = (part(a)?, part(b)?);
-            let rows = left.rows.clone();
-            // Columns are those of the expert's group.
-            let columns = match right.columns.as_slice() {
+            // Sizes of a factor of the group are those of the expert's group.
+            let sizes = |name: &str, sizes: &[u64]| match sizes {
                 [one] => vec![*one],
                 each => {
-                    let of = |g: &u64| usize::try_from(*g).ok().and_then(|g| each.get(g)).copied().unwrap_or(0);
-                    group.iter().map(of).collect()
+                    let entry = |(e, g): (u64, &u64)| usize::try_from(WeightSpec::entry(name, e, *g)).ok();
+                    let of = |at| entry(at).and_then(|at| each.get(at)).copied().unwrap_or(0);
+                    (0..).zip(group).map(of).collect()
                 }
             };
+            let (rows, columns) = (sizes(a, &left.rows), sizes(b, &right.columns));
             composed(Recipe::Product { left, right, groups: group.clone() }, rows, columns)
         }
         WeightSpec::Base { base, a, b, scale } => {

@@ -264,16 +264,15 @@ impl<'a, 'c> Exec<'a, 'c> {
         if whole > 0 {
             let init = b.f32s(fold.identity(), width);
             let step = b.i64(i64::try_from(width).unwrap_or(1));
-            let lanes = b.for_(b.i64(0), b.i64(whole), step, &[init], |i, acc| {
+            let mut lanes = b.for_(b.i64(0), b.i64(whole), step, &[init], |i, acc| {
                 vec![fold.apply(b, acc[0], value(Ix { at: i, width }))]
             })[0];
-            let mut parts: Vec<V<'c>> = (0..width)
-                .map(|i| b.op("llvm.extractelement", &[lanes, b.i64(i64::try_from(i).unwrap_or(0))], "f32", &[]))
-                .collect();
-            while parts.len() > 1 {
-                parts = parts.chunks(2).map(|p| if let [x, y] = p { fold.apply(b, *x, *y) } else { p[0] }).collect();
+            let mut half = width / 2;
+            while half > 0 {
+                lanes = fold.apply(b, b.lanes(lanes, 0, half), b.lanes(lanes, half, half));
+                half /= 2;
             }
-            total = parts[0];
+            total = b.op("vector.extract", &[lanes], "f32", &[("static_position", "array<i64: 0>")]);
         }
         if whole < count {
             total = b.for_(b.i64(whole), b.i64(count), b.i64(1), &[total], |i, acc| {

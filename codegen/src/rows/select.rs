@@ -1,7 +1,7 @@
 //! Selection of experts in a row kernel.
 //!
 //! Scores become 64-bit keys whose order is the order of selection: falling score, then rising
-//! id, NaN below every number, and -infinity never. A selection is a number of rounds of
+//! id, NaN below every number, and -infinity last or never. A selection is a number of rounds of
 //! "largest key, then strike it out", which beats sorting for the few experts that a row uses.
 
 use super::{
@@ -15,8 +15,17 @@ fn c(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
+/// What a score of -infinity means to a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Closed {
+    /// It is never taken: rules that take the best.
+    Never,
+    /// It comes last: rules that fill places.
+    Last,
+}
+
 /// The key of a score (f32) with id `id` (i64).
-fn key<'c>(x: &Exec<'_, 'c>, score: V<'c>, id: V<'c>) -> V<'c> {
+fn key<'c>(x: &Exec<'_, 'c>, score: V<'c>, id: V<'c>, closed: Closed) -> V<'c> {
     let b = x.b;
     // Adding zero makes -0 equal to +0.
     let score = b.addf(score, b.f32(0.0));
@@ -28,7 +37,10 @@ fn key<'c>(x: &Exec<'_, 'c>, score: V<'c>, id: V<'c>) -> V<'c> {
     let order = b.select(nan, b.addc(lowest, 1), order);
     let high = b.shli(b.cast("arith.extsi", order, "i64"), b.i64(32));
     let key = b.ori(high, b.subi(b.i64(0xffff_ffff), id));
-    b.select(b.cmpf("oeq", score, b.f32(f32::NEG_INFINITY)), b.i64(i64::MIN), key)
+    match closed {
+        Closed::Never => b.select(b.cmpf("oeq", score, b.f32(f32::NEG_INFINITY)), b.i64(i64::MIN), key),
+        Closed::Last => key,
+    }
 }
 
 /// The id in a key.
@@ -40,12 +52,13 @@ fn id<'c>(x: &Exec<'_, 'c>, key: V<'c>) -> V<'c> {
 #[derive(Clone, Copy)]
 pub(crate) struct Keys {
     scratch: Scratch,
+    closed: Closed,
 }
 
 impl Keys {
     /// Room for `n` keys.
-    pub(crate) fn new(x: &Exec<'_, '_>, n: u64) -> Self {
-        Self { scratch: x.alloc(n * 8) }
+    pub(crate) fn new(x: &Exec<'_, '_>, n: u64, closed: Closed) -> Self {
+        Self { scratch: x.alloc(n * 8), closed }
     }
 
     fn place<'c>(self, x: &Exec<'_, 'c>, at: V<'c>) -> V<'c> {
@@ -67,7 +80,7 @@ impl Keys {
         ids: impl Fn(V<'c>) -> V<'c>,
     ) {
         x.each(n, false, |ix| {
-            let k = key(x, score(ix.at), ids(ix.at));
+            let k = key(x, score(ix.at), ids(ix.at), self.closed);
             x.b.store(k, self.place(x, x.b.addi(base, ix.at)), 8);
         });
     }
@@ -94,21 +107,15 @@ impl Keys {
         b.select(b.cmpi("eq", top, b.i64(i64::MIN)), b.i64(-1), id(x, top))
     }
 
-    /// Turns ids that count from 0 at `base` into ids of the whole row.
+    /// Turns ids that count from 0 at `base` into ids of the whole row, where none is struck out.
     pub(crate) fn shift<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64) {
         let b = x.b;
         x.each(n, false, |ix| {
             let at = self.place(x, b.addi(base, ix.at));
             let own = b.load(at, "i64", 8);
             // The low half holds 2^32 - 1 - id.
-            let moved = b.select(b.cmpi("eq", own, b.i64(i64::MIN)), own, b.subi(own, base));
-            b.store(moved, at, 8);
+            b.store(b.subi(own, base), at, 8);
         });
-    }
-
-    /// Strikes out every key of `base..base + n`.
-    pub(crate) fn strike<'c>(self, x: &Exec<'_, 'c>, base: V<'c>, n: u64) {
-        x.each(n, false, |ix| x.b.store(x.b.i64(i64::MIN), self.place(x, x.b.addi(base, ix.at)), 8));
     }
 }
 
@@ -131,29 +138,15 @@ impl Slots {
         let raw = x.b.load(x.b.gep(x.at(self.scratch), "i32", slot), "i32", 4);
         x.b.cast("arith.extsi", raw, "i64")
     }
-    /// Moves the slots that are filled to the front, in their order.
-    fn close_up<'c>(&self, x: &Exec<'_, 'c>) {
-        let b = x.b;
-        let at = |slot: V<'c>| b.gep(x.at(self.scratch), "i32", slot);
-        x.single(|| {
-            b.for_(b.i64(0), b.i64(c(self.n)), b.i64(1), &[b.i64(0)], |slot, filled| {
-                let id = b.load(at(slot), "i32", 4);
-                let some = b.cmpi("sge", id, b.i32(0));
-                b.store(b.i32(-1), at(slot), 4);
-                b.if_(some, || b.store(id, at(filled[0]), 4));
-                vec![b.addi(filled[0], b.select(some, b.i64(1), b.i64(0)))]
-            });
-        });
-    }
     fn choice<'c>(&self, experts: u64) -> Choice<'c> {
         Choice { slots: self.n, experts, idx: Row::from_scratch_ints(self.scratch, vec![self.n]), w: None }
     }
 }
 
 /// The `n` best ids of a row in falling order, -1 where none is left.
-fn order<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, n: u64) -> Slots {
+fn order<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, n: u64, closed: Closed) -> Slots {
     let experts = scores.len();
-    let (keys, slots) = (Keys::new(x, experts), Slots::new(x, n));
+    let (keys, slots) = (Keys::new(x, experts, closed), Slots::new(x, n));
     x.each_row(|| {
         keys.fill(x, x.b.i64(0), experts, |i| scores.scalar(x, i));
         x.repeat(n, |slot| {
@@ -186,7 +179,7 @@ pub(crate) fn select<'c>(
     let scores = if matches!(rule, SelectRule::Given { .. }) { scores.clone() } else { scores.clone().stored(x) };
     Ok(match rule {
         SelectRule::Topk { k } => {
-            let slots = order(x, &scores, *k);
+            let slots = order(x, &scores, *k, Closed::Never);
             if let Some(bound) = bound {
                 first_slots(x, &slots, bound);
             }
@@ -194,13 +187,12 @@ pub(crate) fn select<'c>(
         }
         SelectRule::Rank { ranks } => {
             let depth = ranks.iter().max().map_or(0, |r| r + 1);
-            let ordered = order(x, &scores, depth);
+            let ordered = order(x, &scores, depth, Closed::Last);
             let slots = Slots::new(x, ranks.len() as u64);
             x.each_row(|| {
                 for (slot, rank) in ranks.iter().enumerate() {
                     slots.set(x, x.b.i64(c(slot as u64)), ordered.get(x, x.b.i64(c(*rank))));
                 }
-                slots.close_up(x);
             });
             slots.choice(experts)
         }
@@ -273,7 +265,7 @@ fn prefix_by_mass<'c>(
     (p, bound): (f64, Option<&Row<'c>>),
     strict: bool,
 ) -> Choice<'c> {
-    let slots = order(x, scores, n);
+    let slots = order(x, scores, n, Closed::Last);
     x.each_row(|| {
         let b = x.b;
         #[expect(clippy::cast_possible_truncation, reason = "thresholds are f32 in the kernel")]
@@ -286,7 +278,7 @@ fn prefix_by_mass<'c>(
             let (sum, open) = (state[0], state[1]);
             let id = slots.get(x, slot);
             slots.set(x, slot, b.select(open, id, b.i64(-1)));
-            let sum = b.addf(sum, score_or(x, scores, id, 0.0));
+            let sum = b.addf(sum, scores.scalar(x, id));
             let passed = b.cmpf(if strict { "ogt" } else { "oge" }, sum, mass);
             vec![sum, b.andi(open, b.xori(passed, b.bool(true)))]
         });
@@ -318,16 +310,13 @@ fn above<'c>(
         (low, (low + 1).min(experts - 1), (exact - exact.floor()) as f32)
     });
     let depth = place.map_or(n, |(low, _, _)| n.max(experts - low));
-    let ordered = order(x, scores, depth);
+    let ordered = order(x, scores, depth, Closed::Last);
     let slots = Slots::new(x, n);
     x.each_row(|| {
         let b = x.b;
         let threshold = match place {
             Some((low, high, fraction)) => {
-                // Places without an expert are those of scores of -inf.
-                let at = |rising: u64| {
-                    score_or(x, scores, ordered.get(x, b.i64(c(experts - 1 - rising))), f32::NEG_INFINITY)
-                };
+                let at = |rising: u64| scores.scalar(x, ordered.get(x, b.i64(c(experts - 1 - rising))));
                 let (low, high) = (at(low), at(high));
                 // Counted from the nearer neighbour, which counts where the other one is infinite.
                 let span = b.subf(high, low);
@@ -342,7 +331,7 @@ fn above<'c>(
         };
         x.repeat(n, |slot| {
             let id = ordered.get(x, slot);
-            let score = score_or(x, scores, id, f32::NEG_INFINITY);
+            let score = scores.scalar(x, id);
             let mut passes = b.cmpf(if strict { "ogt" } else { "oge" }, score, threshold);
             if at_least_one {
                 passes = b.ori(passes, b.cmpi("eq", slot, b.i64(0)));
@@ -357,7 +346,7 @@ fn above<'c>(
 fn in_groups<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, groups: u64, k: u64) -> Choice<'c> {
     let experts = scores.len();
     let size = experts / groups.max(1);
-    let (keys, slots) = (Keys::new(x, experts), Slots::new(x, groups * k));
+    let (keys, slots) = (Keys::new(x, experts, Closed::Last), Slots::new(x, groups * k));
     x.each_row(|| {
         let b = x.b;
         x.repeat(groups, |group| {
@@ -365,12 +354,9 @@ fn in_groups<'c>(x: &Exec<'_, 'c>, scores: &Row<'c>, groups: u64, k: u64) -> Cho
             keys.fill(x, base, size, |i| scores.scalar(x, b.addi(base, i)));
             x.repeat(k, |j| {
                 let best = keys.take(x, base, size);
-                let none = b.cmpi("slt", best, b.i64(0));
-                let id = b.select(none, best, b.addi(best, base));
-                slots.set(x, b.addi(b.mulc(group, c(k)), j), id);
+                slots.set(x, b.addi(b.mulc(group, c(k)), j), b.addi(best, base));
             });
         });
-        slots.close_up(x);
     });
     slots.choice(experts)
 }
@@ -384,8 +370,7 @@ fn group_limited<'c>(
 ) -> Choice<'c> {
     let experts = scores.len();
     let size = experts / groups.max(1);
-    let keys = Keys::new(x, experts);
-    let group_keys = Keys::new(x, groups);
+    let (keys, group_keys) = (Keys::new(x, experts, Closed::Last), Keys::new(x, groups, Closed::Last));
     let (sums, kept) = (x.alloc(groups * 4), x.alloc(groups * 4));
     let slots = Slots::new(x, k);
     x.each_row(|| {
@@ -396,10 +381,7 @@ fn group_limited<'c>(
             refill();
             let sum = b.for_(b.i64(0), b.i64(c(top.min(size))), b.i64(1), &[b.f32(0.0)], |_, sum| {
                 let best = keys.take(x, base, size);
-                let score = scores.scalar(x, b.addi(base, b.maxsi(best, b.i64(0))));
-                // Without a score left the group comes last: its sum is -infinity.
-                let score = b.select(b.cmpi("slt", best, b.i64(0)), b.f32(f32::NEG_INFINITY), score);
-                vec![b.addf(sum[0], score)]
+                vec![b.addf(sum[0], scores.scalar(x, b.addi(base, best)))]
             })[0];
             refill();
             x.single(|| {
@@ -407,32 +389,19 @@ fn group_limited<'c>(
                 b.store(b.i32(0), b.gep(x.at(kept), "i32", group), 4);
             });
         });
-        // A group with too few scores comes last, but it is one: unlike an expert without a score it can be kept.
-        let sum_of = |group: V<'c>| {
-            let sum = b.load(b.gep(x.at(sums), "f32", group), "f32", 4);
-            b.select(b.cmpf("oeq", sum, b.f32(f32::NEG_INFINITY)), b.f32(f32::MIN), sum)
-        };
+        let sum_of = |group: V<'c>| b.load(b.gep(x.at(sums), "f32", group), "f32", 4);
         group_keys.fill(x, b.i64(0), groups, sum_of);
         x.repeat(keep, |_| {
             let best = group_keys.take(x, b.i64(0), groups);
-            let none = b.cmpi("slt", best, b.i64(0));
-            x.single(|| {
-                let at = b.gep(x.at(kept), "i32", b.maxsi(best, b.i64(0)));
-                let old = b.load(at, "i32", 4);
-                b.store(b.select(none, old, b.i32(1)), at, 4);
-            });
+            x.single(|| b.store(b.i32(1), b.gep(x.at(kept), "i32", best), 4));
         });
         x.repeat(groups, |group| {
             let out = b.cmpi("eq", b.load(b.gep(x.at(kept), "i32", group), "i32", 4), b.i32(0));
             b.if_(out, || {
                 let base = b.mulc(group, c(size));
-                match dropped {
-                    None => keys.strike(x, base, size),
-                    #[expect(clippy::cast_possible_truncation, reason = "scores are f32 in the kernel")]
-                    Some(score) => {
-                        keys.fill_with_ids(x, base, size, |_| b.f32(score as f32), |i| i);
-                    }
-                }
+                #[expect(clippy::cast_possible_truncation, reason = "scores are f32 in the kernel")]
+                let score = dropped.unwrap_or(f64::NEG_INFINITY) as f32;
+                keys.fill(x, base, size, |_| b.f32(score));
             });
         });
         // Ids inside groups become ids of the row.
@@ -528,8 +497,8 @@ fn pairs<'c>(
 ) -> Choice<'c> {
     let (n, m) = (left.len(), right.len());
     let (a, d) = (k.min(n), k.min(m));
-    let (firsts, seconds) = (order(x, left, a), order(x, right, d));
-    let (keys, slots) = (Keys::new(x, a * d), Slots::new(x, k));
+    let (firsts, seconds) = (order(x, left, a, Closed::Never), order(x, right, d, Closed::Never));
+    let (keys, slots) = (Keys::new(x, a * d, Closed::Never), Slots::new(x, k));
     let scores = x.alloc(k * 4);
     x.each_row(|| {
         let b = x.b;

@@ -41,8 +41,8 @@ fn broadcast(a: &[u64], b: &[u64]) -> Vec<u64> {
         .collect()
 }
 
-/// The operand as seen from a result of this shape.
-fn spread<'c>(row: &Row<'c>, shape: &[u64]) -> Row<'c> {
+/// The operand, numbers, as seen from a result of this shape.
+pub(crate) fn spread<'c>(row: &Row<'c>, shape: &[u64]) -> Row<'c> {
     let total: u64 = shape.iter().product();
     if row.len() == total {
         return row.clone().reshaped(shape.to_vec());

@@ -43,6 +43,18 @@ impl<'c> Row<'c> {
         self
     }
 
+    /// Elements as f32.
+    #[must_use]
+    pub(crate) fn numbers(self) -> Self {
+        if !self.ints {
+            return self;
+        }
+        let inner = self.clone();
+        let row =
+            Self::new(self.shape.clone(), false, move |x, ix| x.b.cast("arith.sitofp", inner.scalar(x, ix.at), "f32"));
+        row.after(&[&self])
+    }
+
     /// Another shape for the same elements.
     #[must_use]
     pub(crate) fn reshaped(mut self, shape: Vec<u64>) -> Self {

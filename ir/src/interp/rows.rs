@@ -7,7 +7,7 @@ use super::{
 };
 use crate::ops::{Combine, Dispatch, Gather, Plan};
 
-/// Rows of a table; an empty slot of a route gives zeros.
+/// Rows of a table; an empty slot of a route, -1, gives the last one.
 pub(super) fn gather(op: &Gather, operands: &[&Value], w: &Fetch<'_>) -> Step<Value> {
     let (ids, lead, slots_may_be_empty) = match operands.first() {
         Some(Value::Route(r)) => (r.ids.clone(), vec![r.rows, r.slots], true),
@@ -21,19 +21,15 @@ pub(super) fn gather(op: &Gather, operands: &[&Value], w: &Fetch<'_>) -> Step<Va
     let mut picked = Vec::with_capacity(ids.len());
     for id in &ids {
         match usize::try_from(*id).ok().filter(|i| *i < rows) {
-            Some(i) => picked.push(Some(i)),
-            None if slots_may_be_empty && *id == -1 => picked.push(None),
+            Some(i) => picked.push(i),
+            None if slots_may_be_empty && *id == -1 && rows > 0 => picked.push(rows - 1),
             None => return Err(Failure(format!("id {id} is outside the table `{}` of {rows} rows", op.w))),
         }
     }
-    let source = |row: Option<usize>| row.map(|i| i * width..(i + 1) * width);
+    let places = || picked.iter().flat_map(|i| i * width..(i + 1) * width);
     let data = match &table.data {
-        ArrayData::F64(v) => ArrayData::F64(
-            picked.iter().flat_map(|i| source(*i).map_or_else(|| vec![0.0; width], |at| v[at].to_vec())).collect(),
-        ),
-        ArrayData::I64(v) => ArrayData::I64(
-            picked.iter().flat_map(|i| source(*i).map_or_else(|| vec![0; width], |at| v[at].to_vec())).collect(),
-        ),
+        ArrayData::F64(v) => ArrayData::F64(places().map(|at| v[at]).collect()),
+        ArrayData::I64(v) => ArrayData::I64(places().map(|at| v[at]).collect()),
     };
     Ok(Value::Tensor(Array { shape: [lead, table.shape[1..].to_vec()].concat(), data }))
 }

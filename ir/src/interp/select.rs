@@ -63,7 +63,6 @@ pub(super) fn select(op: &Select, operands: &[&Value], ty: &Type) -> Step<Value>
             Some(chosen) => chosen[row].clone(),
             None => one_row(rule, line)?,
         };
-        chosen.retain(|e| allowed(line[*e]));
         chosen.truncate(slots);
         ids.extend(chosen.iter().map(|e| *e as i64));
         ids.extend(std::iter::repeat_n(-1, slots - chosen.len()));
@@ -87,17 +86,17 @@ fn at_most(rule: &SelectRule, bound: f64) -> SelectRule {
     }
 }
 
-/// Experts of one row, before forbidden ones are left out.
+/// Experts of one row. Rules that take the best leave out -inf; for rules that fill places it comes last.
 fn one_row(rule: &SelectRule, s: &[f64]) -> Step<Vec<usize>> {
     let n = s.len();
     let first = |order: Vec<usize>, k: u64| order.into_iter().take(usize::try_from(k).unwrap_or(usize::MAX)).collect();
     Ok(match rule {
-        SelectRule::Topk { k } => first(order(s), *k),
+        SelectRule::Topk { k } => first(order(s).into_iter().filter(|e| allowed(s[*e])).collect(), *k),
         SelectRule::Rank { ranks } => {
             let order = order(s);
             ranks.iter().filter_map(|r| order.get(usize::try_from(*r).ok()?).copied()).collect()
         }
-        SelectRule::All => (0..n).collect(),
+        SelectRule::All => (0..n).filter(|e| allowed(s[*e])).collect(),
         SelectRule::Topp { p, strict, max_k } => {
             let order = order(s);
             let mut sum = 0.0;
@@ -139,8 +138,7 @@ fn one_row(rule: &SelectRule, s: &[f64]) -> Step<Vec<usize>> {
             let limited: Vec<f64> = (0..n)
                 .map(|e| if kept.contains(&(e / m)) { s[e] } else { dropped.unwrap_or(f64::NEG_INFINITY) })
                 .collect();
-            let chosen: Vec<usize> = first(order(&limited), *k);
-            chosen.into_iter().filter(|e| allowed(limited[*e])).collect()
+            first(order(&limited), *k)
         }
         SelectRule::ExpertChoice { .. } | SelectRule::Given { .. } => Vec::new(),
     })
@@ -166,10 +164,11 @@ fn expert_choice(s: &[f64], rows: usize, n: usize, capacity: Option<u64>, factor
     let mut chosen = vec![Vec::new(); rows];
     for e in 0..n {
         let column: Vec<f64> = (0..rows).map(|t| s[t * n + e]).collect();
-        let open = column.iter().filter(|v| allowed(**v)).count();
+        // A row that is forced has a place, but it competes with no other.
+        let competes = |t: &usize| allowed(column[*t]) && column[*t] < f64::INFINITY;
+        let open = (0..rows).filter(competes).count();
         let share = factor.map(|f| (f * open as f64).ceil());
-        let taken = order(&column).into_iter().filter(|t| allowed(column[*t])).enumerate();
-        for (i, t) in taken {
+        for (i, t) in order(&column).into_iter().enumerate().filter(|(_, t)| competes(t)) {
             let fits = match (capacity, share) {
                 (Some(c), _) => (i as u64) < c,
                 (None, share) => (i as f64) < share.unwrap_or(0.0),

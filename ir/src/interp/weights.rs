@@ -125,7 +125,8 @@ impl Fetch<'_> {
             WeightSpec::Plain(name) => self.numbers(name, e, None, e),
             WeightSpec::Mul { mul: [a, b], group } => {
                 let g = group.get(super::value::size(e)?).copied().unwrap_or_default();
-                Ok(product(&self.numbers(a, e, Some(g), e)?, &self.numbers(b, e, Some(g), g)?))
+                let factor = |name| self.numbers(name, e, Some(g), WeightSpec::entry(name, e, g));
+                Ok(product(&factor(a)?, &factor(b)?))
             }
             WeightSpec::Base { base, a, b, scale } => {
                 let mut sum = self.numbers(base, e, None, e)?;

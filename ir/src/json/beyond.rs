@@ -20,7 +20,7 @@ pub(super) fn operation(name: &str) -> Option<(&'static str, &'static str)> {
             "give the values that the loss needs as outputs (`count`, `reduce` of the scores) and compute it on the host",
         ));
     }
-    if is(&["grad", "gradient", "backward", "optimizer", "update", "fit"]) {
+    if is(&["grad", "gradient", "backward", "optimizer", "update", "fit"]) || plain.ends_with("_update") {
         return Some((
             "gradients and updates are outside of the op set",
             "compute them on the host from outputs of the graph; state tensors can be replaced between runs",

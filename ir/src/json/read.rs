@@ -217,9 +217,13 @@ impl Reader<'_> {
             }
         }
         check_pairs(op, node)?;
-        let parsed = Op::from_attributes(op, Value::Object(attributes))
+        let mut parsed = Op::from_attributes(op, Value::Object(attributes))
             .ok_or_else(|| OpError::new(codes::UNKNOWN_OP, format!("there is no operation `{op}`")))?
             .map_err(|e| attribute(e.to_string()))?;
+        if let Op::Experts(experts) = &mut parsed {
+            // A file may list parts in any order.
+            experts.bank.sort_by_key(|part| part.ids);
+        }
         self.use_weights(&parsed, id)?;
         let name = pass.map_or_else(|| id.to_owned(), |pass| format!("{id}_{pass}"));
         let new = self.graph.add(name, parsed, &operands);
@@ -321,8 +325,10 @@ impl Reader<'_> {
                 let text = format!("`group` has {} entries, experts {experts:?} need one each", group.len());
                 return Err(OpError::new(codes::EXTENT, text));
             }
-            self.use_weight(a, experts.iter().copied(), id);
-            self.use_weight(b, group.iter().copied(), id);
+            let group_of = |e: u64| usize::try_from(e).ok().and_then(|e| group.get(e)).copied().unwrap_or_default();
+            for name in [a, b] {
+                self.use_weight(name, experts.iter().map(|e| WeightSpec::entry(name, *e, group_of(*e))), id);
+            }
             return Ok(());
         }
         for name in spec.names() {

@@ -102,6 +102,9 @@ impl Ffn {
         if !gated && (self.alpha.is_some() || self.limit.is_some() || self.up_add != 0.0) {
             return wrong("`alpha`, `limit` and `up_add` go with a gate");
         }
+        if self.limit.is_some_and(|limit| limit.is_nan() || limit < 0.0) {
+            return wrong("`limit` bounds a size, so it is 0 or more");
+        }
         if self.limit.is_none() && self.limit_on != LimitOn::Gate {
             return wrong("`limit_on` goes with `limit`");
         }

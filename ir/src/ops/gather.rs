@@ -7,7 +7,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 
 /// `%y = gather %ids {w = "tid2eid"}`: rows of a table by integer ids (class tables, hash routing).
-/// Ids outside the table are an error at run time.
+/// Ids outside the table are an error at run time; an empty slot of a route, -1, is the last row.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Gather {

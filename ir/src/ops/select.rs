@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 
 /// `%q = select %s {rule = "topk", k = 8}`: scores (or ids) to a route without weights.
 ///
-/// Equal scores go to the lower expert. NaN ranks below every number. A score of -inf is never
-/// selected, so fewer slots may be filled; empty slots hold -1 and come last.
+/// Equal scores go to the lower expert. NaN ranks below every number. `topk`, `all`, `threshold` and
+/// `expert_choice` never select a score of -inf, so fewer slots may be filled; empty slots hold -1 and come last.
+/// The other rules fill places of an order in which -inf comes last.
 ///
 /// With `bound` a second operand `[1]` says at run time how many slots `topk` fills (an integer), or which mass
 /// `topp` gathers; the attribute is the largest value: the smaller of both counts.
@@ -93,7 +94,7 @@ pub enum SelectRule {
         keep_groups: u64,
         /// Experts per row.
         k: u64,
-        /// Score of experts in dropped groups: never selected when absent; 0 in DeepSeek-V2.
+        /// Score of experts in dropped groups: -inf when absent; 0 in DeepSeek-V2.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         dropped: Option<f64>,
     },

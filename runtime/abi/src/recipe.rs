@@ -98,9 +98,11 @@ impl Recipe {
     /// The number under which part `i` is found for expert `e`, and the group that `{g}` stands for.
     pub fn number(&self, i: usize, e: u64) -> (u64, Option<u64>) {
         match self {
-            Self::Product { groups, .. } => {
+            Self::Product { left, right, groups } => {
                 let group = usize::try_from(e).ok().and_then(|e| groups.get(e)).copied().unwrap_or(0);
-                (if i == 1 { group } else { e }, Some(group))
+                let name = &if i == 0 { left } else { right }.source.tensor;
+                let shared = name.contains("{g}") && !name.contains("{e}");
+                (if shared { group } else { e }, Some(group))
             }
             Self::Zero { .. }
             | Self::Adapted { .. }

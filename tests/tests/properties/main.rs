@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 mod calls;
 mod choice;
+mod places;
 mod plain;
 
 const TOKENS: u64 = 13;

@@ -382,3 +382,80 @@ fn a_capacity_of_none_reads_no_row() {
         }
     }
 }
+
+#[test]
+fn a_product_of_a_vector_is_that_of_a_row() {
+    let of = |shape: serde_json::Value, sum: &[&str]| {
+        Form::new(6)
+            .input("v", "f32", &shape)
+            .tensor("w", json!([6, 6]))
+            .tensor("b", json!([6]))
+            .node("a", "linear", &["v"], json!({"w": "w", "b": "b"}))
+            .node("f", "ffn", &["a"], json!({"act": "silu", "up": "w", "down": "w"}))
+            .node("y", "binary", sum, json!({"fn": "mul"}))
+            .output("output", "y")
+    };
+    let (vector, row) = (of(json!([6]), &["x", "f"]), of(json!([1, 6]), &["x", "f"]));
+    let [vector, row] = [vector, row].map(|form| {
+        let (graph, data) = with(&form);
+        results(&graph, &data).remove("output").expect("a result")
+    });
+    assert!(vector.iter().any(|v| *v != 0.0));
+    close(&vector, &row, "a vector");
+}
+
+#[test]
+fn parts_come_in_any_order() {
+    let form = |bank: serde_json::Value| Form::new(16).router(6, 3, 16).networks(16, json!(12)).mixture(bank);
+    let same = json!({"ids": [4, 5], "kind": "identity"});
+    let none = json!({"ids": [5, 6], "kind": "zero"});
+    let [sorted, mixed] = [json!([networks([0, 4]), same, none]), json!([none, same, networks([0, 4])])].map(|bank| {
+        let (graph, data) = with(&form(bank));
+        results(&graph, &data)
+    });
+    assert_eq!(sorted, mixed);
+}
+
+#[test]
+fn either_factor_may_belong_to_the_group() {
+    let form = |up: serde_json::Value| {
+        let bank = json!([{"ids": [0, 4], "kind": "ffn", "act": "silu", "up": up, "down": "down.{e}"}]);
+        let form = Form::new(16).router(4, 2, 16).tensor("down.{e}", json!([16, 12]));
+        form.tensor("own.{e}", json!([5, 16])).tensor("shared.{g}", json!([12, 5])).mixture(bank)
+    };
+    let graph = form(json!({"mul": ["shared.{g}", "own.{e}"], "group": [1, 0, 0, 1]})).graph();
+    moec_tests::gallery::check(&graph, host_target(), Arc::new(Cpu::new(1)), TOKENS).expect("agrees");
+    let swapped = form(json!({"mul": ["shared.{g}", "own.{e}"], "group": [0, 1, 1, 0]}));
+    let (other, data) = with(&swapped);
+    assert_ne!(results(&graph, &data)["output"], results(&other, &data)["output"]);
+}
+
+#[test]
+fn integers_count_as_numbers() {
+    let form = |dtype: &str| {
+        Form::default()
+            .input("x", dtype, &json!(["T", 16]))
+            .router(4, 2, 16)
+            .networks(16, json!(12))
+            .tensor("wide", json!([64, 16]))
+            .node("big", "linear", &["x"], json!({"w": "wide"}))
+            .node("best", "reduce", &["x"], json!({"fn": "max", "axis": 0}))
+            .node("f", "ffn", &["x"], json!({"act": "silu", "up": "wide", "down": "back"}))
+            .tensor("back", json!([16, 64]))
+            .node("heads", "shape", &["x"], json!({"fn": "reshape", "to": [-1, 2, 8]}))
+            .node("read", "attention", &["heads", "heads", "heads"], json!({}))
+            .node("top", "select", &["x"], json!({"rule": "topk", "k": 3}))
+            .node("own", "weigh", &["top", "x"], json!({"fn": "softmax"}))
+            .mixture(json!([networks([0, 4])]))
+            .output("big", "big")
+            .output("best", "best")
+            .output("f", "f")
+            .output("read", "read")
+            .output("own", "own.w")
+    };
+    let [(ints, mut whole), (floats, mut data)] = ["i32", "f32"].map(|dtype| with(&form(dtype)));
+    let values: Vec<i32> = (0..TOKENS as i32 * 16).map(|i| i * 7 % 5 - 2).collect();
+    whole.set_ints("x", &values);
+    data.set("x", &values.iter().map(|v| *v as f32).collect::<Vec<_>>());
+    assert_eq!(results(&ints, &whole), results(&floats, &data));
+}

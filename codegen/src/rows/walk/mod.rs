@@ -18,7 +18,7 @@ use indexmap::IndexMap;
 use moec_abi::DType;
 use moec_ir::{
     Graph, NodeId, Op, WeightName, WeightSpec,
-    ops::{PartKind, ProductKey},
+    ops::{PartKind, ProductKey, SelectRule},
 };
 
 /// A value of the body while the kernel is emitted.
@@ -233,7 +233,9 @@ impl<'c> Walker<'_, 'c> {
             Op::Gather(op) => self.gather(id, &op.w)?,
             Op::Adjust(_) => self.adjust(id)?,
             Op::Select(op) => {
-                match select::select(x, &self.row(id, 0)?, &op.rule, self.bound(id, op.bound)?.as_ref()) {
+                let given = matches!(op.rule, SelectRule::Given { .. });
+                let scores = if given { self.held(id, 0)? } else { self.row(id, 0)? };
+                match select::select(x, &scores, &op.rule, self.bound(id, op.bound)?.as_ref()) {
                     Ok(choice) => Value::Choice(choice),
                     Err(rule) => return self.fail(id, &format!("rule `{rule}` needs the whole batch")),
                 }

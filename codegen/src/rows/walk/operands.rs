@@ -85,7 +85,13 @@ impl<'c> Walker<'_, 'c> {
         !users.is_empty() && users.iter().all(shared)
     }
 
+    /// An operand as numbers.
     pub(super) fn row(&self, id: NodeId, operand: usize) -> Result<Row<'c>, CodegenError> {
+        Ok(self.held(id, operand)?.numbers())
+    }
+
+    /// An operand as it is held: numbers, or integers.
+    pub(super) fn held(&self, id: NodeId, operand: usize) -> Result<Row<'c>, CodegenError> {
         match self.body.operands(id).get(operand).and_then(|o| self.values.get(o)) {
             Some(Value::Row(row)) => Ok(row.clone()),
             _ => self.fail(id, "an operand is no tensor of rows"),

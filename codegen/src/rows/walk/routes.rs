@@ -24,7 +24,7 @@ impl<'c> Walker<'_, 'c> {
         }
         let forbidden = |x: &Exec<'_, 'c>| x.b.f32(f32::NEG_INFINITY);
         if let Some(classes) = &op.class_experts {
-            let class = self.row(id, next)?;
+            let class = self.held(id, next)?;
             next += 1;
             let classes: Vec<(i32, Vec<u64>)> =
                 classes.iter().map(|(k, ids)| (k.parse().unwrap_or(i32::MIN), ids.clone())).collect();
@@ -46,10 +46,10 @@ impl<'c> Walker<'_, 'c> {
         }
         if op.mask {
             let mask = self.row(id, next)?;
-            let (inner, m) = (row.clone(), mask.clone());
+            let (inner, m) = (row.clone(), tensor::spread(&mask, &row.shape));
             row = Row::new(row.shape.clone(), false, move |x, ix| {
                 let b = x.b;
-                let open = b.cmpf("ogt", m.get(x, ix), b.f32(0.0));
+                let open = b.cmpf("ogt", m.scalar(x, ix.at), b.f32(0.0));
                 b.select(open, inner.get(x, ix), forbidden(x))
             })
             .after(&[&row, &mask]);
@@ -114,12 +114,7 @@ impl<'c> Walker<'_, 'c> {
     pub(super) fn overrides(&self, id: NodeId, expert: u64, experts: u64) -> Result<Value<'c>, CodegenError> {
         let (choice, when) = (self.choice(id, 0)?, self.row(id, 1)?);
         let fixed = i32::try_from(expert).unwrap_or(i32::MAX);
-        let is_ints = when.ints;
-        let applies = move |x: &Exec<'_, 'c>, when: &Row<'c>| {
-            let b = x.b;
-            let class = when.scalar(x, b.i64(0));
-            if is_ints { b.cmpi("ne", class, b.i32(0)) } else { b.cmpf("une", class, b.f32(0.0)) }
-        };
+        let applies = |x: &Exec<'_, 'c>, when: &Row<'c>| x.b.cmpf("une", when.scalar(x, x.b.i64(0)), x.b.f32(0.0));
         let (ids, flag) = (choice.idx.clone(), when.clone());
         let idx = Row::new(vec![choice.slots], false, move |x, ix| {
             let b = x.b;

@@ -28,14 +28,14 @@ impl<'c> Walker<'_, 'c> {
         {
             return self.join(id);
         }
-        let row = self.row(id, 0)?;
+        let row = self.held(id, 0)?;
         let rank = row.shape.len() + 1;
         let shape = self.row_shape(id)?;
         Ok(Value::Row(match op {
             Shape::Concat { axis } => {
                 let axis = self.axis(id, *axis, rank)?;
                 let rows: Vec<Row<'c>> = (0..self.body.operands(id).len())
-                    .map(|i| self.row(id, i).map(|r| if r.cheap { r } else { r.stored(self.x) }))
+                    .map(|i| self.held(id, i).map(|r| if r.cheap { r } else { r.stored(self.x) }))
                     .collect::<Result<_, _>>()?;
                 tensor::concat(&rows, axis)
             }
@@ -63,7 +63,7 @@ impl<'c> Walker<'_, 'c> {
                 let axis = self.axis(id, *axis, rank + 1)?;
                 let rows: Vec<Row<'c>> = (0..self.body.operands(id).len())
                     .map(|i| {
-                        self.row(id, i).map(|r| {
+                        self.held(id, i).map(|r| {
                             let mut one = r.shape.clone();
                             one.insert(axis, 1);
                             if r.cheap { r } else { r.stored(self.x) }.reshaped(one)
@@ -108,8 +108,9 @@ impl<'c> Walker<'_, 'c> {
             let b = x.b;
             let which = inner.scalar(x, b.divui(ix.at, b.i64(c(width.max(1)))));
             let which = b.cast("arith.extsi", which, "i64");
-            // An id outside of the table must not become an address.
-            let which = b.minsi(b.maxsi(which, b.i64(0)), b.i64(c(rows.saturating_sub(1))));
+            // An id outside of the table must not become an address; that of an empty slot, -1, is the last row.
+            let last = b.i64(c(rows.saturating_sub(1)));
+            let which = b.select(b.cmpi("slt", which, b.i64(0)), last, b.minsi(which, last));
             let place = b.addi(b.mulc(which, c(width)), b.remui(ix.at, b.i64(c(width.max(1)))));
             let value = x.load(at, dtype, Ix { at: place, width: 1 });
             if ints { b.cast("arith.fptosi", value, "i32") } else { value }
