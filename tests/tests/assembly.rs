@@ -35,7 +35,7 @@ fn hottest(assembly: &str, symbol: &str, product: &str) -> Loop {
         }
         now.instructions += 1;
         now.products += usize::from(line.starts_with(product));
-        now.spills += usize::from(line.contains("(%rsp)") || line.contains("(%rbp)"));
+        now.spills += usize::from(line.contains("(%rsp)"));
         if line.starts_with('j') && line.split_whitespace().nth(1) == Some(label) && now.products > best.products {
             best = now;
         }
@@ -48,7 +48,7 @@ fn main_loops_stay_tight() {
     // Type, target, mnemonic of a product, products of a turn, instructions of a turn at most.
     let pinned = [
         ("bfloat16", Target::X86V3, "vfmadd", 20, 43),
-        ("bfloat16", Target::X86V4, "vfmadd", 48, 85),
+        ("bfloat16", Target::X86V4, "vfmadd", 48, 79),
         ("bfloat16", Target::X86V4Amx, "tdpbf16ps", 4, 63),
         ("float32", Target::X86V3, "vfmadd", 12, 27),
         ("float32", Target::X86V4, "vfmadd", 24, 44),
@@ -62,7 +62,7 @@ fn main_loops_stay_tight() {
         let assembly = artefact.forms[0].targets[0].assembly.as_deref().expect("was kept");
         for kernel in ["up", "down"] {
             let found = hottest(assembly, &format!("{}_{kernel}", artefact.forms[0].name), product);
-            if found.products != products || found.instructions > instructions || found.spills > 4 {
+            if found.products != products || found.instructions > instructions || found.spills > 0 {
                 wrong.push(format!("{dtype} {} {kernel}: {found:?}", target.name()));
             }
         }

@@ -102,8 +102,8 @@ impl<'c> Kernel<'_, 'c> {
         let share = b.mulc(b.muli(b.remui(tile.index, self.c(shares)), quarter), 4);
         let ahead = b.gep(tile.ahead, "i8", b.addi(share, b.mulc(panel, s.panel_bytes(self.spec).cast_signed())));
         let quarters: Vec<_> = (0..4).map(|i| b.gep(ahead, "i8", b.mulc(quarter, i))).collect();
-        b.each(self.c(0), tile.steps, |step| {
-            let skip = b.mulc(step, 1024);
+        b.for_(self.c(0), tile.steps, self.c(1), &[tile.a, tile.w, tile.w1], |step, places| {
+            let (a, weights) = places.split_first().expect("the operand comes first");
             // Decoded weights are in the scratch.
             if fetch == Fetch::Own && self.spec.codes.is_none() {
                 let panel = s.panel_bytes(self.spec);
@@ -114,17 +114,16 @@ impl<'c> Kernel<'_, 'c> {
                 self.fetch(self.at(from, line / 4 * 64), Level::Second);
             }
             for i in 0..row_tiles {
-                let strip = self.at(tile.a, u64::from(i) * s.k_block * 32);
-                self.load_tile(OPERAND + i, b.gep(strip, "i8", skip), 64);
+                self.load_tile(OPERAND + i, self.at(*a, u64::from(i) * s.k_block * 32), 64);
             }
-            for (j, w) in [(0, tile.w), (1, tile.w1)] {
-                let w = b.gep(w, "i8", skip);
-                self.load_tile(WEIGHTS + j, w, 64);
+            for (j, w) in (0..).zip(weights) {
+                self.load_tile(WEIGHTS + j, *w, 64);
                 for i in 0..row_tiles {
                     let registers = [i * 2 + j, OPERAND + i, WEIGHTS + j].map(|r| self.tile_number(r));
                     b.intrinsic0("llvm.x86.tdpbf16ps", &registers);
                 }
             }
+            places.iter().map(|place| self.at(*place, 1024)).collect()
         });
         let number = |register| self.tile_number(register);
         sums(&|register, at, stride| {

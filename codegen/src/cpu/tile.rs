@@ -83,9 +83,12 @@ impl<'c> Kernel<'_, 'c> {
             let types = vec![floats.as_str(); rows * s.nv];
             b.if_else(tile.fresh, &types, zeros, || (0..rows * s.nv).map(|i| b.load(place(i), &floats, 4)).collect())
         };
-        let sums = b.for_(self.c(0), tile.steps, self.c(1), &init, |step, sums| {
-            let width = s.step_bytes(self.spec);
-            let w = b.gep(tile.w, "i8", b.mulc(step, width.cast_signed()));
+        let width = s.step_bytes(self.spec);
+        // Addresses that grow by what is no scale of the processor are carried from turn to turn.
+        let init = [vec![tile.w, tile.ahead], init].concat();
+        let carried = b.for_(self.c(0), tile.steps, self.c(1), &init, |step, carried| {
+            let ([w, ahead], sums) = carried.split_first_chunk().expect("two addresses come first");
+            let (mut w, ahead) = (*w, *ahead);
             let a = b.gep(tile.a, "f32", b.mulc(step, s.depth.cast_signed()));
             match (fetch, Pages::new(width)) {
                 (Fetch::Own, Some(pages)) => self.fetch_ahead(pages, tile.stream, step),
@@ -96,27 +99,28 @@ impl<'c> Kernel<'_, 'c> {
                 }
             }
             if fetch == Fetch::Share {
-                self.fetch(b.gep(tile.ahead, "i8", b.muli(step, tile.share)), Level::Second);
+                self.fetch(ahead, Level::Second);
             }
             let mut sums = sums.to_vec();
             if let Some(codes) = self.spec.codes {
                 self.decoded(&codes, tile, w, a, step, &mut sums);
             } else if self.spec.w == DType::Bf16 {
                 let integers = format!("vector<{lanes}xi32>");
-                let pairs: Vec<_> =
-                    (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &integers, 4)).collect();
-                let low: Vec<_> = pairs.iter().map(|p| b.bitcast(b.shli(*p, b.i32s(16, lanes)), &floats)).collect();
-                self.multiply(a, 0, &low, &mut sums);
-                let high: Vec<_> =
-                    pairs.iter().map(|p| b.bitcast(b.andi(*p, b.i32s(-65536, lanes)), &floats)).collect();
-                self.multiply(a, 1, &high, &mut sums);
+                let half = |from: V<'c>, half: &dyn Fn(V<'c>) -> V<'c>| -> Vec<_> {
+                    let pair = |v: usize| b.load(self.at(from, (v * lanes * 4) as u64), &integers, 4);
+                    (0..s.nv).map(|v| b.bitcast(half(pair(v)), &floats)).collect()
+                };
+                self.multiply(a, 0, &half(w, &|pair| b.shli(pair, b.i32s(16, lanes))), &mut sums);
+                // Read again rather than kept: the sums take the registers.
+                w = self.hidden(w);
+                self.multiply(a, 1, &half(w, &|pair| b.andi(pair, b.i32s(-65536, lanes))), &mut sums);
             } else {
                 let w: Vec<_> = (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &floats, 4)).collect();
                 self.multiply(a, 0, &w, &mut sums);
             }
-            sums
+            [vec![self.at(w, width), b.gep(ahead, "i8", tile.share)], sums].concat()
         });
-        for (i, sum) in sums.iter().enumerate() {
+        for (i, sum) in carried[2..].iter().enumerate() {
             b.store(*sum, place(i), 4);
         }
     }
@@ -173,6 +177,12 @@ impl<'c> Kernel<'_, 'c> {
                 *sum = b.fma(x, *w, *sum);
             }
         }
+    }
+
+    /// The same address, of which the compiler does not know that it is.
+    fn hidden(&self, address: V<'c>) -> V<'c> {
+        let attributes = [("asm_string", "\"\""), ("constraints", "\"=r,0\"")];
+        self.b.op("llvm.inline_asm", &[address], "!llvm.ptr", &attributes)
     }
 
     /// Asks for a cache line that is read soon. An address outside the weights does no harm.

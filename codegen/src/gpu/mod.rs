@@ -39,7 +39,7 @@ use fragments::Mma;
 use moec_abi::DType;
 use schedule::matrices;
 use simt::Simt;
-use tile::{Height, Rows, int};
+use tile::{Height, Rows, Table, int};
 use tuned::Choice;
 
 /// A kernel for some numbers of tokens.
@@ -165,8 +165,8 @@ struct Kernel<'b, 'c> {
     args: Args<'c>,
     /// Start of the ring in dynamic shared memory; before it lie barriers, if there are any.
     shared: V<'c>,
-    /// A copy of the offsets in shared memory, where many tiles are looked up.
-    table: Option<V<'c>>,
+    /// Where many tiles are looked up: which there are.
+    table: Option<Table<'c>>,
     /// How many threads there are, and the number of this one, its warp and its lane (i32).
     threads: u32,
     thread: V<'c>,

@@ -5,7 +5,7 @@
 
 use super::{
     Kernel,
-    device::{ballot, lowest_bit, narrow, number, scan, shuffle},
+    device::{ballot, barrier, lowest_bit, narrow, number, scan, shuffle},
     schedule::Mode,
 };
 use crate::{
@@ -42,7 +42,51 @@ pub(super) struct Rows<'c> {
     pub(super) count: V<'c>,
 }
 
+/// Two lists in shared memory, each of a number for every expert and one more (i32).
+#[derive(Clone, Copy)]
+pub(super) struct Table<'c> {
+    /// The first row of each expert, and the number of rows: the offsets.
+    rows: V<'c>,
+    /// The first row tile of each expert, and the number of tiles.
+    tiles: V<'c>,
+}
+
+impl<'c> Table<'c> {
+    /// Bytes for so many experts.
+    pub(super) const fn bytes(experts: u64) -> u64 {
+        2 * (experts + 1) * 4
+    }
+}
+
 impl<'c> Kernel<'_, 'c> {
+    /// Writes the table to an address in shared memory. All threads of the block take part, and meet after it.
+    pub(super) fn fill_table(&self, to: V<'c>) -> Table<'c> {
+        let b = self.b;
+        let table = Table { rows: to, tiles: b.gep(to, "i32", b.addc(self.experts(), 1)) };
+        let from = self.args.offsets.expect("grouped products have offsets");
+        b.rolled(self.thread, b.addc(self.experts(), 1), number(b, self.threads), &[], |i, _| {
+            b.store(b.load(b.gep(from, "i32", i), "i32", 4), b.gep(table.rows, "i32", i), 4);
+            Vec::new()
+        });
+        barrier(b);
+        let kernel = Self { table: Some(table), ..*self };
+        b.if_(b.cmpi("eq", self.warp, b.i32(0)), || {
+            let own = kernel.own_tiles(b.i32(0), self.span());
+            let sum = scan(b, own.count, self.lane);
+            b.rolled(b.i32(0), b.i32(own.each), b.i32(1), &[b.subi(sum, own.count)], |i, before| {
+                let expert = b.addi(own.begin, i);
+                b.if_(b.cmpi("slt", expert, self.experts()), || {
+                    b.store(before[0], b.gep(table.tiles, "i32", expert), 4);
+                });
+                vec![b.addi(before[0], kernel.tiles(kernel.offset(expert), kernel.offset(b.addc(expert, 1))))]
+            });
+            let last = b.cmpi("eq", self.lane, b.i32(31));
+            b.if_(last, || b.store(sum, b.gep(table.tiles, "i32", self.experts()), 4));
+        });
+        barrier(b);
+        table
+    }
+
     /// Rows of the whole launch (i32).
     pub(super) fn launch_rows(&self) -> V<'c> {
         let tokens = narrow(self.b, self.args.tokens);
@@ -75,7 +119,12 @@ impl<'c> Kernel<'_, 'c> {
     }
 
     fn experts(&self) -> V<'c> {
-        self.b.i32(int(i64::try_from(self.spec.experts).expect("experts fit in 32 bits")))
+        self.b.i32(self.span())
+    }
+
+    /// Number of experts.
+    fn span(&self) -> i32 {
+        int(i64::try_from(self.spec.experts).expect("experts fit in 32 bits"))
     }
 
     /// Splits the number of a pair, less than `pairs`, into its row tile and its column tile.
@@ -108,8 +157,10 @@ impl<'c> Kernel<'_, 'c> {
                 Rows { expert: b.i32(0), first, count }
             }
             RowSource::Gathered | RowSource::Sorted => {
-                let experts = int(i64::try_from(self.spec.experts).expect("experts fit in 32 bits"));
-                let [expert, first, count] = self.search(b.i32(0), experts, tile)[..] else {
+                if let Some(table) = self.table {
+                    return self.look_up(table, tile);
+                }
+                let [expert, first, count] = self.search(b.i32(0), self.span(), tile)[..] else {
                     unreachable!("a search has three results")
                 };
                 Rows { expert, first, count }
@@ -120,24 +171,44 @@ impl<'c> Kernel<'_, 'c> {
     /// Number of pairs that have rows, by the offsets. All lanes of the warp take part.
     pub(super) fn filled_pairs(&self) -> V<'c> {
         let b = self.b;
-        let tiles = match self.spec.rows {
-            RowSource::Dense => self.tiles(b.i32(0), narrow(b, self.args.tokens)),
-            RowSource::Gathered | RowSource::Sorted => {
-                let own = b.rolled(self.lane, self.experts(), b.i32(32), &[b.i32(0)], |e, sum| {
-                    vec![b.addi(sum[0], self.tiles(self.offset(e), self.offset(b.addc(e, 1))))]
-                });
-                shuffle(b, scan(b, own[0], self.lane), b.i32(31))
+        let tiles = match (self.spec.rows, self.table) {
+            (RowSource::Dense, _) => self.tiles(b.i32(0), narrow(b, self.args.tokens)),
+            (RowSource::Gathered | RowSource::Sorted, Some(table)) => {
+                b.load(b.gep(table.tiles, "i32", self.experts()), "i32", 4)
+            }
+            (RowSource::Gathered | RowSource::Sorted, None) => {
+                let sum = scan(b, self.own_tiles(b.i32(0), self.span()).count, self.lane);
+                shuffle(b, sum, b.i32(31))
             }
         };
         b.mulc(tiles, self.column_tiles())
+    }
+
+    /// Rows of row tile `tile`, which there is: a search by halves for the last expert whose tiles start no later.
+    fn look_up(&self, table: Table<'c>, tile: V<'c>) -> Rows<'c> {
+        let b = self.b;
+        let bits = self.spec.experts.next_power_of_two().ilog2();
+        let half = b.i32(int((1 << bits) / 2));
+        let found = b.rolled(b.i32(0), number(b, bits), b.i32(1), &[b.i32(0), half], |_, carried| {
+            let next = b.minsi(b.addi(carried[0], carried[1]), self.experts());
+            let start = b.load(b.gep(table.tiles, "i32", next), "i32", 4);
+            let expert = b.select(b.cmpi("sle", start, tile), next, carried[0]);
+            vec![expert, b.shrui(carried[1], b.i32(1))]
+        });
+        let expert = found[0];
+        let part = |of| b.load(b.gep(of, "i32", expert), "i32", 4);
+        let inside = b.subi(tile, part(table.tiles));
+        let first = b.addi(part(table.rows), b.shli(inside, self.height.bits));
+        let left = b.subi(self.offset(b.addc(expert, 1)), first);
+        Rows { expert, first, count: b.minsi(left, self.height.rows) }
     }
 
     /// First row of an expert.
     fn offset(&self, expert: V<'c>) -> V<'c> {
         let b = self.b;
         let place = b.minsi(expert, self.experts());
-        let table = self.table.or(self.args.offsets).expect("grouped products have offsets");
-        b.load(b.gep(table, "i32", place), "i32", 4)
+        let offsets = self.table.map(|table| table.rows).or(self.args.offsets).expect("grouped products have offsets");
+        b.load(b.gep(offsets, "i32", place), "i32", 4)
     }
 
     fn tiles(&self, begin: V<'c>, end: V<'c>) -> V<'c> {
@@ -146,32 +217,37 @@ impl<'c> Kernel<'_, 'c> {
         b.shrui(whole, self.height.bits)
     }
 
+    /// Counts the tiles of this lane's share of `span` experts from `base` on.
+    fn own_tiles(&self, base: V<'c>, span: i32) -> Own<'c> {
+        let b = self.b;
+        // An odd number, so that the lanes read different banks.
+        let each = (span + 31) / 32 | 1;
+        let begin = b.addi(base, b.muli(self.lane, b.i32(each)));
+        let first = self.offset(begin);
+        let (mut count, mut last) = (b.i32(0), first);
+        if each <= 9 {
+            for i in 1..=each {
+                let high = self.offset(b.addc(begin, i64::from(i)));
+                count = b.addi(count, self.tiles(last, high));
+                last = high;
+            }
+        } else {
+            let result = b.rolled(b.i32(1), b.i32(each + 1), b.i32(1), &[count, last], |i, carried| {
+                let high = self.offset(b.addi(begin, i));
+                vec![b.addi(carried[0], self.tiles(carried[1], high)), high]
+            });
+            (count, last) = (result[0], result[1]);
+        }
+        Own { each, begin, first, last, count }
+    }
+
     /// Finds the expert that holds tile `wanted` of those of `span` experts from `base` on, with the first row of the
     /// tile and their number: each lane counts the tiles of a few experts, a scan over the warp finds the lane, and its
     /// experts are searched again.
     fn search(&self, base: V<'c>, span: i32, wanted: V<'c>) -> Vec<V<'c>> {
         let b = self.b;
-        // An odd number, so that the lanes read different banks.
-        let each = (span + 31) / 32 | 1;
-        let begin = b.addi(base, b.muli(self.lane, b.i32(each)));
         // The span of an inner search may reach past its lane's experts, but never before the one that is found.
-        let first = self.offset(begin);
-        let (count, last) = if each <= 9 {
-            let mut sum = b.i32(0);
-            let mut low = first;
-            for i in 1..=each {
-                let high = self.offset(b.addc(begin, i64::from(i)));
-                sum = b.addi(sum, self.tiles(low, high));
-                low = high;
-            }
-            (sum, low)
-        } else {
-            let result = b.rolled(b.i32(1), b.i32(each + 1), b.i32(1), &[b.i32(0), first], |i, carried| {
-                let high = self.offset(b.addi(begin, i));
-                vec![b.addi(carried[0], self.tiles(carried[1], high)), high]
-            });
-            (result[0], result[1])
-        };
+        let Own { each, first, last, count, .. } = self.own_tiles(base, span);
         let sum = scan(b, count, self.lane);
         let found = ballot(b, b.cmpi("ugt", sum, wanted));
         let inside = || {
@@ -189,6 +265,18 @@ impl<'c> Kernel<'_, 'c> {
         let none = || vec![b.i32(0), b.i32(0), b.i32(0)];
         b.if_else(b.cmpi("ne", found, b.i32(0)), &["i32", "i32", "i32"], inside, none)
     }
+}
+
+/// What a lane counts: experts from `begin` on (i32).
+struct Own<'c> {
+    /// How many experts.
+    each: i32,
+    begin: V<'c>,
+    /// Their first row, and the row after their last.
+    first: V<'c>,
+    last: V<'c>,
+    /// Their tiles.
+    count: V<'c>,
 }
 
 /// A number of the schedule as an i32 literal.

@@ -17,7 +17,7 @@ use super::{
     device::{at, at_const, barrier, commit, copy_async, fence_async, number, register, shuffle, wait_copies, wide},
     pipeline::Loader,
     schedule::{COPIERS, Mode, Tile, packed_columns, packed_rows, size},
-    tile::{Height, Rows, int},
+    tile::{Height, Rows, Table, int},
 };
 use crate::{
     grouped::{Grouped, RowSource},
@@ -32,14 +32,14 @@ pub(super) const STAGES: u32 = 16;
 const REGISTERS: [u32; 2] = [80, 208];
 /// Packed weight rows of a warpgroup: the height of `wgmma`.
 pub(super) const GROUP_COLUMNS: u32 = 64;
-/// Bytes of barriers, the last of which nobody waits for; the table of offsets follows.
+/// Bytes of barriers, the last of which nobody waits for; the table of tiles follows.
 const BARRIERS: u32 = STAGES * 16 + 16;
-/// Most experts whose offsets are kept in shared memory.
+/// Most experts whose tiles are kept in shared memory.
 const TABLE: u64 = 2048;
 
-/// Bytes of shared memory before the ring: barriers and offsets.
+/// Bytes of shared memory before the ring: barriers and the table of tiles.
 pub(super) fn header(spec: &Grouped) -> u32 {
-    let table = if has_table(spec) { u32::try_from((spec.experts + 1) * 4).unwrap_or(0) } else { 0 };
+    let table = if has_table(spec) { u32::try_from(Table::bytes(spec.experts)).unwrap_or(0) } else { 0 };
     (BARRIERS + table).next_multiple_of(1024)
 }
 
@@ -139,6 +139,7 @@ impl<'c> Copying<'c> {
 
 /// Threads that work on the same tiles, and the ring that they fill or empty: number of stages, and bytes between
 /// them (i32).
+#[derive(Clone, Copy)]
 pub(super) struct Team<'b, 'c> {
     kernel: Kernel<'b, 'c>,
     /// How weights are stored, if as codes.
@@ -155,29 +156,30 @@ impl<'b, 'c> Deref for Team<'b, 'c> {
     }
 }
 
-impl<'c> Kernel<'_, 'c> {
+impl<'b, 'c> Kernel<'b, 'c> {
     /// The body of a kernel whose warpgroups have different work.
     pub(super) fn specialised(&self) {
         let b = self.b;
-        let leader = b.cmpi("eq", self.thread, b.i32(0));
-        b.if_(leader, || {
-            for stage in 0..STAGES {
-                let stage = b.i32(stage.cast_signed());
+        // A thread for each stage, and one for the stage that nobody waits for.
+        let init = |mbarrier, arrivals| b.op0("nvvm.mbarrier.init", &[mbarrier, number(b, arrivals)], &[]);
+        b.if_(b.cmpi("ule", self.thread, self.nobody()), || {
+            b.if_(b.cmpi("ult", self.thread, self.nobody()), || {
                 // All copying threads, and one more arrival for the tensor copy.
-                let copiers = b.i32(int(i64::from(COPIERS) + 1));
-                b.op0("nvvm.mbarrier.init", &[self.full(stage), copiers], &[]);
-                let warps = b.i32(int(i64::from(self.schedule.warps)));
-                b.op0("nvvm.mbarrier.init", &[self.empty(stage), warps], &[]);
-            }
-            b.op0("nvvm.mbarrier.init", &[self.empty(self.nobody()), b.i32(1)], &[]);
+                init(self.full(self.thread), COPIERS + 1);
+            });
+            init(self.empty(self.thread), self.schedule.warps);
             b.op0("nvvm.fence.mbarrier.init", &[], &[]);
         });
         // Which rows there are is what the launch before found out, unless rows are sorted already.
         if self.spec.follows() {
             self.wait_for_predecessor();
         }
-        let table = has_table(self.spec).then(|| self.copy_offsets());
-        barrier(b);
+        let mut team = self.team();
+        if has_table(self.spec) {
+            team.kernel.table = Some(team.fill_table(at_const(b, self.full(b.i32(0)), u64::from(BARRIERS))));
+        } else {
+            barrier(b);
+        }
         let copies = b.cmpi("ult", self.warp, b.i32(4));
         let registers = |count: u32, action: &str| {
             b.intrinsic0(&format!("llvm.nvvm.setmaxnreg.{action}.sync.aligned.u32"), &[number(b, count)]);
@@ -186,44 +188,29 @@ impl<'c> Kernel<'_, 'c> {
             copies,
             || {
                 registers(REGISTERS[0], "dec");
-                self.team(Kernel { table, threads: COPIERS, ..*self }).copy_all();
+                Team { kernel: Kernel { threads: COPIERS, ..team.kernel }, ..team }.copy_all();
             },
             || {
                 registers(REGISTERS[1], "inc");
                 // Each warpgroup is on its own from here on.
                 let warp = b.addc(self.warp, -4);
                 let kernel = Kernel {
-                    table,
                     threads: 128,
                     thread: b.andi(self.thread, b.i32(127)),
                     warp: b.andi(warp, b.i32(3)),
-                    ..*self
+                    ..team.kernel
                 };
                 // The same in all lanes, which the assembler can't know otherwise.
                 let group = shuffle(b, b.shrui(warp, b.i32(2)), b.i32(0));
-                self.team(kernel).multiply_all(group);
+                Team { kernel, ..team }.multiply_all(group);
             },
         );
     }
 
-    /// Copies the offsets to shared memory.
-    fn copy_offsets(&self) -> V<'c> {
-        let b = self.b;
-        let table = at_const(b, self.full(b.i32(0)), u64::from(BARRIERS));
-        let from = self.args.offsets.expect("grouped products have offsets");
-        let count = b.i32(int(i64::try_from(self.spec.experts + 1).expect("experts fit in 32 bits")));
-        b.rolled(self.thread, count, number(b, self.threads), &[], |i, _| {
-            b.store(b.load(b.gep(from, "i32", i), "i32", 4), b.gep(table, "i32", i), 4);
-            Vec::new()
-        });
-        table
-    }
-
-    /// The threads of `kernel` with the geometry of the first mode whose limit holds the rows of the launch. The last
-    /// mode has the tiles of all.
-    fn team<'k>(&self, kernel: Kernel<'k, 'c>) -> Team<'k, 'c> {
-        let schedule = kernel.schedule;
-        let b = self.b;
+    /// This kernel with the geometry of the first mode whose limit holds the rows of the launch. The last mode has the
+    /// tiles of all.
+    fn team(self) -> Team<'b, 'c> {
+        let (b, schedule) = (self.b, self.schedule);
         let geometry = |mode: &Mode| {
             let height = Height::new(b, mode);
             [height.rows, height.bits, number(b, mode.tiles[0].stages), number(b, mode.stage_stride(self.spec))]
@@ -238,7 +225,7 @@ impl<'c> Kernel<'_, 'c> {
             std::array::from_fn(|i| b.select(few, own[i], others[i]))
         });
         let [rows, bits, stages, stride] = chosen;
-        let kernel = Kernel { mode: last, height: Height { rows, bits }, ..kernel };
+        let kernel = Kernel { mode: last, height: Height { rows, bits }, ..self };
         Team { kernel, coded: Coded::new(self.spec), stages, stride }
     }
 

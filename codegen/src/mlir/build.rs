@@ -330,6 +330,12 @@ impl<'c> Builder<'c> {
     pub fn splat(&self, a: V<'c>, ty: &str) -> V<'c> {
         self.op("vector.broadcast", &[a], ty, &[])
     }
+    /// `n` neighbouring places of a vector of f32, from `first` on.
+    pub fn lanes(&self, a: V<'c>, first: usize, n: usize) -> V<'c> {
+        let places: Vec<_> = (first..first + n).map(|i| i.to_string()).collect();
+        let mask = format!("array<i32: {}>", places.join(", "));
+        self.op("llvm.shufflevector", &[a, a], &format!("vector<{n}xf32>"), &[("mask", &mask)])
+    }
 
     // Memory.
 
