@@ -263,6 +263,83 @@ fn a_plan_compiles_and_all_ranks_agree_with_one_device() {
     assert!(done.err.contains("ranks are 0..4"), "{}", done.err);
 }
 
+/// Bad files, one thing wrong at a time: each refusal points into the file and says what to do.
+#[test]
+fn plan_placement_and_load_files_are_pointed_into() {
+    let folder = folder();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).expect("is written");
+    let refused = |line: &str, place: &str, about: &str| {
+        let done = moec(folder.path(), line);
+        assert_eq!(done.code, 1, "{line} {about}: {}", done.err);
+        assert!(done.err.contains(place) && done.err.contains(about), "{line} {place} {about}: {}", done.err);
+        assert!(done.err.contains("help"), "{}", done.err);
+    };
+    let plan = "{\n\"gpus\": 4,\n\"attention\": {\"tp\": 2},\n\"experts\": {\n\"ep\": 2, \"etp\": 2},\n\"order\": \"tp-cp-ep-dp-pp\"\n}";
+    let report = |plan: &str| format!("{{\"schema\": 1, \"plans\": [\n{plan}]}}");
+    for (right, wrong, line, about) in [
+        ("\"gpus\": 4,", "\"gpus\": NaN,", 2, "NaN"),
+        ("\"gpus\": 4,", "\"gpus\": 0,", 2, "at least 1"),
+        ("\"gpus\": 4,", "\"gpus\": 1e300,", 2, "gpus"),
+        ("\"gpus\": 4,", "\"gpus\": 18446744073709551615,", 2, "outside"),
+        ("\"gpus\": 4,", "\"gpus\": \"four\",", 2, "four"),
+        ("\"gpus\": 4,", "", 1, "gpus is missing"),
+        ("{\"tp\": 2}", "{\"tp\": -2}", 3, "attention.tp is -2"),
+        ("{\"tp\": 2}", "{\"tp\": 3}", 3, "not divisible"),
+        ("{\"tp\": 2}", "{\"tp\": 2, \"dp\": 7}", 3, "dp = 2"),
+        ("{\"tp\": 2}", "[2]", 3, "an object"),
+        ("\"ep\": 2,", "\"ep\": null,", 5, "experts.ep is null"),
+        ("\"ep\": 2,", "\"ep\": 1152921504606846976,", 5, "outside 1..=4"),
+        ("tp-cp-ep-dp-pp", "tp-cp-xp", 6, "axes are"),
+        ("\"order\"", "\"stage_layers\": [[[0, 9]], [[9, 4]]], \"order\"", 6, "stage_layers.1.0"),
+        ("\"order\": \"tp-cp-ep-dp-pp\"\n}", "\"order\": ", 6, "E01"),
+    ] {
+        assert!(plan.contains(right));
+        let text = plan.replacen(right, wrong, 1);
+        write("plan.json", &text);
+        refused("run config.json --plan plan.json", &format!("plan.json:{line}:"), about);
+        // The same plan as the first one of a report.
+        if line == 3 {
+            write("plan.json", &report(&text));
+            refused("compile config.json --plan plan.json --rank 0 -o out", &format!("plan.json:{}:", line + 1), about);
+        }
+    }
+    write("plan.json", "");
+    refused("run config.json --plan plan.json", "plan.json", "the file is empty");
+    write("plan.json", "{\"plans\":\n[]}");
+    refused("run config.json --plan plan.json", "plan.json:2:", "no plans");
+    refused("run config.json --plan .", "cannot read .", "moec plan");
+    write("plan.json", &plan.replace("\"etp\"", "\"etpp\": 2, \"etp\""));
+    for (text, place, about) in [
+        ("{}", "placed.json:1:", "phy2log is missing"),
+        ("{\"phy2log\":\n[[0, 1, 2,\n-3, 4, 5]]}", "placed.json:3:", "phy2log.0.3"),
+        ("{\"phy2log\":\n[[0, 1, 2]]}", "placed.json:2:", "3 slots for 2"),
+        ("{\"phy2log\":\n[[0, NaN]]}", "placed.json:2:", "NaN"),
+    ] {
+        write("placed.json", text);
+        refused("run config.json --plan plan.json --placement placed.json", place, about);
+    }
+    let misspelt = moec(folder.path(), "run config.json --plan plan.json");
+    assert!(misspelt.code == 0 && misspelt.err.contains("did you mean etp?"), "{}", misspelt.err);
+    for (text, place, about) in [
+        ("[[1, 2,\n3, NaN, 5, 6]]", "loads.json:2:", "NaN"),
+        ("[[1, 2,\n3, -4, 5, 6]]", "loads.json:2:4", "expert 3"),
+        ("[[1, 2, 3, 4, 5, 6],\n[1]]", "loads.json:2:", "layer 1 has 1"),
+        ("[[1, 2, 3,\n\"four\", 5, 6]]", "loads.json:2:", "four"),
+        ("{\"weights\":\n[[1]]}", "loads.json:2:", "known keys"),
+        ("{\"expert_load\": [1, 2,\n1e300]}", "loads.json:2:", "2^53"),
+        ("[[1, 2", "loads.json:1:", "help"),
+        ("", "loads.json", "the file is empty"),
+        ("[[1, 2]]", "loads.json:1:2", "give 6 loads"),
+    ] {
+        write("loads.json", text);
+        refused("plan config.json --gpus 8 --routing file:loads.json", place, about);
+        if !about.starts_with("give") {
+            refused("place loads.json --gpus 2", place, about);
+        }
+    }
+    refused("plan config.json --gpus 8 --routing file:.", "cannot read .", "loads");
+}
+
 #[test]
 fn places_are_pages_moves_and_measures_too() {
     let folder = folder();
@@ -453,7 +530,7 @@ fn wrong_usage_and_the_machine_have_their_own_codes() {
         ("explain E9999", 2, "there is no code"),
         ("list ops --systems", 2, "moec list families --systems"),
         ("plan config.json --gpus 8 --cluster abacus", 1, "error[E0404]"),
-        ("place file --gpus 2", 1, "error[E0413]"),
+        ("place file --gpus 2", 1, "error[E0101]"),
         ("frobnicate", 2, "frobnicate"),
     ];
     for (line, code, text) in cases {

@@ -14,6 +14,7 @@ pub mod interrupt;
 mod library;
 pub mod limits;
 pub mod peers;
+pub mod pointed;
 pub mod ptxas;
 pub mod ranks;
 pub mod read;

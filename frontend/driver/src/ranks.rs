@@ -3,6 +3,7 @@
 use crate::{
     Artefact, Compiler, Error,
     compiler::Shared,
+    pointed::Refusal,
     reference::{Stored, Tensor, arrays},
 };
 use indexmap::IndexMap;
@@ -16,6 +17,7 @@ use moec_ir::{
 use moec_passes::{Dump, FOLD, Fold, FoldError, Stage};
 use moec_plan::{PlanError, ranks::Layout};
 use moec_runtime::{ChainLayer, Device, HostTensor, Tensors, Threads};
+use serde_json::Value;
 use std::{collections::BTreeMap, sync::Arc};
 
 /// How a model is spread: a mapping of ranks, and where experts lie if a placement says so.
@@ -58,21 +60,17 @@ impl From<moec_passes::CutError> for Error {
 }
 
 impl Spread {
-    /// Reads a plan (`moec plan --format json`) and, if there is one, a placement (`moec place --format json`).
+    /// Reads a plan (`moec plan --format json`) and, if there is one, a placement (`moec place --format json`); each is
+    /// the name of a file and its text.
     ///
     /// # Errors
-    /// One of them is not what it should be.
-    pub fn from_json(plan: &str, placement: Option<&str>) -> Result<Self, Error> {
-        #[derive(serde::Deserialize)]
-        struct Placed {
-            phy2log: Vec<Vec<u64>>,
-        }
-        let layout = Layout::from_json(plan)?;
-        let placed = placement.map(serde_json::from_str::<Placed>).transpose().map_err(|e| {
-            let help = "write one with `moec place LOADS --gpus N --format json`; it has `phy2log`";
-            Error::refused(moec_plan::error::E_MAPPING, format!("the placement cannot be read: {e}"), help)
-        })?;
-        Ok(Self { layout, placement: placed.map(|p| p.phy2log) })
+    /// One of them is not what it should be; the finding points into the text.
+    pub fn from_json(plan: (&str, &str), placement: Option<(&str, &str)>) -> Result<Self, Error> {
+        let refused = |(file, text): (&str, &str), why: Refusal| Error::Input(vec![why.point(file, text)]);
+        let layout = Layout::from_json(plan.1).map_err(|e| refused(plan, e.into()))?;
+        let ep = layout.mapping().ep;
+        let slots = |named: (&str, &str)| placed(named.1, ep).map_err(|e| refused(named, e));
+        Ok(Self { layout, placement: placement.map(slots).transpose()? })
     }
 
     /// Ranks that run the same layers as rank 0: those of one pipeline stage.
@@ -126,6 +124,33 @@ impl Spread {
         let fold = Fold { ep, etp, experts: (0..ways).map(run).collect() };
         Ok(moec_passes::fold_parallelism(graph, &fold)?)
     }
+}
+
+/// Experts of the slots of each layer, as many for each of `ep` ranks.
+fn placed(text: &str, ep: u64) -> Result<Vec<Vec<u64>>, Refusal> {
+    let wrong = |what: String, at: String| {
+        let help = "write one with `moec place LOADS --gpus EP --format json`; it has `phy2log`";
+        Refusal::new(moec_plan::error::E_MAPPING, format!("the placement cannot be read: {what}"), help, at)
+    };
+    let file: Value = serde_json::from_str(text).map_err(|e| wrong(e.to_string(), String::new()))?;
+    let layers = file.get("phy2log").ok_or_else(|| wrong("phy2log is missing".into(), String::new()))?;
+    let none = || wrong("phy2log is no list of layers".into(), "phy2log".into());
+    let layers = layers.as_array().filter(|l| !l.is_empty()).ok_or_else(none)?;
+    let mut rows = Vec::new();
+    for (l, row) in layers.iter().enumerate() {
+        let at = format!("phy2log.{l}");
+        let slots = row.as_array().ok_or_else(|| wrong(format!("{at} is no list of experts"), at.clone()))?;
+        let expert = |(s, id): (usize, &Value)| {
+            let at = format!("{at}.{s}");
+            id.as_u64().ok_or_else(|| wrong(format!("{at} is no expert"), at))
+        };
+        let row = slots.iter().enumerate().map(expert).collect::<Result<Vec<u64>, _>>()?;
+        if row.is_empty() || !(row.len() as u64).is_multiple_of(ep) {
+            return Err(wrong(format!("{at} has {} slots for {ep} expert parallel ranks", row.len()), at));
+        }
+        rows.push(row);
+    }
+    Ok(rows)
 }
 
 /// Experts that move rows: those with matrices.

@@ -87,12 +87,28 @@ pub struct PlaceError {
     pub message: String,
     /// What would work instead.
     pub help: String,
+    /// Member of the user's file that it is about, such as `weight.0.3`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
 }
 
 impl PlaceError {
     /// A refusal from its three parts.
     pub fn new(code: Code, message: impl Into<String>, help: impl Into<String>) -> Self {
-        PlaceError { code, message: message.into(), help: help.into() }
+        PlaceError { code, message: message.into(), help: help.into(), at: None }
+    }
+
+    /// Says which member of the file it is about.
+    #[must_use]
+    pub fn at(self, member: impl Into<String>) -> Self {
+        PlaceError { at: Some(member.into()), ..self }
+    }
+
+    /// Says in which member of the file the one lies that it is about.
+    #[must_use]
+    pub(crate) fn under(self, member: &str) -> Self {
+        let at = self.at.as_deref().map_or_else(|| member.to_owned(), |at| format!("{member}.{at}"));
+        self.at(at)
     }
 }
 

@@ -84,7 +84,7 @@ impl Input {
         match &value {
             Value::Array(_) => Ok(Input::from(Loads::new(matrix(&value)?)?)),
             Value::Object(map) => match map.get("input") {
-                Some(Value::Object(input)) => from_object(input),
+                Some(Value::Object(input)) => from_object(input).map_err(|e| e.under("input")),
                 Some(_) | None => from_object(map),
             },
             Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {
@@ -108,12 +108,13 @@ fn from_object(map: &Map<String, Value>) -> Result<Input, PlaceError> {
             Code::UnknownForm,
             format!("unknown key {:?}", key.chars().take(60).collect::<String>()),
             format!("known keys: {}", KEYS.join(", ")),
-        ));
+        )
+        .at(key));
     }
     let method = match map.get("method") {
         None => None,
-        Some(Value::String(name)) => Some(Method::from_name(name)?),
-        Some(other) => return Err(unexpected("method", "a method name", other)),
+        Some(Value::String(name)) => Some(Method::from_name(name).map_err(|e| e.at("method"))?),
+        Some(other) => return Err(unexpected("method", "a method name", other).at("method")),
     };
     let mut given = Options {
         method,
@@ -128,23 +129,24 @@ fn from_object(map: &Map<String, Value>) -> Result<Input, PlaceError> {
         time_limit_s: number(map, "time_limit_s")?,
         ..Options::default()
     };
-    let rows = match (map.get("weight"), map.get("expert_load")) {
+    let (rows, from) = match (map.get("weight"), map.get("expert_load")) {
         (Some(weight), None) => {
             given.method = given.method.or(Some(Method::Eplb));
-            matrix(weight)?
+            (matrix(weight), "weight")
         }
         (None, Some(load)) => {
             given.method = given.method.or(Some(Method::LeastLoaded));
             given.lambda = given.lambda.or(Some(0.0));
-            match load {
-                Value::Array(items) if items.iter().any(Value::is_number) => vec![row(load, 0)?],
+            let rows = match load {
+                Value::Array(items) if items.iter().any(Value::is_number) => row(load, 0).map(|row| vec![row]),
                 Value::Null
                 | Value::Bool(_)
                 | Value::Number(_)
                 | Value::String(_)
                 | Value::Array(_)
-                | Value::Object(_) => matrix(load)?,
-            }
+                | Value::Object(_) => matrix(load),
+            };
+            (rows, "expert_load")
         }
         (Some(_), Some(_)) => {
             return Err(PlaceError::new(
@@ -155,7 +157,14 @@ fn from_object(map: &Map<String, Value>) -> Result<Input, PlaceError> {
         }
         (None, None) => return Err(PlaceError::new(Code::UnknownForm, "no loads in the object", FORMS)),
     };
-    Ok(Input { routing: Routing::Loads(Loads::new(rows)?), given })
+    // One list of loads stands for a layer: in the file there is no list around it.
+    let flat = map.get(from).and_then(Value::as_array).is_some_and(|items| items.iter().any(Value::is_number));
+    let place = |e: PlaceError| match e.at.as_deref().filter(|_| flat).and_then(|at| at.split_once('.')) {
+        Some((_, expert)) => e.clone().at(expert),
+        None => e,
+    };
+    let loads = rows.and_then(Loads::new).map_err(|e| place(e).under(from))?;
+    Ok(Input { routing: Routing::Loads(loads), given })
 }
 
 fn matrix(value: &Value) -> Result<Vec<Vec<f64>>, PlaceError> {
@@ -174,10 +183,11 @@ fn matrix(value: &Value) -> Result<Vec<Vec<f64>>, PlaceError> {
 
 fn row(value: &Value, layer: usize) -> Result<Vec<f64>, PlaceError> {
     let Value::Array(items) = value else {
-        return Err(unexpected(&format!("layer {layer}"), "an array of loads", value));
+        return Err(unexpected(&format!("layer {layer}"), "an array of loads", value).at(layer.to_string()));
     };
     let load = |(expert, item): (usize, &Value)| {
-        item.as_f64().ok_or_else(|| unexpected(&format!("layer {layer}, expert {expert}"), "a number", item))
+        let wrong = || unexpected(&format!("layer {layer}, expert {expert}"), "a number", item);
+        item.as_f64().ok_or_else(|| wrong().at(format!("{layer}.{expert}")))
     };
     items.iter().enumerate().map(load).collect()
 }
@@ -187,7 +197,7 @@ fn count(map: &Map<String, Value>, key: &str) -> Result<Option<usize>, PlaceErro
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
             Some(n) => Ok(Some(n)),
-            None => Err(unexpected(key, "a whole number of at least 0", value)),
+            None => Err(unexpected(key, "a whole number of at least 0", value).at(key)),
         },
     }
 }
@@ -197,7 +207,7 @@ fn number(map: &Map<String, Value>, key: &str) -> Result<Option<f64>, PlaceError
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_f64() {
             Some(n) => Ok(Some(n)),
-            None => Err(unexpected(key, "a number", value)),
+            None => Err(unexpected(key, "a number", value).at(key)),
         },
     }
 }

@@ -25,7 +25,7 @@ impl Loads {
         };
         let experts = first.len();
         if experts == 0 {
-            return Err(PlaceError::new(Code::Empty, "layer 0 holds no expert", shape));
+            return Err(PlaceError::new(Code::Empty, "layer 0 holds no expert", shape).at("0"));
         }
         if experts > MAX_SIDE || layers.len() > MAX_SIDE {
             return Err(PlaceError::new(
@@ -40,7 +40,8 @@ impl Loads {
                     Code::Ragged,
                     format!("layer {index} has {} experts, layer 0 has {experts}", layer.len()),
                     "place layers with different expert counts in separate runs",
-                ));
+                )
+                .at(index.to_string()));
             }
             for (expert, &load) in layer.iter().enumerate() {
                 if !(0.0..=MAX_LOAD).contains(&load) {
@@ -48,7 +49,8 @@ impl Loads {
                         Code::BadLoad,
                         format!("layer {index}, expert {expert}: the load is {load}"),
                         "a load is a token count between 0 and 2^53",
-                    ));
+                    )
+                    .at(format!("{index}.{expert}")));
                 }
             }
         }

@@ -8,8 +8,8 @@ mod published;
 mod silicon;
 
 use moec_plan::{
+    backend::{ServeCalibration, ServeFile},
     fit::{Parameter, minimise, round},
-    serve::{ServeCalibration, ServeFile},
 };
 use serde_json::Value;
 use silicon::Point;
@@ -37,7 +37,7 @@ fn parameters(set: &Value) -> Vec<Parameter> {
         ("collective_us", 0.0, 40.0),
         ("collective_rank_us", 0.0, 15.0),
         ("link", 0.05, 0.9),
-        ("exchange_us", 0.0, 120.0),
+        ("agree_us", 0.0, 20000.0),
         ("interference", 0.3, 2.0),
         ("prefill_ms", 0.0, 200.0),
         ("first_token_ms", 0.0, 300.0),

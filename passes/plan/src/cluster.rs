@@ -5,7 +5,11 @@
 //! one as a file that users edit and [`Cluster::from_json`] reads back.
 //! Rates are one way, in GB/s (1e9 bytes/s) per GPU; peaks are dense TFLOP/s.
 
-use crate::{collective::CollectiveCurve, error::PlanError};
+use crate::{
+    collective::CollectiveCurve,
+    error::PlanError,
+    members::{self, Due, Need},
+};
 use serde::{Deserialize, Serialize};
 use std::sync::LazyLock;
 
@@ -185,7 +189,7 @@ impl Cluster {
     /// `E0404` for text that is not a cluster, and for figures that cannot be.
     pub fn from_json(text: &str) -> Result<Self, PlanError> {
         let cluster: Self = serde_json::from_str(text).map_err(|e| {
-            let wrong = wrong_member(text);
+            let wrong = serde_json::from_str(text).ok().and_then(|file| members::wrong(&file, &MEMBERS));
             let what = wrong.as_ref().map_or_else(|| e.to_string(), |(_, what)| what.clone());
             let error = PlanError::cluster(
                 format!("the cluster file cannot be read: {what}"),
@@ -203,7 +207,7 @@ impl Cluster {
     pub fn unread(&self, text: &str) -> Vec<(String, Vec<String>)> {
         let mut unread = Vec::new();
         let given = serde_json::from_str(text).unwrap_or_default();
-        collect_unread(&given, &serde_json::to_value(self).unwrap_or_default(), "", &mut unread);
+        members::unread(&given, &serde_json::to_value(self).unwrap_or_default(), "", &mut unread);
         unread
     }
 
@@ -233,7 +237,7 @@ impl Cluster {
             let Some(value) = value else { continue };
             if !(value > 0.0 && value <= limit) {
                 return Err(PlanError::cluster(
-                    format!("{name} = {value} is outside (0, {limit}]"),
+                    format!("{name} = {value:?} is outside (0, {limit}]"),
                     "rates are GB/s one way per GPU, peaks dense TFLOP/s, memory bytes",
                 )
                 .at(name));
@@ -290,59 +294,26 @@ pub enum Precision {
     Fp4,
 }
 
-fn collect_unread(
-    given: &serde_json::Value,
-    known: &serde_json::Value,
-    path: &str,
-    unread: &mut Vec<(String, Vec<String>)>,
-) {
-    let (Some(given), Some(known)) = (given.as_object(), known.as_object()) else { return };
-    for (name, value) in given {
-        match known.get(name) {
-            None => unread.push((format!("{path}{name}"), known.keys().cloned().collect())),
-            Some(inner) => collect_unread(value, inner, &format!("{path}{name}."), unread),
-        }
-    }
-}
-
-/// The first member of a cluster file that is missing or not what it must be, and what is wrong with it.
-fn wrong_member(text: &str) -> Option<(String, String)> {
-    let file: serde_json::Value = serde_json::from_str(text).ok()?;
-    let whole = [("", "an object"), ("name", "text"), ("gpu", "an object"), ("gpu.name", "text")];
-    let needed = [
-        ("gpu.bf16_tflops", "a number"),
-        ("gpu.hbm_bytes", "a number"),
-        ("gpu.hbm_gbps", "a number"),
-        ("gpu.nvlink_gbps", "a number"),
-        ("gpus_per_domain", "a whole number"),
-        ("nic_gbps", "a number"),
-    ];
-    let free = [
-        ("gpu.fp8_tflops", "a number"),
-        ("gpu.fp4_tflops", "a number"),
-        ("latency_us", "an object"),
-        ("latency_us.nvlink", "a number"),
-        ("latency_us.network", "a number"),
-        ("max_gpus", "a whole number"),
-        ("collectives", "a list"),
-    ];
-    let needed = whole.into_iter().chain(needed).map(|(name, due)| (name, due, true));
-    needed.chain(free.map(|(name, due)| (name, due, false))).find_map(|(name, due, needed)| {
-        let pointer = if name.is_empty() { String::new() } else { format!("/{}", name.replace('.', "/")) };
-        let Some(value) = file.pointer(&pointer).filter(|v| needed || !v.is_null()) else {
-            return needed.then(|| (name.to_owned(), format!("{name} is missing")));
-        };
-        let fits = match due {
-            "an object" => value.is_object(),
-            "a list" => value.is_array(),
-            "text" => value.is_string(),
-            "a whole number" => value.is_u64(),
-            _ => value.is_number(),
-        };
-        let named = if name.is_empty() { "the file" } else { name };
-        (!fits).then(|| (name.to_owned(), format!("{named} is {value}, not {due}")))
-    })
-}
+/// What a cluster file consists of.
+const MEMBERS: [(&str, Due, Need); 17] = [
+    ("", Due::Object, Need::Needed),
+    ("name", Due::Text, Need::Needed),
+    ("gpu", Due::Object, Need::Needed),
+    ("gpu.name", Due::Text, Need::Needed),
+    ("gpu.bf16_tflops", Due::Number, Need::Needed),
+    ("gpu.hbm_bytes", Due::Number, Need::Needed),
+    ("gpu.hbm_gbps", Due::Number, Need::Needed),
+    ("gpu.nvlink_gbps", Due::Number, Need::Needed),
+    ("gpus_per_domain", Due::Whole, Need::Needed),
+    ("nic_gbps", Due::Number, Need::Needed),
+    ("gpu.fp8_tflops", Due::Number, Need::OrNull),
+    ("gpu.fp4_tflops", Due::Number, Need::OrNull),
+    ("latency_us", Due::Object, Need::Free),
+    ("latency_us.nvlink", Due::Number, Need::Free),
+    ("latency_us.network", Due::Number, Need::Free),
+    ("max_gpus", Due::Whole, Need::OrNull),
+    ("collectives", Due::List, Need::Free),
+];
 
 #[cfg(test)]
 mod tests {

@@ -48,6 +48,17 @@ impl PlanError {
         Self { code: E_NO_PLAN, message: message.into(), help: help.into(), at: None }
     }
 
+    /// Says in which member of the file the one lies that it is about.
+    #[must_use]
+    pub fn under(self, member: &str) -> Self {
+        let at = match (member, self.at.as_deref()) {
+            ("", at) => at.map(str::to_owned),
+            (member, None | Some("")) => Some(member.to_owned()),
+            (member, Some(at)) => Some(format!("{member}.{at}")),
+        };
+        Self { at, ..self }
+    }
+
     /// Says which member of the file it is about.
     #[must_use]
     pub fn at(self, member: impl Into<String>) -> Self {

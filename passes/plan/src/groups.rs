@@ -177,7 +177,8 @@ pub fn parse_order(order: &str) -> Result<Vec<Axis>, PlanError> {
 /// # Errors
 /// `E0402` with the reason, and sizes that would work.
 pub fn generators(gpus: u64, mapping: &Mapping, order: &str) -> Result<(Generator, Generator, u64, u64), PlanError> {
-    let axes = parse_order(order)?;
+    let in_order = |e: PlanError| e.at("order");
+    let axes = parse_order(order).map_err(in_order)?;
     let (dp, edp) = mapping.data_parallel(gpus)?;
     let attention = Generator::new(&axes, |axis| match axis {
         Axis::Tp => mapping.tp,
@@ -185,14 +186,16 @@ pub fn generators(gpus: u64, mapping: &Mapping, order: &str) -> Result<(Generato
         Axis::Ep => 1,
         Axis::Dp => dp,
         Axis::Pp => mapping.pp,
-    })?;
+    })
+    .map_err(in_order)?;
     let experts = Generator::new(&axes, |axis| match axis {
         Axis::Tp => mapping.etp,
         Axis::Cp => 1,
         Axis::Ep => mapping.ep,
         Axis::Dp => edp,
         Axis::Pp => mapping.pp,
-    })?;
+    })
+    .map_err(in_order)?;
     let pp_last = axes.last() == Some(&Axis::Pp);
     if !pp_last && mapping.pp > 1 && dp != edp {
         return Err(PlanError::mapping(
@@ -203,13 +206,15 @@ pub fn generators(gpus: u64, mapping: &Mapping, order: &str) -> Result<(Generato
                 mapping.tp * mapping.cp,
                 mapping.etp * mapping.ep
             ),
-        ));
+        ))
+        .map_err(in_order);
     }
     if mapping.pp > 1 && attention.stride(Axis::Pp) != experts.stride(Axis::Pp) {
         return Err(PlanError::mapping(
             "the pipeline groups of the attention and moe layers differ",
             format!("put pp last in the order ({})", crate::mapping::DEFAULT_ORDER),
-        ));
+        ))
+        .map_err(in_order);
     }
     Ok((attention, experts, dp, edp))
 }

@@ -9,6 +9,7 @@
 //! lets it read a `config.json`; a machine is a [`Cluster`], preset or file.
 //! Nothing here prints, reads files or looks at the clock.
 
+pub mod backend;
 pub mod calibration;
 pub mod choice;
 pub mod cluster;
@@ -21,6 +22,7 @@ pub mod groups;
 pub mod html;
 pub mod layer;
 pub mod mapping;
+mod members;
 pub mod memory;
 pub mod model;
 pub mod pipeline;
@@ -30,6 +32,7 @@ pub mod schedule;
 pub mod search;
 pub mod serve;
 mod serve_search;
+mod stages;
 mod table;
 pub mod text;
 pub mod train;

@@ -37,9 +37,9 @@ impl Mapping {
     /// # Errors
     /// `E0402` when a size is zero, too large, or does not divide `gpus`.
     pub fn data_parallel(&self, gpus: u64) -> Result<(u64, u64), PlanError> {
-        check_gpus(gpus)?;
-        let attention = self.ways("tp", "cp", self.tp, self.cp, gpus)?;
-        let experts = self.ways("etp", "ep", self.etp, self.ep, gpus)?;
+        check_gpus(gpus).map_err(|e| e.at("gpus"))?;
+        let attention = self.ways("tp", "cp", self.tp, self.cp, gpus).map_err(|e| e.under("attention"))?;
+        let experts = self.ways("etp", "ep", self.etp, self.ep, gpus).map_err(|e| e.under("experts"))?;
         if !gpus.is_multiple_of(attention) {
             return Err(PlanError::mapping(
                 format!("world_size ({gpus}) is not divisible by {attention}"),
@@ -50,7 +50,8 @@ impl Mapping {
                     self.pp,
                     cofactors(gpus, self.pp)
                 ),
-            ));
+            )
+            .at("attention"));
         }
         if !gpus.is_multiple_of(experts) {
             return Err(PlanError::mapping(
@@ -63,7 +64,8 @@ impl Mapping {
                     self.pp,
                     cofactors(gpus, self.etp * self.pp)
                 ),
-            ));
+            )
+            .at("experts"));
         }
         Ok((gpus / attention, gpus / experts))
     }
@@ -74,7 +76,8 @@ impl Mapping {
                 return Err(PlanError::mapping(
                     format!("{name} = {size} is outside 1..={gpus}"),
                     format!("{name} must be a divisor of {gpus}: {}", list(&divisors(gpus))),
-                ));
+                )
+                .at(name));
             }
         }
         // Each factor is at most MAX_GPUS = 2^20, so the product of three stays below 2^60.

@@ -241,12 +241,17 @@ fn check_request(cluster: &Cluster, request: &Request) -> Result<(), PlanError> 
             format!("ask for {max} or less, or raise max_gpus in the cluster file"),
         ));
     }
-    let bad = |x: Option<f64>| x.is_some_and(|v| !(v > 0.0 && v.is_finite()));
-    if bad(request.memory_limit_gib) || bad(request.latency_bound_ms) || bad(request.capacity_factor) {
-        return Err(PlanError::mapping(
-            "a limit is not a positive number",
-            "memory in GiB, latency in milliseconds, capacity factor such as 1.25",
-        ));
+    for (name, limit, example) in [
+        ("memory limit", request.memory_limit_gib, "GiB of a GPU, such as 70"),
+        ("latency bound", request.latency_bound_ms, "milliseconds, such as 40"),
+        ("capacity factor", request.capacity_factor, "rows kept over the mean, such as 1.25"),
+    ] {
+        if let Some(limit) = limit.filter(|limit| !(*limit > 0.0 && limit.is_finite())) {
+            return Err(PlanError::mapping(
+                format!("the {name} {limit:?} is not a positive number"),
+                format!("give {example}"),
+            ));
+        }
     }
     let loads = match &request.routing {
         crate::choice::Routing::Usual | crate::choice::Routing::Balanced => Vec::new(),

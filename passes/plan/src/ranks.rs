@@ -4,8 +4,10 @@ use crate::{
     error::PlanError,
     groups::{Axis, Generator, generators},
     mapping::Mapping,
+    members::{self, Due, Need},
 };
 use serde::Deserialize;
+use serde_json::Value;
 
 /// A mapping of a whole job, read from what `moec plan --format json` printed.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -41,6 +43,73 @@ fn default_order() -> String {
     crate::DEFAULT_ORDER.to_owned()
 }
 
+/// What a plan consists of as far as ranks need it.
+const MEMBERS: [(&str, Due, Need); 14] = [
+    ("", Due::Object, Need::Needed),
+    ("gpus", Due::Positive, Need::Needed),
+    ("attention", Due::Object, Need::Needed),
+    ("experts", Due::Object, Need::Needed),
+    ("attention.tp", Due::Positive, Need::Free),
+    ("attention.cp", Due::Positive, Need::Free),
+    ("attention.dp", Due::Positive, Need::Free),
+    ("attention.pp", Due::Positive, Need::Free),
+    ("experts.etp", Due::Positive, Need::Free),
+    ("experts.ep", Due::Positive, Need::Free),
+    ("experts.edp", Due::Positive, Need::Free),
+    ("experts.pp", Due::Positive, Need::Free),
+    ("order", Due::Text, Need::Free),
+    ("stage_layers", Due::List, Need::Free),
+];
+
+/// Sizes of each layer kind.
+const SIZES: [(&str, [&str; 4]); 2] =
+    [("attention", ["tp", "cp", "dp", "pp"]), ("experts", ["etp", "ep", "edp", "pp"])];
+
+/// What a plan of `moec plan` tells besides.
+const REPORTED: [&str; 22] = [
+    "gpus",
+    "order",
+    "stage_layers",
+    "objective",
+    "micro_batch",
+    "micro_batches",
+    "vpp",
+    "recompute",
+    "recompute_share",
+    "sharding",
+    "schedule",
+    "local_experts",
+    "stage_seconds",
+    "step_ms",
+    "mfu",
+    "tokens_per_s_per_gpu",
+    "ttft_ms",
+    "tpot_ms",
+    "memory_gib",
+    "feasible",
+    "time_ms",
+    "why",
+];
+
+/// The first entry of `stage_layers` that is no `[first, end]`.
+fn wrong_layers(plan: &Value) -> Option<(String, String)> {
+    let range = |v: &Value| {
+        let ends: Option<Vec<u64>> = v.as_array()?.iter().map(Value::as_u64).collect();
+        ends.filter(|e| e.len() == 2 && e[0] <= e[1])
+    };
+    for (s, stage) in plan.get("stage_layers")?.as_array()?.iter().enumerate() {
+        let at = format!("stage_layers.{s}");
+        let Some(ranges) = stage.as_array() else {
+            return Some((at.clone(), format!("{at} is {}, not a list of [first, end]", members::shown(stage))));
+        };
+        if let Some(i) = ranges.iter().position(|r| range(r).is_none()) {
+            let at = format!("{at}.{i}");
+            return Some((at.clone(), format!("{at} is {}, not layers [first, end]", members::shown(&ranges[i]))));
+        }
+    }
+    None
+}
+
 /// Ranks that act together, and the place of one of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Members {
@@ -70,26 +139,75 @@ impl Layout {
     /// The first plan of a report, or a plan on its own.
     ///
     /// # Errors
-    /// `E0402` when the text is no plan, or its sizes do not fit.
+    /// `E0402` when the text is no plan, or its sizes do not fit; it names the member of the file.
     pub fn from_json(text: &str) -> Result<Self, PlanError> {
         let wrong = |what: String| {
             let help = "write one with `moec plan MODEL --gpus N --format json`; a plan has at least `gpus`, \
                         `attention` and `experts`";
             PlanError::mapping(format!("the plan cannot be read: {what}"), help)
         };
-        let mut value: serde_json::Value = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
-        if let Some(plans) = value.get_mut("plans") {
-            value = plans.get_mut(0).map(serde_json::Value::take).ok_or_else(|| wrong("it has no plans".to_owned()))?;
+        let file: Value = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+        let (plan, place) = match file.get("plans") {
+            None => (&file, ""),
+            Some(plans) => {
+                let none = || wrong("it has no plans".to_owned()).at("plans");
+                (plans.get(0).ok_or_else(none)?, "plans.0")
+            }
+        };
+        let found = members::wrong(plan, &MEMBERS).or_else(|| wrong_layers(plan));
+        if let Some((at, what)) = found {
+            return Err(wrong(what).at(at).under(place));
         }
-        let layout: Self = serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
-        if layout.attention.pp != layout.experts.pp {
-            return Err(PlanError::mapping(
-                format!("attention has {} pipeline stages, experts {}", layout.attention.pp, layout.experts.pp),
-                "both layer kinds have the same stages; give both the same `pp`",
-            ));
-        }
-        layout.generators()?;
+        let layout = Self::deserialize(plan).map_err(|e| wrong(e.to_string()).under(place))?;
+        layout.check_sizes(plan).map_err(|e| e.under(place))?;
         Ok(layout)
+    }
+
+    /// Members of the plan in this text that mean nothing: the path of each, and the names that would mean something.
+    pub fn unread(text: &str) -> Vec<(String, Vec<String>)> {
+        let file: Value = serde_json::from_str(text).unwrap_or_default();
+        let (plan, place) = file.pointer("/plans/0").map_or((&file, ""), |plan| (plan, "plans.0."));
+        let names = |names: &[&str]| -> Value { names.iter().map(|n| ((*n).to_owned(), Value::Null)).collect() };
+        let mut known = names(&REPORTED);
+        for (kind, sizes) in SIZES {
+            known[kind] = names(&sizes);
+        }
+        let mut unread = Vec::new();
+        members::unread(plan, &known, place, &mut unread);
+        unread
+    }
+
+    /// Sizes that fit each other, those that follow from others included.
+    fn check_sizes(&self, plan: &Value) -> Result<(), PlanError> {
+        let (attention, experts) = (self.attention.pp, self.experts.pp);
+        if attention != experts {
+            return Err(PlanError::mapping(
+                format!("attention has {attention} pipeline stages, experts {experts}"),
+                "both layer kinds have the same stages; give both the same `pp`",
+            )
+            .at("experts"));
+        }
+        let (_, _, dp, edp) = self.generators()?;
+        for (kind, name, is) in [("attention", "dp", dp), ("experts", "edp", edp)] {
+            let given = plan[kind][name].as_u64().filter(|given| *given != is);
+            if let Some(given) = given {
+                let others = if kind == "attention" { "tp, cp and pp" } else { "etp, ep and pp" };
+                return Err(PlanError::mapping(
+                    format!("{name} is {given}, but {others} leave {is} of {} GPUs", self.gpus),
+                    format!("give {name} = {is}, or leave it out"),
+                )
+                .at(format!("{kind}.{name}")));
+            }
+        }
+        let listed = self.stage_layers.len() as u64;
+        if listed > 0 && listed != attention {
+            return Err(PlanError::mapping(
+                format!("stage_layers lists {listed} stages of {attention}"),
+                "list the layers of every stage, or leave stage_layers out",
+            )
+            .at("stage_layers"));
+        }
+        Ok(())
     }
 
     /// The mapping.

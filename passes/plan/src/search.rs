@@ -11,7 +11,8 @@ use crate::{
     mapping::{Mapping, divisors, list},
     memory::MemoryGib,
     model::{Attention, FeedForward, ModelShape},
-    train::{LayerSet, StagePlan, TrainChoice, TrainCx, TrainEstimate},
+    stages::{LayerSet, StagePlan},
+    train::{TrainChoice, TrainCx, TrainEstimate},
 };
 use std::collections::BTreeMap;
 

@@ -4,18 +4,17 @@
 //! that at least one token chose), keys and values of every request, products of the
 //! batch, collectives, and launch overheads. Prefills of arriving requests interrupt
 //! decoding, as continuous batching does. Requests beyond what the memory holds wait.
-//! One parameter set per GPU and backend, fitted in `examples/fit_serving.rs`.
+//! One parameter set per GPU and backend (`backend`).
 
 use crate::{
+    backend::ServeCalibration,
     choice::{Routing, largest_of},
-    cluster::{Cluster, Generation},
+    cluster::Cluster,
     collective::{Collective, Span},
-    error::PlanError,
     memory::{FIXED_BUFFERS, Memory},
     model::{Attention, FeedForward, LayerClass, ModelShape, matrices},
 };
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, sync::LazyLock};
 
 /// Storage format of weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -51,6 +50,15 @@ impl WeightFormat {
         match self {
             Self::Bf16 | Self::Fp4 | Self::Int4 => 2.0,
             Self::Fp8 | Self::Fp8Block => self.bytes(),
+        }
+    }
+
+    /// Bytes of a number of a row that is multiplied by such weights, scales aside.
+    fn row_bytes(self) -> f64 {
+        match self {
+            Self::Bf16 | Self::Int4 => 2.0,
+            Self::Fp8 | Self::Fp8Block => 1.0,
+            Self::Fp4 => 0.5,
         }
     }
 
@@ -99,114 +107,13 @@ pub struct Workload {
     pub concurrency: f64,
 }
 
-/// Parameters of one GPU and backend. Shares are of hardware peaks, in (0, 1].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ServeCalibration {
-    /// Share of memory bandwidth for dense weights.
-    pub dense_memory: f64,
-    /// Share of memory bandwidth for expert weights.
-    pub expert_memory: f64,
-    /// Share of memory bandwidth for keys and values.
-    pub cache_memory: f64,
-    /// Share of the peak of large dense products.
-    pub dense_flops: f64,
-    /// Share of the peak of large grouped products.
-    pub expert_flops: f64,
-    /// Rows per expert at which grouped products run at half rate.
-    pub expert_half_rows: f64,
-    /// Share of the bf16 peak that prefill attention reaches.
-    pub attention_flops: f64,
-    /// Exponent of the number of experts that a batch touches; below 1 routing repeats itself.
-    pub spread: f64,
-    /// Standard deviation of an expert's load over the mean.
-    pub skew: f64,
-    /// Time that each halving of experts over ranks adds to reading them: their products become short and narrow.
-    pub slicing: f64,
-    /// Time of launches and small kernels per layer, microseconds.
-    pub layer_us: f64,
-    /// Further time of a routed layer, microseconds.
-    pub moe_layer_us: f64,
-    /// Further time of a latent- or linear-attention layer, microseconds.
-    pub special_attention_us: f64,
-    /// Scheduler and sampling time per step, microseconds.
-    pub step_us: f64,
-    /// Scheduler and sampling time per request and step, microseconds.
-    pub request_us: f64,
-    /// Latency of a collective of a layer, microseconds.
-    pub collective_us: f64,
-    /// The same per doubling of its ranks.
-    pub collective_rank_us: f64,
-    /// Share of the measured link rate that a layer's collectives reach.
-    pub link: f64,
-    /// Further latency of a layer's exchange over attention data-parallel ranks, microseconds.
-    pub exchange_us: f64,
-    /// How much of other requests' prefill time delays a decode step.
-    pub interference: f64,
-    /// Fixed time of a prefill, milliseconds.
-    pub prefill_ms: f64,
-    /// Time of a request outside the GPU until its first token, milliseconds.
-    pub first_token_ms: f64,
-    /// Share of the open requests of a rank that a new one waits for to be prefilled.
-    pub queue: f64,
-    /// Decode steps a new request waits before it is scheduled.
-    pub wait_steps: f64,
-    /// Bytes of a cached number.
-    pub cache_bytes: f64,
-    /// Share of memory that weights and cache may use.
-    pub memory_share: f64,
-    /// Tokens gained per step by speculative decoding, by backend version and model family; 1 is none.
-    #[serde(default)]
-    pub speculation: BTreeMap<String, f64>,
-}
-
-/// Parameter sets by `generation-or-GPU/backend`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ServeFile {
-    /// Sets by key such as `dgx-h200/vllm`.
-    pub sets: BTreeMap<String, ServeCalibration>,
-}
-
-static BUILT_IN: LazyLock<Result<ServeFile, String>> = LazyLock::new(|| {
-    serde_json::from_str(include_str!("../data/serve-calibration.json"))
-        .map_err(|e| format!("serve-calibration.json: {e}"))
-});
-
-impl ServeFile {
-    /// The parameter sets that ship with the crate.
-    ///
-    /// # Errors
-    /// `E0404` when the built-in file is damaged.
-    pub fn built_in() -> Result<&'static Self, PlanError> {
-        BUILT_IN.as_ref().map_err(|e| PlanError::cluster(e.clone(), "the calibration file of this build is damaged"))
-    }
-
-    /// The set measured on a cluster, or that of the same backend on the nearest generation.
-    ///
-    /// # Errors
-    /// `E0404` for an unknown backend, with the known ones.
-    pub fn set(&self, cluster: &Cluster, backend: &str) -> Result<&ServeCalibration, PlanError> {
-        if let Some(set) = self.sets.get(&format!("{}/{backend}", cluster.name)) {
-            return Ok(set);
-        }
-        let order = match cluster.gpu.generation {
-            Generation::Ampere | Generation::Hopper => ["dgx-h100", "dgx-h200", "dgx-b200"],
-            Generation::Blackwell | Generation::BlackwellUltra => ["dgx-b200", "dgx-h200", "dgx-h100"],
-        };
-        order.iter().find_map(|gpu| self.sets.get(&format!("{gpu}/{backend}"))).ok_or_else(|| {
-            let mut known: Vec<&str> = self.sets.keys().filter_map(|k| k.split('/').nth(1)).collect();
-            known.sort_unstable();
-            known.dedup();
-            PlanError::cluster(
-                format!("`{backend}` is not a known serving backend"),
-                format!("known: {}", known.join(", ")),
-            )
-        })
-    }
-}
-
-/// Share of the adapter rate that expert dispatch and combine reach: DeepEP on 16 ranks, 43 of 50 GB/s
-/// (`hardware.json`).
+/// Share of the adapter rate that dispatch and combine of prompts reach: DeepEP's normal kernels on 16 ranks, 43 of
+/// 50 GB/s (`hardware.json`).
 const DISPATCH_SHARE: f64 = 0.86;
+
+/// The same in decoding: the remote copies of 128 tokens took DeepEP's low-latency kernels 12 us and their time at 40 of
+/// 50 GB/s on 16 to 256 ranks, within 10% (`hardware.json`).
+const COPY_SHARE: f64 = 0.8;
 
 /// Columns of a grouped product that a tile covers; narrower shards of experts leave the rest idle.
 const TILE: f64 = 128.0;
@@ -366,7 +273,7 @@ impl<'a> ServeCx<'a> {
                     received = excess;
                 }
             }
-            parts[3] += n * self.collective_seconds(p, tokens, layer.top_k(), received);
+            parts[3] += n * self.collective_seconds(p, tokens, layer.top_k(), received, prefill);
             parts[4] += n * overhead * 1e-6;
         }
         let head = h * self.model.vocab as f64 / tp;
@@ -413,9 +320,10 @@ impl<'a> ServeCx<'a> {
     }
 
     /// Two all-reduces over tensor ranks, or the exchange over attention data-parallel ranks: inside a domain
-    /// every rank gathers all tokens, beyond it a token crosses to a domain once, if one of its experts is there.
+    /// every rank gathers all tokens. Beyond it a token of a prompt crosses to a domain once and goes to a rank once,
+    /// if one of its experts is there; in decoding it is sent to each of its experts, which saves a hop.
     /// `received` is what the busiest rank receives over the mean.
-    fn collective_seconds(&self, p: &ServeCalibration, tokens: f64, top_k: f64, received: f64) -> f64 {
+    fn collective_seconds(&self, p: &ServeCalibration, tokens: f64, top_k: f64, received: f64, prefill: bool) -> f64 {
         let l = &self.layout;
         let bytes = tokens * self.model.hidden as f64 * 2.0;
         let domain = self.cluster.gpus_per_domain;
@@ -443,14 +351,22 @@ impl<'a> ServeCx<'a> {
             let n = l.dp as f64;
             let span = Span::new(l.dp, l.tp, domain);
             let (rate, hops) = link(span);
-            let latency = (p.exchange_us + p.collective_rank_us * n.log2() + hops) * 1e-6;
+            let latency = (p.collective_us + p.collective_rank_us * n.log2() + hops) * 1e-6;
             let domains = l.gpus() as f64 / domain as f64;
             let exchange = if span.is_local() || l.etp > domain {
                 bytes * n * Collective::AllGather.wire_factor(n) / rate
             } else {
-                let remote = (domains - 1.0) * (1.0 - (1.0 - 1.0 / domains).powf(top_k));
-                let inside = bytes * top_k / (self.cluster.gpu.nvlink_gbps * 1e9 * p.link);
-                received * (bytes * remote / (self.cluster.nic_gbps * 1e9 * DISPATCH_SHARE)).max(inside)
+                // Copies of a token that leave its domain, and that move inside domains.
+                let reached = |of: f64| of * (1.0 - (1.0 - 1.0 / of).powf(top_k));
+                let (out, inside, share) = if prefill {
+                    (reached(domains) * (1.0 - 1.0 / domains), reached(n), DISPATCH_SHARE)
+                } else {
+                    (top_k * (1.0 - 1.0 / domains), top_k / domains, COPY_SHARE)
+                };
+                // Rows go out as experts multiply them and come back in 16 bits: the mean of both directions.
+                let row = bytes * 0.5 * (1.0 + l.experts.row_bytes() / 2.0);
+                let network = self.cluster.nic_gbps * 1e9 * share;
+                received * row * (out / network).max(inside / (self.cluster.gpu.nvlink_gbps * 1e9 * p.link))
             };
             seconds += 2.0 * (latency + exchange);
         }
@@ -464,7 +380,8 @@ impl<'a> ServeCx<'a> {
         let capacity = self.capacity(p, w.input + 0.5 * w.output).max(1.0);
         let batch = open.min(capacity);
         let mean = w.input + 0.5 * w.output;
-        let step_overhead = (p.step_us + p.request_us * batch) * 1e-6;
+        let agreement = if self.layout.dp > 1 { p.agree_us } else { 0.0 };
+        let step_overhead = (p.step_us + agreement + p.request_us * batch) * 1e-6;
         let mut parts = self.pass(p, batch, mean, false);
         parts[4] += step_overhead;
         let step = parts.iter().sum::<f64>() / speculation;
@@ -497,5 +414,29 @@ fn window(class: &LayerClass, context: f64) -> f64 {
         Attention::Gqa { window: Some(window), .. } => context.min(window as f64),
         Attention::Gqa { window: None, .. } | Attention::Mla { .. } => context,
         Attention::Linear { .. } => 0.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::ServeFile;
+
+    #[test]
+    fn decoding_across_nodes_exchanges_rows_as_fast_as_was_measured() {
+        // DeepEP, low-latency kernels, dispatch and combine of 128 tokens over adapters of 400 Gb/s (`hardware.json`).
+        let model = crate::ModelShape::from_config_json(
+            &serde_json::from_str::<serde_json::Value>(include_str!("../data/models.json")).unwrap()["DeepSeek-V3"],
+        )
+        .unwrap();
+        let cluster = Cluster::preset("dgx-h200").unwrap();
+        let set = ServeFile::built_in().unwrap().set(&cluster, "trtllm").unwrap();
+        for (ranks, measured) in [(16, 313.0), (32, 428.0), (64, 487.0), (128, 561.0), (256, 554.0)] {
+            let format = WeightFormat::Fp8Block;
+            let layout = ServeLayout { tp: 1, dp: ranks, ep: ranks, etp: 1, dense: format, experts: format };
+            let cx = ServeCx::new(&model, &cluster, layout, &Routing::Balanced);
+            let us = 1e6 * cx.collective_seconds(set, 128.0, 8.0, 1.0, false);
+            assert!((us / measured - 1.0).abs() < 0.2, "{ranks} ranks: {us} us, measured {measured}");
+        }
     }
 }

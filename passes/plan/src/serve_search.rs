@@ -5,6 +5,7 @@
 //! copies, `edp` the copies.
 
 use crate::{
+    backend::{ServeCalibration, ServeFile},
     choice::{Objective, Recompute, Request, Schedule, Sharding},
     cluster::{Cluster, Precision},
     error::PlanError,
@@ -12,7 +13,7 @@ use crate::{
     memory::USABLE,
     model::{Attention, FeedForward, ModelShape},
     plan::{AttentionWays, ExpertWays, Plan, PlanReport, local_experts},
-    serve::{PART_NAMES, ServeCalibration, ServeCx, ServeEstimate, ServeFile, ServeLayout, WeightFormat, Workload},
+    serve::{PART_NAMES, ServeCx, ServeEstimate, ServeLayout, WeightFormat, Workload},
 };
 
 /// Largest instance that is tried, in GPUs.
@@ -277,7 +278,8 @@ fn settle_tie(request: &Request, scored: &mut [Scored]) -> Option<String> {
     scored[..=simplest].rotate_right(1);
     let (l, was) = (&scored[0].layout, &scored[1].layout);
     let reason = if l.gpus() < was.gpus() {
-        format!("{} GPUs a copy instead of {}", l.gpus(), was.gpus())
+        let plural = if l.gpus() == 1 { "" } else { "s" };
+        format!("{} GPU{plural} a copy instead of {}", l.gpus(), was.gpus())
     } else {
         format!("experts split ep {} x etp {} instead of {} x {}", l.ep, l.etp, was.ep, was.etp)
     };

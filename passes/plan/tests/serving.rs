@@ -5,7 +5,7 @@ mod published;
 #[path = "../examples/silicon/mod.rs"]
 mod silicon;
 
-use moec_plan::serve::ServeFile;
+use moec_plan::backend::ServeFile;
 use std::collections::BTreeMap;
 
 #[test]

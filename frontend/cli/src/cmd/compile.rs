@@ -134,7 +134,7 @@ fn compile(
         names => names.to_vec(),
     };
     let compiler = Compiler { targets, outputs, keep, dump_passes, cubins: !args.no_cubin, tuned: table.clone() };
-    let spread = super::spread::read(&args.spread)?;
+    let spread = super::spread::read(cx, &args.spread)?;
     let build = |compiler: &Compiler| match &spread {
         None => compiler.compile(model),
         Some(spread) => {

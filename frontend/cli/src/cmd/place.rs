@@ -8,6 +8,7 @@ use crate::{
 use moec::{
     ir::{Code, Diagnostic},
     place::{self, Input, Layout, Method, MovePlan, Options, PlaceError, Placement, Routing, Trace},
+    pointed::Refusal,
     runtime::{SafetensorsBytes, Tensors as _},
 };
 use serde_json::json;
@@ -115,7 +116,7 @@ fn moves(cx: &Context, old: &Path, new: &Placement) -> Result<(), Failure> {
 }
 
 /// Loads or a trace, by what the file is.
-fn read(cx: &Context, path: &Path, experts: Option<usize>) -> Result<Input, Failure> {
+pub(crate) fn read(cx: &Context, path: &Path, experts: Option<usize>) -> Result<Input, Failure> {
     let bytes = if path == Path::new("-") {
         cx.stdin()?
     } else {
@@ -130,7 +131,11 @@ fn read(cx: &Context, path: &Path, experts: Option<usize>) -> Result<Input, Fail
             let text = text_of(&bytes)?;
             Ok(Input::from(Trace::from_jsonl(text, experts).map_err(refused)?))
         }
-        _ => Input::from_json(text_of(&bytes)?).map_err(refused),
+        _ => {
+            let text = text_of(&bytes)?;
+            let point = |e| Failure::Refused(vec![Refusal::from(e).point(&path.display().to_string(), text)]);
+            Input::from_json(text).map_err(point)
+        }
     }
 }
 

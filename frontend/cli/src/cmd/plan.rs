@@ -6,14 +6,15 @@ use crate::{
     failure::Failure,
 };
 use moec::{
-    frontend::json,
-    ir::{Code, Diagnostic, Span, nearest},
+    ir::{Code, Diagnostic},
+    place,
     plan::{
         self, Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Schedule, Sharding,
         Strategy,
         calibration::{Software, TrainCalibration},
         choice::Recompute,
     },
+    pointed::{self, Refusal},
 };
 use serde_json::Value;
 use std::path::Path;
@@ -64,7 +65,7 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
             let s = s.parse().map_err(|_| Failure::Usage(format!("`--routing {}`: a number is due", args.routing)))?;
             Routing::Zipf(s)
         }
-        Some(("file", path)) => Routing::Loads(loads(Path::new(path))?),
+        Some(("file", path)) => Routing::Loads(loads(cx, Path::new(path), model.experts())?),
         _ => {
             let text = format!("`--routing {}` is not known: usual, balanced, zipf:S, file:LOADS", args.routing);
             return Err(Failure::Usage(text));
@@ -125,41 +126,27 @@ fn shape(cx: &Context, path: &Path) -> Result<ModelShape, Failure> {
 }
 
 /// Tokens per expert, summed over the layers of a LOADS file.
-fn loads(path: &Path) -> Result<Vec<f64>, Failure> {
-    let wrong = |what: String| {
-        let message = format!("cannot read the loads in {}: {what}", path.display());
-        Failure::refused("E0411", message, "give [[tokens per expert] per layer], as for `moec place`")
+fn loads(cx: &Context, path: &Path, experts: u64) -> Result<Vec<f64>, Failure> {
+    let loads = match super::place::read(cx, path, None)?.routing {
+        place::Routing::Loads(loads) => loads,
+        place::Routing::Trace(trace) => trace
+            .loads()
+            .map_err(|e| Failure::Refused(vec![Diagnostic::error(Code(e.code.as_str()), e.message).help(e.help)]))?,
     };
-    let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
-    let layers: Vec<Vec<f64>> = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
-    let experts = layers.first().map_or(0, Vec::len);
-    if experts == 0 || layers.iter().any(|l| l.len() != experts) {
-        return Err(wrong("layers are empty or of different lengths".to_owned()));
+    if loads.experts() as u64 != experts {
+        let message = format!("{} has loads of {} experts, the model has {experts}", path.display(), loads.experts());
+        let help = format!("give {experts} loads per layer");
+        // Loads are JSON, unlike traces.
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        return Err(match path.extension().and_then(|e| e.to_str()) {
+            Some("safetensors" | "jsonl") => Failure::refused("E0402", message, help),
+            Some(_) | None => {
+                let refusal = Refusal::new("E0402", message, help, "0");
+                Failure::Refused(vec![refusal.point(&path.display().to_string(), &text)])
+            }
+        });
     }
-    Ok((0..experts).map(|e| layers.iter().filter_map(|l| l.get(e)).sum()).collect())
-}
-
-/// Where a member such as `gpu.hbm_gbps` or `collectives.3` stands; of a missing one, what it is missing from.
-fn member(file: &json::Value, path: &str) -> Span {
-    let mut at = file;
-    for step in path.split('.') {
-        let item = step.parse::<usize>().ok().and_then(|i| at.array()?.get(i));
-        match item.or_else(|| at.get(step)) {
-            Some(inner) => at = inner,
-            None => break,
-        }
-    }
-    at.span
-}
-
-/// The first `NaN` or infinity of a file.
-fn not_finite(value: &json::Value) -> Option<(&str, Span)> {
-    match &value.kind {
-        json::Kind::NotFinite(figure) => Some((figure, value.span)),
-        json::Kind::Array(items) => items.iter().find_map(not_finite),
-        json::Kind::Object(members) => members.iter().find_map(|m| not_finite(&m.value)),
-        json::Kind::Null | json::Kind::Bool(_) | json::Kind::Number(_) | json::Kind::String(_) => None,
-    }
+    Ok((0..loads.experts()).map(|e| loads.layers().iter().filter_map(|l| l.get(e)).sum()).collect())
 }
 
 fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
@@ -172,26 +159,7 @@ fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
     }
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
-    let pointed = |found: Diagnostic| Failure::Refused(vec![Diagnostic { file: Some(name.to_owned()), ..found }]);
-    let start = "`moec plan --cluster dgx-h100 --print-cluster` prints a file to start from";
-    let file = json::parse(&text).map_err(|e| pointed(if e.help.is_some() { e } else { e.help(start) }))?;
-    if let Some((figure, span)) = not_finite(&file) {
-        let found = Diagnostic::error(Code("E0404"), format!("{figure} is not the figure of a machine"));
-        return Err(pointed(found.primary(span, "this member").help("give a positive number")));
-    }
-    let cluster = Cluster::from_json(&text).map_err(|e| {
-        let label = if e.at.is_some() { "this member" } else { "this file" };
-        let span = e.at.as_deref().map_or(file.span, |at| member(&file, at));
-        pointed(Diagnostic::error(Code(e.code), e.message).primary(span, label).help(e.help))
-    })?;
-    for (member, known) in cluster.unread(&text) {
-        let last = member.rsplit('.').next().unwrap_or(&member);
-        let known: Vec<&str> = known.iter().map(String::as_str).collect();
-        let warning = Diagnostic::warning(Code("W0201"), format!("unknown key {member} in {name}"));
-        cx.report(&[match nearest(last, known.iter().copied()) {
-            Some(near) => warning.help(format!("did you mean {near}?")),
-            None => warning,
-        }]);
-    }
+    let cluster = Cluster::from_json(&text).map_err(|e| Failure::Refused(vec![Refusal::from(e).point(name, &text)]))?;
+    cx.report(&pointed::unread(name, cluster.unread(&text)));
     Ok(cluster)
 }

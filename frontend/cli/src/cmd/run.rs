@@ -80,7 +80,7 @@ impl Loaded {
 
 /// Runs, writes and compares.
 pub(crate) fn run(cx: &Context, args: &Run) -> Result<(), Failure> {
-    if let Some(spread) = super::spread::read(&args.spread)? {
+    if let Some(spread) = super::spread::read(cx, &args.spread)? {
         return super::spread::run(cx, args, &spread);
     }
     let input = wanted::input(&args.input)?;

@@ -9,6 +9,8 @@ use crate::{
 };
 use moec::{
     Compiler,
+    plan::ranks::Layout,
+    pointed,
     ranks::{Spread, run_ranks},
     run::Launched,
     runtime::{Cpu, Device},
@@ -16,19 +18,27 @@ use moec::{
 use std::{path::Path, sync::Arc, time::Instant};
 
 /// The plan and placement that were named.
-pub(crate) fn read(files: &SpreadFiles) -> Result<Option<Spread>, Failure> {
+pub(crate) fn read(cx: &Context, files: &SpreadFiles) -> Result<Option<Spread>, Failure> {
     let text = |path: &Path| {
-        std::fs::read_to_string(path).map_err(|e| {
-            let help = "name what `moec plan` or `moec place` printed with --format json";
-            Failure::refused("E0803", format!("cannot read {}: {e}", path.display()), help)
-        })
+        let name = path.display().to_string();
+        match std::fs::read_to_string(path) {
+            Ok(text) => Ok((name, text)),
+            Err(e) => {
+                let help = "name what `moec plan` or `moec place` printed with --format json";
+                Err(Failure::refused("E0803", format!("cannot read {name}: {e}"), help))
+            }
+        }
     };
     match (&files.plan, &files.placement) {
         (None, None) => Ok(None),
         (None, Some(_)) => Err(Failure::Usage("--placement needs --plan, which says how many ranks there are".into())),
         (Some(plan), placement) => {
             let placement = placement.as_deref().map(text).transpose()?;
-            Ok(Some(Spread::from_json(&text(plan)?, placement.as_deref())?))
+            let (name, plan) = text(plan)?;
+            let placement = placement.as_ref().map(|(name, text)| (name.as_str(), text.as_str()));
+            let spread = Spread::from_json((&name, &plan), placement)?;
+            cx.report(&pointed::unread(&name, Layout::unread(&plan)));
+            Ok(Some(spread))
         }
     }
 }

@@ -4,7 +4,8 @@
 
 use moec_plan::{
     Cluster, ModelShape, Routing,
-    serve::{ServeCalibration, ServeCx, ServeEstimate, ServeLayout, WeightFormat, Workload},
+    backend::ServeCalibration,
+    serve::{ServeCx, ServeEstimate, ServeLayout, WeightFormat, Workload},
 };
 use std::collections::BTreeMap;
 
