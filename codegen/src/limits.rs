@@ -5,6 +5,7 @@
 
 use crate::{
     Target,
+    cpu::pair_products,
     mlir::{Builder, FuncKind, V},
 };
 
@@ -19,6 +20,7 @@ const CHAINS: usize = 24;
 pub fn operations(target: Target) -> f64 {
     match target {
         Target::X86V4Amx => (4 * 16 * 16 * 32 * 2) as f64,
+        Target::X86V4Bf16 => (CHAINS * target.lanes() * 4) as f64,
         Target::X86V3 | Target::X86V4 | Target::Aarch64 | Target::Sm80 | Target::Sm89 | Target::Sm90a => {
             (CHAINS * target.lanes() * 2) as f64
         }
@@ -71,7 +73,8 @@ pub fn emit_peak(b: &Builder<'_>, target: Target) {
             let mut sums = sums.to_vec();
             for _ in 0..CHAINS / chains {
                 for sum in &mut sums {
-                    *sum = b.fma(x, y, *sum);
+                    let pairs = target == Target::X86V4Bf16;
+                    *sum = if pairs { pair_products(b, *sum, x, y) } else { b.fma(x, y, *sum) };
                 }
             }
             sums

@@ -18,7 +18,9 @@ impl Loop<'_> {
     }
 
     fn multiplies(&self) -> usize {
-        self.count(|l| l.starts_with("vfmadd") || l.starts_with("fmla") || l.starts_with("tdpbf16ps"))
+        self.count(|l| {
+            l.starts_with("vfmadd") || l.starts_with("fmla") || l.starts_with("vdpbf16ps") || l.starts_with("tdpbf16ps")
+        })
     }
 }
 
@@ -72,6 +74,7 @@ fn hottest(target: Target, w: DType, check: impl FnOnce(&cpu::Schedule, &Loop<'_
     let loops = loops(&assembly);
     let step = match schedule.engine {
         cpu::Engine::Vector => schedule.mr * schedule.nv * schedule.depth as usize,
+        cpu::Engine::Pairs => schedule.mr * schedule.nv,
         cpu::Engine::Matrix => 4,
     };
     // Loops of lower tiles may be unrolled; the one of full tiles has whole steps of the most rows.
@@ -85,18 +88,21 @@ fn hottest(target: Target, w: DType, check: impl FnOnce(&cpu::Schedule, &Loop<'_
 #[test]
 fn vector_loops_are_multiply_adds_broadcasts_and_loads() {
     for (target, w) in [
+        (Target::X86V4Bf16, DType::Bf16),
         (Target::X86V4, DType::Bf16),
         (Target::X86V4, DType::F32),
         (Target::X86V3, DType::Bf16),
         (Target::X86V3, DType::F32),
     ] {
         hottest(target, w, |schedule, hottest| {
-            let products = schedule.mr * schedule.nv * schedule.depth as usize;
+            let halves = w == DType::Bf16 && schedule.engine == cpu::Engine::Vector;
+            let inputs = if halves { schedule.depth as usize } else { 1 };
+            let products = schedule.mr * schedule.nv * inputs;
             let repeats = hottest.multiplies() / products;
             assert_eq!(hottest.count(|l| l.contains("(%rsp)")), 0, "{}: the loop spills", target.name());
-            // A broadcast for each row, loads of weights, halves of pairs, lines fetched, and the loop itself.
-            let rows = schedule.mr * schedule.depth as usize;
-            let weights = schedule.nv * if w == DType::Bf16 { 3 } else { 1 };
+            // A broadcast for each row and input (or pair), loads of weights, halves of pairs, lines fetched, and the loop itself.
+            let rows = schedule.mr * inputs;
+            let weights = schedule.nv * if halves { 3 } else { 1 };
             let lines = schedule.nv * schedule.lanes * 4 / 64 + 1;
             let most = repeats * (products + rows + weights + lines + 4) + 4;
             let total = hottest.lines.len();

@@ -30,9 +30,10 @@ pub fn cpu_runs(target: &str) -> Result<(), String> {
             "x86-64" => return Ok(()),
             "x86-64-v3" => return missing(&v3),
             "x86-64-v4" => return missing(&[&v3[..], &v4].concat()),
+            "x86-64-v4-bf16" => return missing(&[&v3[..], &v4, &[("avx512_bf16", has!("avx512bf16"))]].concat()),
             "x86-64-v4-amx" => {
                 missing(&[&v3[..], &v4].concat())?;
-                let granted = moec_launch::processor::reaches(5);
+                let granted = moec_launch::processor::reaches(6);
                 return missing(&[("amx-bf16, or the system does not grant it", granted)]);
             }
             _ => {}
@@ -48,7 +49,8 @@ pub fn cpu_runs(target: &str) -> Result<(), String> {
 /// How good a CPU target is among those that run; larger is better.
 pub(crate) fn cpu_rank(target: &str) -> u32 {
     match target {
-        "x86-64-v4-amx" => 5,
+        "x86-64-v4-amx" => 6,
+        "x86-64-v4-bf16" => 5,
         "x86-64-v4" => 4,
         "x86-64-v3" => 3,
         "aarch64" => 2,

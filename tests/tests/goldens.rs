@@ -55,7 +55,7 @@ fn all_pass_on_this_processor() {
 
 #[test]
 fn all_pass_on_every_level_of_processor_that_is_here() {
-    for target in [Target::X86V3, Target::X86V4] {
+    for target in [Target::X86V3, Target::X86V4, Target::X86V4Bf16] {
         if target != host_target() && moec::runtime::cpu_runs(target.name()).is_ok() {
             verify(target, || Arc::new(Cpu::new(1)));
         }

@@ -1,6 +1,6 @@
 //! Weights that are stored as codes, for the matrix unit: a unit is decoded once for all rows of a chunk.
 
-use super::Kernel;
+use super::{Kernel, tile::pair};
 use crate::{
     codes::{Codes, Places},
     mlir::V,
@@ -54,13 +54,11 @@ impl<'c> Kernel<'_, 'c> {
                     let code = b.andi(code, b.i32s((1 << codes.bits) - 1, PANEL));
                     let (scale, zero) = shared.unwrap_or_else(|| of_input(input));
                     let factors = (scale.expect("codes have scales"), zero);
-                    b.bitcast(codes.decode(b, (code, Places(Some(PANEL))), factors, spec.w), &integers)
+                    codes.decode(b, (code, Places(Some(PANEL))), factors, spec.w)
                 };
-                for pair in 0..step / 2 {
-                    let (low, high) = (value(2 * pair), value(2 * pair + 1));
-                    let low = b.shrui(low, b.i32s(16, PANEL));
-                    let both = b.ori(low, b.andi(high, b.i32s(-0x1_0000, PANEL)));
-                    let line = b.addc(b.mulc(i, (step * 32).cast_signed()), (pair * 64).cast_signed());
+                for at in 0..step / 2 {
+                    let both = pair(b, value(2 * at), value(2 * at + 1), PANEL);
+                    let line = b.addc(b.mulc(i, (step * 32).cast_signed()), (at * 64).cast_signed());
                     b.store(both, b.gep(to, "i8", line), 64);
                 }
             });

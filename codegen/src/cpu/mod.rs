@@ -10,7 +10,7 @@
 //!
 //! - [`schedule`] picks tile sizes; [`Schedule::layout`] and [`Schedule::grid`] say what packing and
 //!   launch they imply.
-//! - `tile` holds the vector kernel, `amx` the matrix-unit kernel, `stream` the order in which they ask memory for
+//! - `tile` holds the vector kernels, `amx` the matrix-unit kernel, `stream` the order in which they ask memory for
 //!   weights, `pack` the copying of rows, `finish` the epilogue.
 
 mod amx;
@@ -28,6 +28,7 @@ use crate::{
 };
 pub use schedule::{Engine, Schedule, operand_type, schedule};
 use stream::Stream;
+pub(crate) use tile::pair_products;
 
 /// Most full tiles of a chunk that are not enough to share the fetching of weights.
 const FEW_TILES: u64 = 2;
@@ -118,7 +119,7 @@ pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target
     b.func(&spec.symbol, FuncKind::Plain, &[pointer, number, number, pointer], |f| {
         let kernel = Kernel::new(b, spec, schedule, target, f[0], f[3]);
         match schedule.engine {
-            Engine::Vector => kernel.items(f[1], f[2]),
+            Engine::Vector | Engine::Pairs => kernel.items(f[1], f[2]),
             Engine::Matrix => kernel.with_tiles(|| kernel.items(f[1], f[2])),
         }
     });
@@ -275,7 +276,7 @@ impl<'b, 'c> Kernel<'b, 'c> {
         let stream = self.stream(item, unit, stored[0], steps);
         let height = match s.engine {
             Engine::Matrix => mr,
-            Engine::Vector => {
+            Engine::Vector | Engine::Pairs => {
                 let tiles = b.ceil_div(chunk.rows, self.c(s.mr as u64 - 1));
                 b.select(b.cmpi("ugt", full, self.c(FEW_TILES)), mr, b.ceil_div(chunk.rows, tiles))
             }
@@ -304,7 +305,7 @@ impl<'b, 'c> Kernel<'b, 'c> {
                 fresh,
             };
             match s.engine {
-                Engine::Vector => self.vector_tile(tile),
+                Engine::Vector | Engine::Pairs => self.vector_tile(tile),
                 Engine::Matrix => self.matrix_tile(tile, chunk),
             }
             let finish = || self.finish(item.expert, b.addi(chunk.first, row), rows, unit, sums);

@@ -17,17 +17,18 @@ impl<'c> Kernel<'_, 'c> {
 
     /// Bytes between the rows that a tile reads.
     pub(super) fn operand_stride(&self) -> u64 {
-        if self.schedule.direct { self.spec.a_stride * 4 } else { self.schedule.packed_stride() * 4 }
+        if self.schedule.direct { self.spec.a_stride * self.spec.a.bytes() } else { self.schedule.packed_stride() }
     }
 
     /// Address that the tile at `row` of the chunk reads from.
     pub(super) fn operand(&self, chunk: Chunk<'c>, row: V<'c>, k0: V<'c>) -> V<'c> {
         let (b, s) = (self.b, self.schedule);
         if s.direct {
-            return b.gep(self.row(b.addi(chunk.first, row)), "f32", k0);
+            let row = self.row(b.addi(chunk.first, row));
+            return b.gep(row, "i8", b.mulc(k0, self.spec.a.bytes().cast_signed()));
         }
         let bytes = match s.engine {
-            Engine::Vector => self.operand_stride(),
+            Engine::Vector | Engine::Pairs => self.operand_stride(),
             Engine::Matrix => s.k_block * 2,
         };
         b.gep(self.scratch, "i8", b.mulc(row, bytes.cast_signed()))
@@ -41,21 +42,25 @@ impl<'c> Kernel<'_, 'c> {
             let source = self.row(b.addi(chunk.first, r));
             let source = b.gep(source, "i8", b.mulc(k0, self.spec.a.bytes().cast_signed()));
             match s.engine {
-                Engine::Vector => {
+                Engine::Vector | Engine::Pairs => {
                     let to = b.gep(self.scratch, "i8", b.mulc(r, self.operand_stride().cast_signed()));
-                    self.pack_floats(source, to, real, columns);
+                    self.pack_row(source, to, real, columns);
                 }
                 Engine::Matrix => self.pack_tiles(source, r, real, columns),
             }
         });
     }
 
-    /// One row as floats.
-    fn pack_floats(&self, from: V<'c>, to: V<'c>, real: V<'c>, columns: V<'c>) {
+    /// One row as the vector kernels read it: floats, or bf16 for products of pairs.
+    fn pack_row(&self, from: V<'c>, to: V<'c>, real: V<'c>, columns: V<'c>) {
         let b = self.b;
         let lanes = self.lanes as u64;
+        let narrow = self.schedule.engine.operand() == DType::Bf16;
         let vectors = b.mulc(b.divui(real, self.c(lanes)), lanes.cast_signed());
         let copy = |i: V<'c>, ty: &dyn Fn(&str) -> String| {
+            if narrow {
+                return b.store(b.load(b.gep(from, "i16", i), &ty("i16"), 2), b.gep(to, "i16", i), 2);
+            }
             let target = b.gep(to, "f32", i);
             if self.spec.a == DType::Bf16 {
                 let bits = b.load(b.gep(from, "i16", i), &ty("i16"), 2);
@@ -72,7 +77,13 @@ impl<'c> Kernel<'_, 'c> {
         });
         if !self.spec.k.is_multiple_of(lanes) || !self.spec.k.is_multiple_of(self.schedule.k_step()) {
             b.each(vectors, real, |i| copy(i, &str::to_owned));
-            b.each(real, columns, |i| b.store(b.f32(0.0), b.gep(to, "f32", i), 4));
+            b.each(real, columns, |i| {
+                if narrow {
+                    b.store(b.cast("arith.trunci", b.i32(0), "i16"), b.gep(to, "i16", i), 2);
+                } else {
+                    b.store(b.f32(0.0), b.gep(to, "f32", i), 4);
+                }
+            });
         }
     }
 

@@ -17,8 +17,20 @@ const MATRIX_CHUNK_BYTES: u64 = 1280 << 10;
 pub enum Engine {
     /// Vector multiply-add in f32.
     Vector,
+    /// Vector products of pairs of bf16, added up in f32 (AVX-512 BF16).
+    Pairs,
     /// The matrix unit (AMX): tiles of 16 x 16 sums over 32 bf16 products.
     Matrix,
+}
+
+impl Engine {
+    /// Type of the rows that it reads.
+    pub(super) const fn operand(self) -> DType {
+        match self {
+            Self::Vector => DType::F32,
+            Self::Pairs | Self::Matrix => DType::Bf16,
+        }
+    }
 }
 
 /// How a grouped product is laid out and spread on a CPU.
@@ -54,21 +66,31 @@ pub struct Schedule {
 
 /// The type of the left operand with which products with weights of type `w` are fastest.
 pub fn operand_type(target: Target, w: DType) -> DType {
-    if target == Target::X86V4Amx && w == DType::Bf16 { DType::Bf16 } else { DType::F32 }
+    if target.bf16_only() && w == DType::Bf16 { DType::Bf16 } else { DType::F32 }
 }
 
 /// Picks a schedule.
 pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
-    if target == Target::X86V4Amx && spec.a == DType::Bf16 && spec.w == DType::Bf16 {
-        return matrix(spec);
+    let narrow = spec.a == DType::Bf16 && spec.w == DType::Bf16;
+    match target {
+        Target::X86V4Amx if narrow => matrix(spec),
+        Target::X86V4Bf16 if narrow => vector(spec, target, Engine::Pairs),
+        Target::X86V3
+        | Target::X86V4
+        | Target::X86V4Bf16
+        | Target::X86V4Amx
+        | Target::Aarch64
+        | Target::Sm80
+        | Target::Sm89
+        | Target::Sm90a => vector(spec, target, Engine::Vector),
     }
-    vector(spec, target)
 }
 
-fn vector(spec: &Grouped, target: Target) -> Schedule {
+fn vector(spec: &Grouped, target: Target, engine: Engine) -> Schedule {
     let lanes = target.lanes();
+    let pair = if engine == Engine::Pairs { 2 } else { 1 };
     let depth = match spec.codes {
-        Some(codes) => codes.per_byte(),
+        Some(codes) => codes.per_byte().max(pair),
         None if spec.w == DType::Bf16 => 2,
         None => 1,
     };
@@ -83,8 +105,9 @@ fn vector(spec: &Grouped, target: Target) -> Schedule {
     // Columns that are computed for nothing cost as much as others.
     let padded = |nv: usize| spec.n.next_multiple_of((nv * lanes) as u64);
     let (mr, nv) = shapes.iter().copied().min_by_key(|&(_, nv)| padded(nv)).unwrap_or(shapes[0]);
+    let operand = engine.operand();
     let mut s = Schedule {
-        engine: Engine::Vector,
+        engine,
         mr,
         nv,
         lanes,
@@ -95,10 +118,10 @@ fn vector(spec: &Grouped, target: Target) -> Schedule {
         chunk_rows: 0,
         k_block: spec.k.next_multiple_of(depth).min(4096),
         dense_rows: 0,
-        direct: spec.a == DType::F32 && spec.rows != RowSource::Gathered && spec.k.is_multiple_of(depth),
+        direct: spec.a == operand && spec.rows != RowSource::Gathered && spec.k.is_multiple_of(depth),
         prefetch: 4096,
     };
-    s.chunk_rows = (CHUNK_BYTES / (s.packed_stride() * 4)).max(1).next_multiple_of(mr as u64).max(2 * mr as u64);
+    s.chunk_rows = (CHUNK_BYTES / s.packed_stride()).max(1).next_multiple_of(mr as u64).max(2 * mr as u64);
     // About 128 columns per item, 512 when there are many rows.
     let width = s.unit_width(spec) * spec.matrices as u64;
     s.units_per_item = (128 / width).clamp(1, s.units(spec));
@@ -178,14 +201,14 @@ impl Schedule {
     pub(super) fn decoded_bytes(&self, spec: &Grouped) -> u64 {
         match self.engine {
             Engine::Matrix if spec.codes.is_some() => 2 * self.k_block * 16 * 2,
-            Engine::Matrix | Engine::Vector => 0,
+            Engine::Matrix | Engine::Vector | Engine::Pairs => 0,
         }
     }
 
     /// Output rows of a panel of packed weights.
     pub(super) fn panel(&self) -> u64 {
         match self.engine {
-            Engine::Vector => (self.nv * self.lanes) as u64,
+            Engine::Vector | Engine::Pairs => (self.nv * self.lanes) as u64,
             Engine::Matrix => 16,
         }
     }
@@ -208,7 +231,7 @@ impl Schedule {
     /// Panels of all matrices that a unit spans.
     pub(super) fn panels_per_unit(&self, spec: &Grouped) -> u64 {
         match self.engine {
-            Engine::Vector => spec.matrices as u64,
+            Engine::Vector | Engine::Pairs => spec.matrices as u64,
             Engine::Matrix => 2,
         }
     }
@@ -221,7 +244,7 @@ impl Schedule {
     /// Inputs that one step of the innermost loop takes.
     pub(super) const fn k_step(&self) -> u64 {
         match self.engine {
-            Engine::Vector => self.depth,
+            Engine::Vector | Engine::Pairs => self.depth,
             Engine::Matrix => 32,
         }
     }
@@ -246,16 +269,16 @@ impl Schedule {
         self.padded_k(spec) * self.panel() * spec.weight_bits() / 8
     }
 
-    /// Elements between packed rows. One vector more than needed keeps rows off the same cache sets.
+    /// Bytes between packed rows. A line more than needed keeps rows off the same cache sets.
     pub(super) const fn packed_stride(&self) -> u64 {
-        self.k_block.next_multiple_of(self.lanes as u64) + 16
+        (self.k_block * self.engine.operand().bytes()).next_multiple_of(64) + 64
     }
 
     /// Bytes of packed rows.
     pub(super) const fn pack_bytes(&self, _spec: &Grouped) -> u64 {
         let bytes = match self.engine {
-            Engine::Vector if self.direct => 0,
-            Engine::Vector => self.chunk_rows * self.packed_stride() * 4,
+            Engine::Vector | Engine::Pairs if self.direct => 0,
+            Engine::Vector | Engine::Pairs => self.chunk_rows * self.packed_stride(),
             Engine::Matrix => self.chunk_rows * self.k_block * 2,
         };
         bytes.next_multiple_of(64)

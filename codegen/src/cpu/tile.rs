@@ -1,12 +1,12 @@
-//! The vector kernel: a register tile of f32 sums.
+//! The vector kernels: a register tile of f32 sums.
 
 use super::{
-    Kernel, Tile,
+    Engine, Kernel, Tile,
     stream::{Pages, Stream},
 };
 use crate::{
     codes::{Codes, Places},
-    mlir::V,
+    mlir::{Builder, V},
 };
 use moec_abi::DType;
 
@@ -89,7 +89,7 @@ impl<'c> Kernel<'_, 'c> {
         let carried = b.for_(self.c(0), tile.steps, self.c(1), &init, |step, carried| {
             let ([w, ahead], sums) = carried.split_first_chunk().expect("two addresses come first");
             let (mut w, ahead) = (*w, *ahead);
-            let a = b.gep(tile.a, "f32", b.mulc(step, s.depth.cast_signed()));
+            let a = b.gep(tile.a, "i8", b.mulc(step, (s.depth * s.engine.operand().bytes()).cast_signed()));
             match (fetch, Pages::new(width)) {
                 (Fetch::Own, Some(pages)) => self.fetch_ahead(pages, tile.stream, step),
                 (Fetch::Own, None) | (Fetch::Share, _) => {
@@ -104,6 +104,10 @@ impl<'c> Kernel<'_, 'c> {
             let mut sums = sums.to_vec();
             if let Some(codes) = self.spec.codes {
                 self.decoded(&codes, tile, w, a, step, &mut sums);
+            } else if s.engine == Engine::Pairs {
+                let pairs = format!("vector<{lanes}xi32>");
+                let w: Vec<_> = (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &pairs, 4)).collect();
+                self.multiply(a, 0, &w, &mut sums);
             } else if self.spec.w == DType::Bf16 {
                 let integers = format!("vector<{lanes}xi32>");
                 let half = |from: V<'c>, half: &dyn Fn(V<'c>) -> V<'c>| -> Vec<_> {
@@ -129,7 +133,8 @@ impl<'c> Kernel<'_, 'c> {
     fn decoded(&self, codes: &Codes, tile: Tile<'c>, w: V<'c>, a: V<'c>, step: V<'c>, sums: &mut [V<'c>]) {
         let (b, s, lanes) = (self.b, self.schedule, self.lanes);
         let [bytes, integers] = ["i8", "i32"].map(|element| format!("vector<{lanes}x{element}>"));
-        let bytes: Vec<_> = (0..s.nv)
+        // Bytes of neighbouring inputs, `nv` vectors of outputs each.
+        let bytes: Vec<_> = (0..s.nv * (s.depth / codes.per_byte()) as usize)
             .map(|v| b.cast("arith.extui", b.load(self.at(w, (v * lanes) as u64), &bytes, 1), &integers))
             .collect();
         let groups = codes.groups(self.spec.k);
@@ -150,31 +155,43 @@ impl<'c> Kernel<'_, 'c> {
             (places.clone().map(scale).collect::<Vec<_>>(), places.map(zero).collect::<Vec<_>>())
         };
         let mut shared = factors(0);
-        for input in 0..codes.per_byte() {
-            if input > 0 && !codes.group.is_multiple_of(codes.per_byte()) {
+        let mut low = Vec::new();
+        for input in 0..s.depth {
+            if input > 0 && !codes.group.is_multiple_of(s.depth) {
                 shared = factors(input);
             }
             let (scales, zeros) = &shared;
             let mask = b.i32s((1 << codes.bits) - 1, lanes);
-            let values = bytes.iter().zip(scales).zip(zeros).filter_map(|((bytes, scale), zero)| {
-                let shift = i32::try_from(input * codes.bits).unwrap_or(0);
+            let (byte, place) = ((input / codes.per_byte()) as usize, input % codes.per_byte());
+            let values = bytes[byte * s.nv..].iter().zip(scales).zip(zeros).filter_map(|((bytes, scale), zero)| {
+                let shift = i32::try_from(place * codes.bits).unwrap_or(0);
                 let code = b.andi(b.shrui(*bytes, b.i32s(shift, lanes)), mask);
                 Some(codes.decode(b, (code, Places(Some(lanes))), ((*scale)?, *zero), self.spec.w))
             });
             let values: Vec<_> = values.collect();
-            self.multiply(a, input, &values, sums);
+            match s.engine {
+                Engine::Pairs if input % 2 == 0 => low = values,
+                Engine::Pairs => {
+                    let pairs =
+                        low.iter().zip(values).map(|(low, high)| pair(b, *low, high, lanes)).collect::<Vec<_>>();
+                    self.multiply(a, input / 2, &pairs, sums);
+                }
+                Engine::Vector | Engine::Matrix => self.multiply(a, input, &values, sums),
+            }
         }
     }
 
-    /// Adds input `place` of every row times `w`.
+    /// Adds input `place` of every row times `w`: an f32, or a pair of bf16.
     fn multiply(&self, a: V<'c>, place: u64, w: &[V<'c>], sums: &mut [V<'c>]) {
-        let b = self.b;
+        let (b, lanes) = (self.b, self.lanes);
         let stride = self.operand_stride();
+        let pairs = self.schedule.engine == Engine::Pairs;
+        let (element, align) = if pairs { ("i32", 2) } else { ("f32", 4) };
         for (row, sums) in sums.chunks_mut(w.len()).enumerate() {
-            let x = b.load(self.at(a, row as u64 * stride + place * 4), "f32", 4);
-            let x = b.splat(x, &format!("vector<{}xf32>", self.lanes));
+            let x = b.load(self.at(a, row as u64 * stride + place * 4), element, align);
+            let x = b.splat(x, &format!("vector<{lanes}x{element}>"));
             for (sum, w) in sums.iter_mut().zip(w) {
-                *sum = b.fma(x, *w, *sum);
+                *sum = if pairs { pair_products(b, *sum, x, *w) } else { b.fma(x, *w, *sum) };
             }
         }
     }
@@ -193,6 +210,18 @@ impl<'c> Kernel<'_, 'c> {
         };
         self.b.op0("llvm.intr.prefetch", &[address], &[("rw", "0 : i32"), ("hint", hint), ("cache", "1 : i32")]);
     }
+}
+
+/// Two values of bf16, held as f32, as pairs.
+pub(super) fn pair<'c>(b: &Builder<'c>, low: V<'c>, high: V<'c>, lanes: usize) -> V<'c> {
+    let [low, high] = [low, high].map(|value| b.bitcast(value, &format!("vector<{lanes}xi32>")));
+    b.ori(b.shrui(low, b.i32s(16, lanes)), b.andi(high, b.i32s(-0x1_0000, lanes)))
+}
+
+/// `sums` plus the products of pairs of bf16, each pair in an i32.
+pub(crate) fn pair_products<'c>(b: &Builder<'c>, sums: V<'c>, x: V<'c>, y: V<'c>) -> V<'c> {
+    let [x, y] = [x, y].map(|pairs| b.bitcast(pairs, "vector<32xbf16>"));
+    b.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", &[sums, x, y], "vector<16xf32>")
 }
 
 /// A cache level to fetch into.

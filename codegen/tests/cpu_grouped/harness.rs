@@ -32,6 +32,7 @@ pub(crate) fn runs(target: Target) -> bool {
         match target {
             Target::X86V3 => v3,
             Target::X86V4 => v4,
+            Target::X86V4Bf16 => v4 && is_x86_feature_detected!("avx512bf16"),
             Target::X86V4Amx => tiles(),
             Target::Aarch64 | Target::Sm80 | Target::Sm89 | Target::Sm90a => false,
         }

@@ -16,7 +16,7 @@ use moec_codegen::{
 };
 use moec_ir::ops::{BinaryFn, UnaryFn};
 
-const TARGETS: [Target; 4] = [Target::X86V3, Target::X86V4, Target::X86V4Amx, Target::Aarch64];
+const TARGETS: [Target; 5] = [Target::X86V3, Target::X86V4, Target::X86V4Bf16, Target::X86V4Amx, Target::Aarch64];
 
 fn gated() -> Epilogue {
     let silu = Epilogue::Unary(UnaryFn::Silu, Box::new(Epilogue::Sum(0)));

@@ -34,12 +34,12 @@ pub(crate) fn about(source: &Source) -> String {
     format!("{}: {layers}{experts}", model.family)
 }
 
-/// Targets of processors of this kind. The matrix unit multiplies bf16 only.
+/// Targets of processors of this kind that differ for weights of type `dtype`.
 pub(crate) fn cpu_targets(dtype: DType) -> Vec<Target> {
     let targets = Target::ALL.into_iter();
     targets
         .filter(|t| !t.is_gpu() && t.triple().starts_with(std::env::consts::ARCH))
-        .filter(|t| *t != Target::X86V4Amx || dtype == DType::Bf16)
+        .filter(|t| !t.bf16_only() || dtype == DType::Bf16)
         .collect()
 }
 

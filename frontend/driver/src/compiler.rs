@@ -140,7 +140,7 @@ fn decoded_early(program: &Program) -> Vec<Remark> {
 
 /// The best target of this host's processor.
 pub fn host_target() -> Target {
-    [Target::X86V4Amx, Target::X86V4, Target::X86V3, Target::Aarch64]
+    [Target::X86V4Amx, Target::X86V4Bf16, Target::X86V4, Target::X86V3, Target::Aarch64]
         .into_iter()
         .find(|t| moec_runtime::cpu_runs(t.name()).is_ok())
         .unwrap_or(Target::X86V3)

@@ -80,7 +80,7 @@ const fn rates(target: Target) -> Option<Rates> {
         Target::Sm89 => {
             Some(Rates { multiprocessors: 142.0, hertz: 2.52e9, memory: 340.0, cache: 2000.0, tensor: 1024.0 })
         }
-        Target::X86V3 | Target::X86V4 | Target::X86V4Amx | Target::Aarch64 => None,
+        Target::X86V3 | Target::X86V4 | Target::X86V4Bf16 | Target::X86V4Amx | Target::Aarch64 => None,
     }
 }
 

@@ -63,7 +63,8 @@ pub fn cpu_level(target: &str) -> u64 {
     match target {
         "x86-64-v3" => 3,
         "x86-64-v4" => 4,
-        "x86-64-v4-amx" => 5,
+        "x86-64-v4-bf16" => 5,
+        "x86-64-v4-amx" => 6,
         _ => 0,
     }
 }

@@ -29,7 +29,8 @@ pub const H_VERSION: usize = 1;
 pub const H_WORDS: usize = 2;
 /// Sum over the slots: weights packed for another program are refused.
 pub const H_FINGERPRINT: usize = 3;
-/// Needed processor: 0 any, 3 x86-64-v3, 4 x86-64-v4, 5 x86-64-v4 with the matrix unit.
+/// Needed processor: 0 any, 3 x86-64-v3, 4 x86-64-v4, 5 x86-64-v4 with products of pairs of bf16, 6 with the
+/// matrix unit.
 pub const H_CPU: usize = 4;
 /// Most tokens.
 pub const H_MAX_TOKENS: usize = 5;

@@ -110,8 +110,7 @@ fn measure(
     let target = Target::from_name(&first.program()?.target);
     let on_cpu = on.device == "cpu";
     let narrow = first.layer().inputs()?.iter().any(|b| b.dtype == DType::Bf16);
-    // The matrix unit multiplies bf16 only.
-    let target = if target == Some(Target::X86V4Amx) && !narrow { Some(Target::X86V4) } else { target };
+    let target = target.map(|t| if t.bf16_only() && !narrow { Target::X86V4 } else { t });
     // Machines have faster and slower minutes, so each row has limits, and a peer's time, of its own.
     let limits = || match target {
         Some(target) if on_cpu && bench::has_limits(target) => limits::measure(&loaded.device, target).map(Some),
