@@ -23,6 +23,7 @@ pub(crate) fn outline(name: &str, dtype: DType, hidden: u64, layers: &[Layer], f
     };
     let mut at = push(&mut graph, "embedding", plain(DescribedKind::Embedding, None, vocab), ids);
     let attention = attention_parameters(hidden, facts);
+    let sizes: Vec<_> = forms.iter().map(Form::facts).collect();
     for (i, layer) in layers.iter().enumerate() {
         let i = i as u64;
         at = push(&mut graph, &format!("norm_{i}_a"), plain(DescribedKind::Norm, Some(i), hidden), at);
@@ -43,7 +44,7 @@ pub(crate) fn outline(name: &str, dtype: DType, hidden: u64, layers: &[Layer], f
                 push(&mut graph, &format!("ffn_{i}"), ffn, at)
             }
             LayerKind::Moe { form } => {
-                let sizes = forms.get(form).map(Form::facts).unwrap_or_default();
+                let sizes = sizes.get(form).cloned().unwrap_or_default();
                 let moe = Described {
                     flops_per_token: sizes.flops_per_token,
                     form: Some(form as u64),
