@@ -49,6 +49,7 @@ fn main_loops_stay_tight() {
     let pinned = [
         ("bfloat16", Target::X86V3, "vfmadd", 20, 43),
         ("bfloat16", Target::X86V4, "vfmadd", 48, 79),
+        ("bfloat16", Target::X86V4Bf16, "vdpbf16ps", 24, 44),
         ("bfloat16", Target::X86V4Amx, "tdpbf16ps", 4, 63),
         ("float32", Target::X86V3, "vfmadd", 12, 27),
         ("float32", Target::X86V4, "vfmadd", 24, 44),

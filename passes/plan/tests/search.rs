@@ -4,7 +4,7 @@ use moec_plan::{
     Cluster, Mapping, ModelShape, Objective, PlanError, Precision, Request, Routing, Schedule, Strategy,
     calibration::TrainCalibration, html::html, plan, plan_report, ranks::Layout, search::search_training,
 };
-use std::{collections::BTreeMap, time::Instant};
+use std::collections::BTreeMap;
 
 fn config(name: &str) -> ModelShape {
     let path = format!("{}/tests/data/configs/{name}.json", env!("CARGO_MANIFEST_DIR"));
@@ -47,13 +47,12 @@ fn every_real_configuration_is_read_with_the_published_number_of_parameters() {
 }
 
 #[test]
-fn deepseek_v3_is_planned_quickly_on_1024_and_16384_gpus() {
+fn deepseek_v3_is_planned_with_few_evaluations_on_1024_and_16384_gpus() {
     let model = config("deepseek-v3");
-    for (gpus, limit) in [(1024, 1.0), (16384, 10.0)] {
-        let start = Instant::now();
+    for gpus in [1024, 16384] {
         let report = plan_report(&model, &h100(), &Request::train(gpus, 4096, gpus * 8)).unwrap();
-        let seconds = start.elapsed().as_secs_f64();
-        assert!(seconds < limit, "{gpus} GPUs took {seconds} s");
+        // 200,000 take about a second on one core.
+        assert!(report.evaluated < 200_000, "{gpus} GPUs took {} evaluations", report.evaluated);
         assert_eq!(report.plans.len(), 5);
         assert!(report.plans.iter().all(|p| p.feasible));
     }
