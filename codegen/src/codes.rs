@@ -82,8 +82,20 @@ impl Codes {
         b.bitcast(b.andi(rounded, places.integer(b, -0x1_0000)), &places.ty("f32"))
     }
 
+    /// What codes of few bits stand for.
+    pub fn table(&self) -> Option<Vec<f32>> {
+        let halves = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+        match self.number {
+            Number::Integer { offset } if self.bits <= 4 => {
+                Some((0..1_u64 << self.bits).map(|code| code as f32 - offset as f32).collect())
+            }
+            Number::E2m1 => Some(halves.iter().map(|value| *value as f32 / 2.0).collect()),
+            Number::Integer { .. } | Number::E4m3 => None,
+        }
+    }
+
     /// The number that a code stands for.
-    fn number<'c>(&self, b: &Builder<'c>, code: V<'c>, places: Places) -> V<'c> {
+    pub(crate) fn number<'c>(&self, b: &Builder<'c>, code: V<'c>, places: Places) -> V<'c> {
         match self.number {
             Number::Integer { offset } => {
                 let value = b.cast("arith.uitofp", code, &places.ty("f32"));

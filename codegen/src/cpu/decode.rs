@@ -1,6 +1,6 @@
 //! Weights that are stored as codes, for the matrix unit: a unit is decoded once for all rows of a chunk.
 
-use super::{Kernel, tile::pair};
+use super::{Kernel, coded::pair};
 use crate::{
     codes::{Codes, Places},
     mlir::V,

@@ -11,9 +11,11 @@
 //! - [`schedule`] picks tile sizes; [`Schedule::layout`] and [`Schedule::grid`] say what packing and
 //!   launch they imply.
 //! - `tile` holds the vector kernels, `amx` the matrix-unit kernel, `stream` the order in which they ask memory for
-//!   weights, `pack` the copying of rows, `finish` the epilogue.
+//!   weights, `coded` and `decode` what they do with weights that are
+//!   codes, `pack` the copying of rows, `finish` the epilogue.
 
 mod amx;
+mod coded;
 mod decode;
 mod finish;
 mod pack;

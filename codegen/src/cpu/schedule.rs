@@ -158,7 +158,12 @@ impl Schedule {
     /// Order of the packed weights.
     pub fn layout(&self, spec: &Grouped) -> Layout {
         match spec.codes {
-            Some(codes) => Layout::Panels { panel: self.panel(), depth: 1, columns: self.k_step() / codes.per_byte() },
+            Some(codes) => {
+                // Neighbours that a step of a vector kernel reads lie together; they may take two bytes.
+                let columns = self.k_step() / codes.per_byte();
+                let depth = if self.engine == Engine::Matrix { 1 } else { columns };
+                Layout::Panels { panel: self.panel(), depth, columns }
+            }
             None => Layout::Panels { panel: self.panel(), depth: self.depth, columns: self.k_step() },
         }
     }

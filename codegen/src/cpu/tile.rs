@@ -4,15 +4,12 @@ use super::{
     Engine, Kernel, Tile,
     stream::{Pages, Stream},
 };
-use crate::{
-    codes::{Codes, Places},
-    mlir::{Builder, V},
-};
+use crate::mlir::{Builder, V};
 use moec_abi::DType;
 
 /// Which weights a tile fetches while it computes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Fetch {
+pub(super) enum Fetch {
     /// Those that are read next.
     Own,
     /// A share of those of the next unit; its own are in the second level.
@@ -72,6 +69,9 @@ impl<'c> Kernel<'_, 'c> {
 
     /// Sums of one matrix.
     fn sums(&self, tile: Tile<'c>, rows: usize, fetch: Fetch) {
+        if self.sums_by_group(tile, rows, fetch).is_some() {
+            return;
+        }
         let (b, s) = (self.b, self.schedule);
         let lanes = self.lanes;
         let floats = format!("vector<{lanes}xf32>");
@@ -83,106 +83,59 @@ impl<'c> Kernel<'_, 'c> {
             let types = vec![floats.as_str(); rows * s.nv];
             b.if_else(tile.fresh, &types, zeros, || (0..rows * s.nv).map(|i| b.load(place(i), &floats, 4)).collect())
         };
-        let width = s.step_bytes(self.spec);
         // Addresses that grow by what is no scale of the processor are carried from turn to turn.
         let init = [vec![tile.w, tile.ahead], init].concat();
-        let carried = b.for_(self.c(0), tile.steps, self.c(1), &init, |step, carried| {
-            let ([w, ahead], sums) = carried.split_first_chunk().expect("two addresses come first");
-            let (mut w, ahead) = (*w, *ahead);
-            let a = b.gep(tile.a, "i8", b.mulc(step, (s.depth * s.engine.operand().bytes()).cast_signed()));
-            match (fetch, Pages::new(width)) {
-                (Fetch::Own, Some(pages)) => self.fetch_ahead(pages, tile.stream, step),
-                (Fetch::Own, None) | (Fetch::Share, _) => {
-                    for line in (0..width).step_by(64) {
-                        self.fetch(self.at(w, s.prefetch + line), Level::First);
-                    }
-                }
-            }
-            if fetch == Fetch::Share {
-                self.fetch(ahead, Level::Second);
-            }
-            let mut sums = sums.to_vec();
-            if let Some(codes) = self.spec.codes {
-                self.decoded(&codes, tile, w, a, step, &mut sums);
-            } else if s.engine == Engine::Pairs {
-                let pairs = format!("vector<{lanes}xi32>");
-                let w: Vec<_> = (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &pairs, 4)).collect();
-                self.multiply(a, 0, &w, &mut sums);
-            } else if self.spec.w == DType::Bf16 {
-                let integers = format!("vector<{lanes}xi32>");
-                let half = |from: V<'c>, half: &dyn Fn(V<'c>) -> V<'c>| -> Vec<_> {
-                    let pair = |v: usize| b.load(self.at(from, (v * lanes * 4) as u64), &integers, 4);
-                    (0..s.nv).map(|v| b.bitcast(half(pair(v)), &floats)).collect()
-                };
-                self.multiply(a, 0, &half(w, &|pair| b.shli(pair, b.i32s(16, lanes))), &mut sums);
-                // Read again rather than kept: the sums take the registers.
-                w = self.hidden(w);
-                self.multiply(a, 1, &half(w, &|pair| b.andi(pair, b.i32s(-65536, lanes))), &mut sums);
-            } else {
-                let w: Vec<_> = (0..s.nv).map(|v| b.load(self.at(w, (v * lanes * 4) as u64), &floats, 4)).collect();
-                self.multiply(a, 0, &w, &mut sums);
-            }
-            [vec![self.at(w, width), b.gep(ahead, "i8", tile.share)], sums].concat()
-        });
+        let carried =
+            b.for_(self.c(0), tile.steps, self.c(1), &init, |step, carried| self.turn(tile, step, carried, fetch));
         for (i, sum) in carried[2..].iter().enumerate() {
             b.store(*sum, place(i), 4);
         }
     }
 
-    /// Adds the inputs of a step times weights that are decoded in registers.
-    fn decoded(&self, codes: &Codes, tile: Tile<'c>, w: V<'c>, a: V<'c>, step: V<'c>, sums: &mut [V<'c>]) {
+    /// One step of the innermost loop. It carries the addresses of its weights and of those that it fetches, and sums.
+    pub(super) fn turn(&self, tile: Tile<'c>, step: V<'c>, carried: &[V<'c>], fetch: Fetch) -> Vec<V<'c>> {
         let (b, s, lanes) = (self.b, self.schedule, self.lanes);
-        let [bytes, integers] = ["i8", "i32"].map(|element| format!("vector<{lanes}x{element}>"));
-        // Bytes of neighbouring inputs, `nv` vectors of outputs each.
-        let bytes: Vec<_> = (0..s.nv * (s.depth / codes.per_byte()) as usize)
-            .map(|v| b.cast("arith.extui", b.load(self.at(w, (v * lanes) as u64), &bytes, 1), &integers))
-            .collect();
-        let groups = codes.groups(self.spec.k);
-        let factors = |input: u64| {
-            let k = b.addc(b.addi(tile.k0, b.mulc(step, s.depth.cast_signed())), input.cast_signed());
-            // Inputs past the last one are zero: any scale serves.
-            let group = b.minsi(b.divui(k, self.c(codes.group)), self.c(groups - 1));
-            let group = if groups == 1 { self.c(0) } else { group };
-            let row = |bytes: u64| b.mulc(group, (s.panel() * bytes).cast_signed());
-            let scales = tile.scales.map(|of| b.gep(of, "i8", row(codes.scale.bytes())));
-            let zeros = tile.zeros.map(|of| b.gep(of, "i8", row(4)));
-            let places = 0..s.nv as u64;
-            let wide = lanes as u64;
-            let scale = |v: u64| {
-                scales.map(|of| codes.scales(b, self.at(of, v * wide * codes.scale.bytes()), Places(Some(lanes))))
-            };
-            let zero = |v: u64| zeros.map(|of| b.load(self.at(of, v * wide * 4), &format!("vector<{lanes}xf32>"), 4));
-            (places.clone().map(scale).collect::<Vec<_>>(), places.map(zero).collect::<Vec<_>>())
-        };
-        let mut shared = factors(0);
-        let mut low = Vec::new();
-        for input in 0..s.depth {
-            if input > 0 && !codes.group.is_multiple_of(s.depth) {
-                shared = factors(input);
-            }
-            let (scales, zeros) = &shared;
-            let mask = b.i32s((1 << codes.bits) - 1, lanes);
-            let (byte, place) = ((input / codes.per_byte()) as usize, input % codes.per_byte());
-            let values = bytes[byte * s.nv..].iter().zip(scales).zip(zeros).filter_map(|((bytes, scale), zero)| {
-                let shift = i32::try_from(place * codes.bits).unwrap_or(0);
-                let code = b.andi(b.shrui(*bytes, b.i32s(shift, lanes)), mask);
-                Some(codes.decode(b, (code, Places(Some(lanes))), ((*scale)?, *zero), self.spec.w))
-            });
-            let values: Vec<_> = values.collect();
-            match s.engine {
-                Engine::Pairs if input % 2 == 0 => low = values,
-                Engine::Pairs => {
-                    let pairs =
-                        low.iter().zip(values).map(|(low, high)| pair(b, *low, high, lanes)).collect::<Vec<_>>();
-                    self.multiply(a, input / 2, &pairs, sums);
+        let width = s.step_bytes(self.spec);
+        let ([w, ahead], sums) = carried.split_first_chunk().expect("two addresses come first");
+        let (mut w, ahead) = (*w, *ahead);
+        let a = b.gep(tile.a, "i8", b.mulc(step, (s.depth * s.engine.operand().bytes()).cast_signed()));
+        match (fetch, Pages::new(width)) {
+            (Fetch::Own, Some(pages)) => self.fetch_ahead(pages, tile.stream, step),
+            (Fetch::Own, None) | (Fetch::Share, _) => {
+                for line in (0..width).step_by(64) {
+                    self.fetch(self.at(w, s.prefetch + line), Level::First);
                 }
-                Engine::Vector | Engine::Matrix => self.multiply(a, input, &values, sums),
             }
         }
+        if fetch == Fetch::Share {
+            self.fetch(ahead, Level::Second);
+        }
+        let mut sums = sums.to_vec();
+        let vectors = |from: V<'c>, element: &str| -> Vec<_> {
+            let ty = format!("vector<{lanes}x{element}>");
+            (0..s.nv).map(|v| b.load(self.at(from, (v * lanes * 4) as u64), &ty, 4)).collect()
+        };
+        if let Some(codes) = self.spec.codes {
+            self.decoded(&codes, tile, w, a, step, &mut sums);
+        } else if s.engine == Engine::Pairs {
+            self.multiply(a, 0, &vectors(w, "i32"), &mut sums);
+        } else if self.spec.w == DType::Bf16 {
+            let floats = format!("vector<{lanes}xf32>");
+            let half = |from: V<'c>, half: &dyn Fn(V<'c>) -> V<'c>| -> Vec<_> {
+                vectors(from, "i32").into_iter().map(|pair| b.bitcast(half(pair), &floats)).collect()
+            };
+            self.multiply(a, 0, &half(w, &|pair| b.shli(pair, b.i32s(16, lanes))), &mut sums);
+            // Read again rather than kept: the sums take the registers.
+            w = self.hidden(w);
+            self.multiply(a, 1, &half(w, &|pair| b.andi(pair, b.i32s(-65536, lanes))), &mut sums);
+        } else {
+            self.multiply(a, 0, &vectors(w, "f32"), &mut sums);
+        }
+        [vec![self.at(w, width), b.gep(ahead, "i8", tile.share)], sums].concat()
     }
 
     /// Adds input `place` of every row times `w`: an f32, or a pair of bf16.
-    fn multiply(&self, a: V<'c>, place: u64, w: &[V<'c>], sums: &mut [V<'c>]) {
+    pub(super) fn multiply(&self, a: V<'c>, place: u64, w: &[V<'c>], sums: &mut [V<'c>]) {
         let (b, lanes) = (self.b, self.lanes);
         let stride = self.operand_stride();
         let pairs = self.schedule.engine == Engine::Pairs;
@@ -210,12 +163,6 @@ impl<'c> Kernel<'_, 'c> {
         };
         self.b.op0("llvm.intr.prefetch", &[address], &[("rw", "0 : i32"), ("hint", hint), ("cache", "1 : i32")]);
     }
-}
-
-/// Two values of bf16, held as f32, as pairs.
-pub(super) fn pair<'c>(b: &Builder<'c>, low: V<'c>, high: V<'c>, lanes: usize) -> V<'c> {
-    let [low, high] = [low, high].map(|value| b.bitcast(value, &format!("vector<{lanes}xi32>")));
-    b.ori(b.shrui(low, b.i32s(16, lanes)), b.andi(high, b.i32s(-0x1_0000, lanes)))
 }
 
 /// `sums` plus the products of pairs of bf16, each pair in an i32.

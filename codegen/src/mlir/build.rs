@@ -326,6 +326,19 @@ impl<'c> Builder<'c> {
     pub fn bitcast(&self, a: V<'c>, to: &str) -> V<'c> {
         self.op("llvm.bitcast", &[a], to, &[])
     }
+    /// A vector of these integers.
+    pub fn i32_table(&self, values: impl Iterator<Item = i32>) -> V<'c> {
+        self.table(values, "i32")
+    }
+    /// A vector of these integers of 16 bits.
+    pub fn i16_table(&self, values: impl Iterator<Item = i32>) -> V<'c> {
+        self.table(values.map(|value| i32::from(value as u16 as i16)), "i16")
+    }
+    fn table(&self, values: impl Iterator<Item = i32>, element: &str) -> V<'c> {
+        let values: Vec<_> = values.map(|value| value.to_string()).collect();
+        let ty = format!("vector<{}x{element}>", values.len());
+        self.op("arith.constant", &[], &ty, &[("value", &format!("dense<[{}]> : {ty}", values.join(", ")))])
+    }
     /// A scalar in all `n` places of a vector of type `ty`.
     pub fn splat(&self, a: V<'c>, ty: &str) -> V<'c> {
         self.op("vector.broadcast", &[a], ty, &[])
