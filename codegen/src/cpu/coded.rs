@@ -139,16 +139,29 @@ impl<'c> Kernel<'_, 'c> {
     /// The numbers of an input of a step, without their scales.
     fn number(&self, codes: &Codes, w: V<'c>, v: usize, input: u64) -> V<'c> {
         let (b, lanes) = (self.b, self.lanes);
-        let looks_up = 2 * lanes == WORDS;
-        let Some(table) = codes.table().filter(|_| looks_up) else {
-            return codes.number(b, self.code(codes, w, v, input), Places(Some(lanes)));
-        };
-        // The lookup takes the lowest four bits; what is above a shorter code makes no difference in a table that repeats.
+        let computed = || codes.number(b, self.code(codes, w, v, input), Places(Some(lanes)));
+        let Some(table) = codes.table() else { return computed() };
         let shift = i32::try_from(input * codes.bits).unwrap_or(0);
         let index = b.shrui(self.word(codes, w, v), b.i32s(shift, lanes));
-        let table = b.i32_table(table.iter().cycle().take(lanes).map(|value| value.to_bits().cast_signed()));
-        let table = b.bitcast(table, &format!("vector<{lanes}xf32>"));
-        b.intrinsic("llvm.x86.avx512.permvar.sf.512", &[table, index], "vector<16xf32>")
+        // A lookup takes as many of the lowest bits as there are places; what is above a shorter code makes no difference
+        // in a table that repeats.
+        let look_up = |name: &str| {
+            let table = b.i32_table(table.iter().cycle().take(lanes).map(|value| value.to_bits().cast_signed()));
+            let floats = format!("vector<{lanes}xf32>");
+            let table = b.bitcast(table, &floats);
+            b.intrinsic(name, &[table, index], &floats)
+        };
+        match (lanes, codes.number) {
+            (16, _) => look_up("llvm.x86.avx512.permvar.sf.512"),
+            (8, _) if table.len() <= lanes => look_up("llvm.x86.avx2.permps"),
+            // The upper half of the codes are the negative numbers.
+            (8, Number::E2m1) => {
+                let magnitude = b.bitcast(look_up("llvm.x86.avx2.permps"), "vector<8xi32>");
+                let sign = b.andi(b.shli(index, b.i32s(28, lanes)), b.i32s(i32::MIN, lanes));
+                b.bitcast(b.ori(magnitude, sign), "vector<8xf32>")
+            }
+            (_, Number::Integer { .. } | Number::E4m3 | Number::E2m1) => computed(),
+        }
     }
 
     /// The numbers of two neighbouring inputs of a step as pairs of bf16; `None` where nothing looks them up.
@@ -157,7 +170,7 @@ impl<'c> Kernel<'_, 'c> {
         let words = format!("vector<{WORDS}xi16>");
         let narrow = |value: f32| (value.to_bits() >> 16).cast_signed();
         let found = match (codes.table(), codes.number) {
-            (Some(table), _) => {
+            (Some(table), Number::Integer { .. } | Number::E4m3 | Number::E2m1) => {
                 // Both codes at the bottom of a half each; the lookup takes the lowest five bits.
                 let low = b.shrui(self.word(codes, w, v), b.i32s(i32::try_from(2 * at * codes.bits).ok()?, lanes));
                 let both = b.ori(low, b.shli(low, b.i32s(i32::try_from(16 - codes.bits).ok()?, lanes)));

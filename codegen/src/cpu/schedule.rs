@@ -98,8 +98,9 @@ fn vector(spec: &Grouped, target: Target, engine: Engine) -> Schedule {
     let shapes: &[(usize, usize)] = match (target.vector_registers(), depth) {
         // Arm needs a register for the mask of the upper halves, which x86 reads from memory.
         (32, 2) if target == Target::Aarch64 => &[(7, 3), (5, 4), (10, 2), (16, 1)],
-        // Decoding bytes takes long: more rows share it.
-        (32, _) if spec.codes.is_some_and(|codes| codes.bits == 8) => &[(12, 2), (16, 1)],
+        // Decoding needs registers, and that of bytes takes long: more rows share it.
+        (32, _) if spec.codes.is_some_and(|codes| codes.bits == 8) => &[(11, 2), (16, 1)],
+        (32, _) if spec.codes.is_some() && engine == Engine::Vector => &[(7, 3), (5, 4), (11, 2), (16, 1)],
         (32, _) => &[(8, 3), (6, 4), (12, 2), (16, 1)],
         (_, 1) => &[(6, 2), (4, 3), (10, 1)],
         _ => &[(5, 2), (8, 1)],
