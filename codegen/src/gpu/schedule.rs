@@ -250,7 +250,7 @@ const RING_BYTES: u32 = 192 << 10;
 const HOPPER_MULTIPROCESSORS: u64 = 132;
 
 /// Multiprocessors of the larger devices: 108 (A100), 142 (L40S), 132 (H100, H200).
-const MULTIPROCESSORS: u64 = 128;
+pub(super) const MULTIPROCESSORS: u64 = 128;
 
 impl Schedule {
     /// Leaves out tiles of more than so many rows, but for the lowest.

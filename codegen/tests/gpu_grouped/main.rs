@@ -186,6 +186,9 @@ fn hopper() {
 fn few_rows() {
     let check_decode = |spec: &Grouped, target, cases: Cases<'_>| {
         let (schedule, _) = gpu::decode(spec, target).expect("rows are of 16-byte pieces");
+        for columns in [16, 64] {
+            run(spec, &with_columns(&schedule, columns), target, cases);
+        }
         run(spec, &schedule, target, cases)
     };
     let routings = [Routing::Skewed, Routing::AllTo(0), Routing::AllTo(4), Routing::NoneTo(0)];
@@ -204,6 +207,12 @@ fn few_rows() {
         let spec = Grouped { out: DType::F32, k, n, a_stride, out_stride: n, ..down(DType::Bf16) };
         check_decode(&spec, Target::Sm80, &[(1, Routing::Even), (5, Routing::Skewed)]);
     }
+}
+
+/// The kernel for few rows of a product that has many, or hardly any, weights.
+fn with_columns(schedule: &gpu::Schedule, columns: u32) -> gpu::Schedule {
+    let modes = schedule.modes.iter().map(|mode| gpu::Mode { columns, ..mode.clone() });
+    gpu::Schedule { modes: modes.collect(), ..schedule.clone() }
 }
 
 /// Codes of every kind, with one group for each row, several in a stage, and one for several stages.
@@ -246,7 +255,9 @@ fn few_rows_of_codes() {
     let shapes = [(2048, 40, 2048), (1304, 9, 1312), (8, 1, 8), (320, 24, 320)];
     let check = |spec: &Grouped, cases| {
         let (schedule, _) = gpu::decode(spec, Target::Sm90a).expect("codes have a kernel for few rows");
-        run(spec, &schedule, Target::Sm90a, cases);
+        for columns in [16, 32, 64] {
+            run(spec, &with_columns(&schedule, columns), Target::Sm90a, cases);
+        }
     };
     for (i, codes) in kinds().into_iter().enumerate() {
         let codes = Some(codes);
