@@ -57,7 +57,7 @@ pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
     let (steps, stages) = (steps(spec), (AHEAD / step_words(spec, units)).clamp(1, 4));
     // Rounds are of equal length.
     let tile = Tile { rows: 8, depth: chunk(spec) as u32, stages: steps.div_ceil(steps.div_ceil(stages)), down: 1 };
-    let modes = vec![Mode { limit: None, columns: 16 * units, tiles: vec![tile] }];
+    let modes = vec![Mode { limit: None, columns: 16 * units, share: 1, tiles: vec![tile] }];
     let dependent = super::starts_early(target);
     Some((
         Schedule { kind: Kind::Decode, warps: WARPS, blocks: 2, modes, dependent, walk: None },
@@ -235,16 +235,16 @@ impl<'c> Kernel<'_, 'c> {
             self.factor_args().zip(coded.sizes()).map(move |(of, size)| (at(b, of, b.mulc(first, size.into())), size))
         };
         let factors: Vec<_> = (0..2 * self.units()).step_by(4).flat_map(of_row).collect();
-        let known = coded.is_single().then(|| self.factor_values(&factors, b.i32(0)));
+        let known = coded.is_single().then(|| self.factor_values(&factors, b.i32(0), None));
         Source { weights, operand, factors, known }
     }
 
-    /// The scales, and the zeros, of group `group` (i32), as words.
-    fn factor_values(&self, factors: &[(V<'c>, u32)], group: V<'c>) -> Vec<V<'c>> {
+    /// The scales, and the zeros, of group `group` (i32), as words; zero unless `exists`.
+    fn factor_values(&self, factors: &[(V<'c>, u32)], group: V<'c>, exists: Option<V<'c>>) -> Vec<V<'c>> {
         let b = self.b;
         let value = |(of, size): &(V<'c>, u32)| {
             let from = at(b, *of, wide(b, b.mulc(group, i64::from(PANEL * size))));
-            load(b, if *size == 1 { Words::Byte } else { Words::Streamed(1) }, from, None)[0]
+            load(b, if *size == 1 { Words::Byte } else { Words::Streamed(1) }, from, exists)[0]
         };
         factors.iter().map(value).collect()
     }
@@ -278,7 +278,7 @@ impl<'c> Kernel<'_, 'c> {
                 // Inputs of groups past the last one are zero.
                 let last = int(i64::try_from(coded.groups).expect("groups fit in memory") - 1);
                 let group = b.minsi(b.addc(first, i64::from(i)), b.i32(last));
-                values.extend(self.factor_values(&source.factors, group));
+                values.extend(self.factor_values(&source.factors, group, exists));
             }
         }
         values
