@@ -182,11 +182,9 @@ impl<'b, 'c> Kernel<'b, 'c> {
         let mut team = Team { kernel: *self, coded: Coded::new(self.spec), rank };
         if has_table(self.spec) {
             team.kernel.table = Some(team.fill_table(at_const(b, self.full(b.i32(0)), u64::from(BARRIERS))));
-        } else {
-            barrier(b);
         }
-        // All blocks of the cluster have barriers, and none ends while others arrive at its own.
-        team.meet_cluster();
+        // All blocks of the cluster have barriers.
+        team.meet_all();
         let copies = b.cmpi("ult", self.warp, b.i32(4));
         let registers = |count: u32, action: &str| {
             b.intrinsic0(&format!("llvm.nvvm.setmaxnreg.{action}.sync.aligned.u32"), &[number(b, count)]);
@@ -212,7 +210,10 @@ impl<'b, 'c> Kernel<'b, 'c> {
                 Team { kernel, ..team }.multiply_all(group);
             },
         );
-        team.meet_cluster();
+        // No block ends while others copy to it or arrive at its barriers.
+        if self.mode.share > 1 {
+            team.meet_all();
+        }
     }
 
     /// Barrier of a stage: its data has landed.
@@ -260,10 +261,12 @@ impl<'c> Team<'_, 'c> {
         Rows { first: b.addi(rows.first, before), count, ..rows }
     }
 
-    /// All threads of the cluster meet, if blocks share tiles.
-    fn meet_cluster(&self) {
+    /// All threads of the cluster meet.
+    fn meet_all(&self) {
         if self.mode.share > 1 {
             asm0(self.b, "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", "", &[]);
+        } else {
+            barrier(self.b);
         }
     }
 

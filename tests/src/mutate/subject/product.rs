@@ -83,8 +83,10 @@ pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
             }
         }
     }
-    // Tiles of fewer steps than the ring has stages: warps of different tiles are under way at once.
-    for spec in [up(DType::Bf16, 200), down(DType::Bf16, 200)] {
+    // Tiles of fewer steps than the ring has stages: warps of different tiles are under way at once. The widest tiles have
+    // another one beside them.
+    let wide = |spec: Grouped, n| Grouped { n, out_stride: n, ..spec };
+    for spec in [wide(up(DType::Bf16, 200), 136), wide(down(DType::Bf16, 200), 264)] {
         let hopper = Target::Sm90a;
         for (schedule, _) in gpu::specialised(&spec, hopper, &Choice::without_few(&spec, hopper)) {
             // One block walks through all tiles, so that its ring is filled again and again.
