@@ -189,8 +189,8 @@ pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target
     let types: Vec<_> = parameters.iter().map(|p| p.ty()).collect();
     let ring = format!("{}_shared", spec.symbol);
     b.shared(&ring, 0, 1024);
-    let kind =
-        FuncKind::Kernel { threads: schedule.threads(), blocks: schedule.blocks, cluster: schedule.modes[0].share };
+    // How many blocks a cluster has is said by the launch.
+    let kind = FuncKind::Kernel { threads: schedule.threads(), blocks: schedule.blocks, cluster: 1 };
     b.func(&spec.symbol, kind, &types, |values| {
         let find = |wanted| parameters.iter().position(|p| *p == wanted).map(|i| values[i]);
         let args = Args {
