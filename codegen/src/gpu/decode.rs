@@ -169,7 +169,7 @@ impl<'c> Kernel<'_, 'c> {
 
     fn decode_tile(&self, rows: Rows<'c>, column_tile: V<'c>) {
         let b = self.b;
-        let depth = self.depth();
+        let depth = self.in_round();
         let rounds = steps(self.spec).div_ceil(depth);
         if self.schedule.dependent && !self.spec.follows() {
             self.fetch_weights(rows, column_tile);
@@ -209,7 +209,7 @@ impl<'c> Kernel<'_, 'c> {
         let (row, t) = (b.shrui(self.lane, b.i32(2)), b.andi(self.lane, b.i32(3)));
         let panels = self.panels();
         let stride = i64::try_from(packed_columns(self.spec)).expect("weights fit in memory") * i64::from(PANEL);
-        let line = b.addi(b.mulc(self.warp, i64::from(self.depth() * PANEL)), row);
+        let line = b.addi(b.mulc(self.warp, i64::from(self.in_round() * PANEL)), row);
         let inside =
             wide(b, b.addi(b.mulc(line, i64::from(coded.line_bytes())), b.mulc(t, i64::from(coded.share() * 4))));
         let panel = |i: V<'c>| {
@@ -250,7 +250,7 @@ impl<'c> Kernel<'_, 'c> {
     }
 
     /// Steps of a round.
-    fn depth(&self) -> u32 {
+    fn in_round(&self) -> u32 {
         self.mode.tiles[0].stages
     }
 
@@ -258,7 +258,7 @@ impl<'c> Kernel<'_, 'c> {
     fn chunk(&self, step: Step<'c>) -> V<'c> {
         let b = self.b;
         let turn = b.addi(b.mulc(step.round, i64::from(WARPS)), self.warp);
-        b.addc(b.mulc(turn, i64::from(self.depth())), i64::from(step.of))
+        b.addc(b.mulc(turn, i64::from(self.in_round())), i64::from(step.of))
     }
 
     /// What is loaded for a step, as words; factors last, unless they are those of the step before.
@@ -272,7 +272,7 @@ impl<'c> Kernel<'_, 'c> {
         let codes = |row: &V<'c>| load(b, Words::Streamed(coded.share()), at(b, *row, along), exists);
         let mut values: Vec<_> = source.weights.iter().flat_map(codes).collect();
         values.extend(self.operand_pieces(source, step, &[0, 16, 32, 48, 64, 80, 96, 112], 1));
-        if source.known.is_none() && !coded.follows(step.of, self.depth()) {
+        if source.known.is_none() && !coded.follows(step.of, self.in_round()) {
             let first = coded.group(b, self.chunk(step));
             for i in 0..coded.each {
                 // Inputs of groups past the last one are zero.
@@ -356,7 +356,7 @@ impl<'c> Kernel<'_, 'c> {
         let b = self.b;
         let piece = if self.spec.codes.is_some() { 4 } else { 16 };
         let t = b.andi(self.lane, b.i32(3));
-        let first = b.mulc(self.warp, i64::from(self.depth()) * chunk(self.spec).cast_signed() * 2);
+        let first = b.mulc(self.warp, i64::from(self.in_round()) * chunk(self.spec).cast_signed() * 2);
         b.addi(first, b.mulc(t, piece))
     }
 
@@ -398,7 +398,7 @@ impl<'c> Kernel<'_, 'c> {
     /// Distance of a step from the lane's start, where chunks are so many bytes apart.
     fn along(&self, step: Step<'c>, bytes: u32) -> V<'c> {
         let b = self.b;
-        let turn = b.mulc(step.round, i64::from(WARPS * self.depth() * bytes));
+        let turn = b.mulc(step.round, i64::from(WARPS * self.in_round() * bytes));
         b.addc(turn, i64::from(step.of * bytes))
     }
 
@@ -406,7 +406,7 @@ impl<'c> Kernel<'_, 'c> {
     fn chunk_exists(&self, step: Step<'c>) -> Option<V<'c>> {
         let b = self.b;
         let chunks = chunks(self.spec);
-        let even = chunks.is_multiple_of(u64::from(WARPS * self.depth()));
+        let even = chunks.is_multiple_of(u64::from(WARPS * self.in_round()));
         (!even).then(|| {
             let last = b.i32(int(i64::try_from(chunks).expect("chunks fit in 32 bits")));
             b.cmpi("ult", self.chunk(step), last)
