@@ -66,17 +66,12 @@ fn kernels_assemble_without_spills() {
     let session = Session::new();
     for target in [Target::Sm80, Target::Sm89, Target::Sm90a] {
         for spec in [up(DType::Bf16), down(DType::Bf16), up(DType::F32), down(DType::F32)] {
-            let few = gpu::decode(&spec, target).map(|(schedule, _)| schedule);
-            for schedule in [
-                Some(gpu::schedule(&spec, target, &Choice::without_few(&spec, target))),
-                gpu::specialised(&spec, target, &Choice::without_few(&spec, target)),
-                few,
-            ]
-            .into_iter()
-            .flatten()
-            {
-                assemble(&session, &spec, &schedule, target);
+            for variant in gpu::variants(&spec, target) {
+                assemble(&session, &spec, &variant, target);
             }
+            // The portable kernels too, where others come first.
+            let schedule = gpu::schedule(&spec, target, &Choice::without_few(&spec, target));
+            assemble(&session, &spec, &gpu::Variant { name: "_any", schedule, tokens: [0, u64::MAX] }, target);
         }
     }
 }
@@ -94,22 +89,23 @@ fn kernels_of_codes_assemble_without_spills() {
             let kernels = gpu::variants(&spec, Target::Sm90a);
             assert_eq!(
                 kernels.iter().map(|v| v.schedule.kind).collect::<Vec<_>>(),
-                [gpu::Kind::Decode, gpu::Kind::Wgmma]
+                [gpu::Kind::Decode, gpu::Kind::Wgmma, gpu::Kind::Wgmma]
             );
             for variant in kernels {
-                assemble(&session, &spec, &variant.schedule, Target::Sm90a);
+                assemble(&session, &spec, &variant, Target::Sm90a);
             }
         }
     }
 }
 
-fn assemble(session: &Session, spec: &Grouped, schedule: &gpu::Schedule, target: Target) {
+fn assemble(session: &Session, spec: &Grouped, variant: &gpu::Variant, target: Target) {
+    let schedule = &variant.schedule;
     let compiled =
         session.compile(&target, Keep::default(), |b| gpu::emit(b, spec, schedule, target)).expect("compiles");
     let codes = spec
         .codes
         .map_or(String::new(), |c| format!("_{:?}_{}x{}", c.number, c.bits, c.group).replace([' ', '{', '}', ':'], ""));
-    let name = format!("{}_{:?}{codes}_{:?}_{}", spec.symbol, spec.a, schedule.kind, target.name());
+    let name = format!("{}{}_{:?}{codes}_{:?}_{}", spec.symbol, variant.name, spec.a, schedule.kind, target.name());
     let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.ptx"));
     std::fs::write(&file, &compiled.code).expect("the folder is writable");
     let Some(ptxas) = ptxas() else {

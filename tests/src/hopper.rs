@@ -1,8 +1,9 @@
 //! What the expert products of layers do on Hopper, from 1 to 16384 tokens.
 //!
-//! One block of every tile height is run on the simulator, at two depths and two numbers of rows. Counts are linear in
-//! both, and are scaled to the layer's depth and to the tiles of one drawn routing: all figures are counted on a
-//! sample of thread blocks and scaled by the grid. Times are estimated from them, never measured.
+//! One tile of every height is run on the simulator, at two depths and two numbers of rows, with all its columns and with
+//! those that the last tile of a row has. Counts are linear in depth and rows, and are scaled to the layer's depth and to
+//! the tiles of one drawn routing: all figures are counted on a sample of thread blocks and scaled by the grid. Times are
+//! estimated from them, never measured.
 
 use moec::{Target, estimate};
 use moec_abi::{DType, Expr};
@@ -198,6 +199,11 @@ fn run(module: &Module, spec: &Grouped, schedule: &gpu::Schedule, rows: u64) -> 
     numbers(&moec_sim::launch(module, &mut memory, &launch, &options).expect("launches").counts)
 }
 
+/// Heights of the tiles of a mode, by rows of all blocks that share them.
+fn heights(mode: &gpu::Mode) -> impl Iterator<Item = u32> {
+    mode.tiles.iter().map(|tile| tile.rows * mode.share)
+}
+
 /// Counts of one tile as a function of depth and rows, by its corners.
 struct Tile {
     depths: [f64; 2],
@@ -214,30 +220,31 @@ impl Tile {
     }
 }
 
-/// The tiles that were run, by product, kind of kernel and height.
+/// The tiles that were run, by product, kind of kernel, columns and height.
 #[derive(Default)]
 pub struct Sample {
     session: Session,
-    tiles: BTreeMap<(String, String, u32), Tile>,
+    tiles: BTreeMap<(String, String, u64, u32), Tile>,
 }
 
 impl Sample {
+    /// A tile of `n` columns of the result.
     fn tile(
         &mut self,
         make: fn(u64, u64) -> Grouped,
         codes: Option<Codes>,
         schedule: &gpu::Schedule,
-        mode: &gpu::Mode,
-        height: u32,
+        (mode, height): (&gpu::Mode, u32),
+        n: u64,
     ) -> &Tile {
-        let any = make(64, 8);
-        let n = u64::from(mode.columns) / any.matrices as u64;
-        let key = (any.symbol, format!("{:?} {codes:?} {mode:?}", schedule.kind), height);
+        let key = (make(64, 8).symbol, format!("{:?} {codes:?} {mode:?}", schedule.kind), n, height);
         let session = &self.session;
         self.tiles.entry(key).or_insert_with(|| {
             // Rounds of the kernel for few tokens are whole at these depths.
-            let depths = [1024, 2048];
-            let lower = mode.tiles.iter().map(|t| t.rows).filter(|r| *r < height).max().map_or(1, |r| r + 1);
+            let round = u64::from(schedule.warps * mode.tiles[0].depth * mode.tiles[0].stages);
+            let round = if schedule.kind == gpu::Kind::Decode { round } else { 1024 };
+            let depths = [1, 2].map(|times| times * 1024_u64.next_multiple_of(round));
+            let lower = heights(mode).filter(|r| *r < height).max().map_or(1, |r| r + 1);
             let rows = [lower, height];
             let alone = gpu::Schedule { modes: vec![gpu::Mode { limit: None, ..mode.clone() }], ..schedule.clone() };
             let corners = depths.map(|k| {
@@ -261,22 +268,26 @@ impl Sample {
         let launched = rows.iter().sum::<u64>();
         let mode = modes.iter().find(|m| m.limit.is_none_or(|l| launched <= l)).expect("a mode");
         let most = u64::from(mode.rows());
-        let mut heights: BTreeMap<u32, [u64; 2]> = BTreeMap::new();
+        let mut drawn: BTreeMap<u32, [u64; 2]> = BTreeMap::new();
         for r in rows {
             for first in (0..*r).step_by(most as usize) {
                 let count = (r - first).min(most);
-                let height = mode.tiles.iter().map(|t| t.rows).find(|t| u64::from(*t) >= count).expect("the highest");
-                let [tiles, all] = heights.entry(height).or_default();
+                let height = heights(mode).find(|t| u64::from(*t) >= count).expect("the highest");
+                let [tiles, all] = drawn.entry(height).or_default();
                 (*tiles, *all) = (*tiles + 1, *all + count);
             }
         }
-        let columns = mode.column_tiles(layer) as f64;
+        // Full tiles, and the last one if it is not full.
+        let width = u64::from(mode.columns) / layer.matrices as u64;
+        let columns = [(layer.n / width, width), (1, layer.n % width)].into_iter().filter(|(_, n)| *n > 0);
         let (mut sum, mut blocks) = (Scaled::default(), 0.0);
-        for (height, [tiles, all]) in heights {
-            let (tiles, all) = (tiles as f64, all as f64);
-            let one = self.tile(make, layer.codes, &variant.schedule, mode, height).at(layer.k as f64, all / tiles);
-            sum.iter_mut().zip(one).for_each(|(s, c)| *s += c * tiles * columns);
-            blocks += tiles * columns;
+        for (count, n) in columns {
+            for (height, [tiles, all]) in &drawn {
+                let (rows, tiles) = (*all as f64 / *tiles as f64, (*tiles * count) as f64);
+                let tile = self.tile(make, layer.codes, &variant.schedule, (mode, *height), n);
+                sum.iter_mut().zip(tile.at(layer.k as f64, rows)).for_each(|(s, c)| *s += c * tiles);
+                blocks += tiles * f64::from(mode.share);
+            }
         }
         counts(sum, blocks)
     }

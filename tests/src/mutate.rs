@@ -11,7 +11,7 @@ pub mod table;
 /// What was taken away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// `bar.sync`: threads of a block, or of a part of it, meet.
+    /// `bar.sync`, `barrier.cluster`: threads of a block, of a part of it, or of a cluster, meet.
     Barrier,
     /// `bar.warp.sync`.
     WarpBarrier,
@@ -142,7 +142,10 @@ pub fn mutants(ptx: &str) -> Vec<Mutant> {
         if op.starts_with("bar.warp") {
             let (now, probe) = gone();
             add(Kind::WarpBarrier, now, probe);
-        } else if op.starts_with("bar.sync") || op.starts_with("barrier.") && op.contains("sync") {
+        } else if op.starts_with("bar.sync")
+            || op.starts_with("barrier.") && op.contains("sync")
+            || op.starts_with("barrier.cluster")
+        {
             let (now, probe) = gone();
             add(Kind::Barrier, now, probe);
         } else if op.starts_with("fence.") || op.starts_with("wgmma.fence") || op.starts_with("membar") {

@@ -8,15 +8,20 @@ const HEAD: &str = "\
 # What the expert products of a layer do on Hopper
 
 Gate, up and down products with rows in bf16, shared experts included; router, sort and combine apart. Weights are bf16,
-or codes as in the checkpoints: DeepSeek-V3 in fp8, gpt-oss-120b in mxfp4. Counted on the simulator on a sample of thread blocks (one of each tile height, at two depths and two numbers of rows) and scaled by the grid of one
-drawn routing. Nothing here was measured on a device. `MB` are the bytes that kernels ask for, `floor` what has to pass:
-weights of the experts hit, rows in, inner rows out and in, results of all routes. `us` is the least time of the unit
-that binds on an H200 (4.3 TB/s, 132 multiprocessors at 1.755 GHz), kernel after kernel, without latencies.
+or codes as in the checkpoints: DeepSeek-V3 in fp8, gpt-oss-120b in mxfp4. Counted on the simulator on a sample of thread
+blocks (one tile of each height, at two depths and two numbers of rows, full and as the last one of a matrix is) and scaled
+by the grid of one drawn routing. Nothing here was measured on a device. `MB` are the bytes that kernels ask for, `floor`
+what has to pass: weights of the experts hit, rows in, inner rows out and in, results of all routes. `us` is the least time
+of the unit that binds on an H200 (4.3 TB/s, 132 multiprocessors at 1.755 GHz), kernel after kernel, without latencies.
 
-A weight tile is asked for once for every 256 rows of its expert, and the rows of an expert once for every column tile:
-what exceeds the floor is left to the second-level cache. From 1024 tokens on that traffic is what binds (`cache`): a
-tile of 128 weight rows by 256 tokens does 85 operations for each byte that it asks for. Of codes it is 128 tokens, and as
-many operations. Codes are decoded once for each tile: `issue` counts PTX, of which the assembler leaves out the moves.
+What exceeds the floor is left to the second-level cache: the rows of an expert are asked for once by every column tile, so
+that `r` rows add `r` over the weight rows of a tile, times 16 bits over the bits of a weight. A tile has 64 weight rows up
+to 8 tokens, as many as registers hold; 384 or 256 up to 48 rows an expert; 256 beyond, where weights are asked for once for
+every 256 rows by a pair of blocks that copy half of them each to both (every 128 rows by single blocks, if weights are
+codes). That is 128 operations for each byte, and no tile of two blocks does more: its sums fill their registers. Up to 64
+tokens it is less than 5 %, but for mxfp4 and up to 4 tokens, where a row is a seventeenth of a tile of 64 weight rows. From
+1024 to 4096 tokens on that traffic is what binds (`cache`). Codes are decoded once for each tile: `issue` counts PTX, of
+which the assembler leaves out the moves.
 
 `MOEC_BLESS=1 cargo test -p moec-tests --test hopper_counts` writes this page.
 ";
@@ -91,8 +96,9 @@ fn hopper_kernels_do_no_more_than_before() {
     assert!(page(&before) == shown, "docs/hopper-counts.md is not what tests/hopper-counts.json says; MOEC_BLESS=1");
     for c in &now {
         assert_eq!(c.bank_conflicts, 0, "{} T={}", c.layer, c.tokens);
-        // Few tokens: weights once, and little besides.
-        let much = if c.layer == "gpt-oss-120b" || c.layer == "DeepSeek-V3" { 1.2 } else { 1.06 };
-        assert!(c.tokens > 16 || c.global_bytes as f64 <= much * c.floor_bytes as f64, "{} T={}", c.layer, c.tokens);
+        // Few tokens: weights once, and little besides. The codes of 64 rows are 17 times a row of the operand.
+        let much = if c.layer == "gpt-oss-120b" && c.tokens <= 4 { 1.09 } else { 1.05 };
+        let most = much * c.floor_bytes as f64;
+        assert!(c.tokens > 64 || c.global_bytes as f64 <= most, "{} T={} {:?}", c.layer, c.tokens, c.choice);
     }
 }

@@ -121,6 +121,16 @@ impl Coded {
         self.span.is_none()
     }
 
+    /// Whether line `of` of `count` that follow each other surely has the groups of the line before it.
+    pub(super) const fn follows(&self, of: u32, count: u32) -> bool {
+        let (of, count) = (of as u64, count as u64);
+        match self.span {
+            None => of > 0,
+            Some(lines) if lines % count == 0 => of > 0,
+            Some(lines) => count % lines == 0 && of % lines > 0,
+        }
+    }
+
     /// First group of a line (i32).
     pub(super) fn group<'c>(&self, b: &Builder<'c>, line: V<'c>) -> V<'c> {
         match self.span {

@@ -1,6 +1,6 @@
 //! Products of few rows: weights go from memory straight into fragments of `mma.sync`.
 //!
-//! A block takes one or two times 16 packed rows of one expert and all of `k`, which its warps share in turn: a lane
+//! A block takes up to four times 16 packed rows of one expert and all of `k`, which its warps share in turn: a lane
 //! loads 16 neighbouring bytes of a weight row and of a row of the operand, and both count as fragments of a product
 //! whose depth is permuted alike on both sides. So weights need no shared memory, no barrier and no other order. Their
 //! loads run ahead of the products in registers. The sums of the warps are added in the order of the warps.
@@ -14,7 +14,7 @@ use super::{
     device::{asm, asm0, at, at_const, barrier, element, field, register, shuffle, vector, wide},
     epilogue::Values,
     fragments::mma,
-    schedule::{Kind, Mode, Tile, packed_columns, packed_rows, size},
+    schedule::{Kind, MULTIPROCESSORS, Mode, Tile, packed_columns, packed_rows, size},
     tile::{Rows, int},
 };
 use crate::{
@@ -26,11 +26,11 @@ use moec_abi::DType;
 
 /// Warps of a block; they take chunks of `k` in turn.
 const WARPS: u32 = 8;
-/// Most 16-row units of packed weights of a block.
-const UNITS: u32 = 2;
+/// Most 16-row units of packed weights of a block. Each block reads the rows of its expert, so more is less to read.
+const UNITS: u32 = 4;
 /// Elements of `k` that a warp takes at a time, as values: 16 bytes of four lanes.
 const CHUNK: u64 = 32;
-/// Registers of a thread for steps that are loaded ahead, if weights are codes.
+/// Registers of a thread for steps that are loaded ahead.
 const AHEAD: u32 = 84;
 /// Most tokens for which these kernels are launched: the width of their only tile.
 const TOKENS: u64 = 8;
@@ -46,15 +46,18 @@ pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
     if spec.a != DType::Bf16 || spec.w != DType::Bf16 || !codes || !whole {
         return None;
     }
-    let steps = steps(spec);
-    // Many factors leave registers for fewer rows.
-    let coded = Coded::new(spec);
-    let units = if coded.is_some_and(|coded| step_words(&coded, UNITS) > AHEAD / 2) { 1 } else { UNITS };
-    let stages = coded.map_or(4, |coded| (AHEAD / step_words(&coded, units)).clamp(1, 4));
+    let small = spec.rows == RowSource::Dense && packed_rows(spec) <= SMALL.0;
+    // Two steps fit in registers, rows share addresses, and many rows of weights leave enough blocks of one token.
+    let packed = packed_rows(spec);
+    let blocks = packed / u64::from(16 * UNITS) * spec.rows_per_token.min(spec.experts);
+    let whole = packed.is_multiple_of(u64::from(16 * UNITS));
+    let most = if whole && blocks >= MULTIPROCESSORS { UNITS } else { UNITS / 2 };
+    let fits = |units: &u32| *units <= most && 2 * step_words(spec, *units) <= AHEAD;
+    let units = if small { 1 } else { [UNITS, UNITS / 2].into_iter().find(fits).unwrap_or(1) };
+    let (steps, stages) = (steps(spec), (AHEAD / step_words(spec, units)).clamp(1, 4));
     // Rounds are of equal length.
     let tile = Tile { rows: 8, depth: chunk(spec) as u32, stages: steps.div_ceil(steps.div_ceil(stages)), down: 1 };
-    let small = spec.rows == RowSource::Dense && packed_rows(spec) <= SMALL.0;
-    let modes = vec![Mode { limit: None, columns: if small { 16 } else { 16 * units }, tiles: vec![tile] }];
+    let modes = vec![Mode { limit: None, columns: 16 * units, share: 1, tiles: vec![tile] }];
     let dependent = super::starts_early(target);
     Some((
         Schedule { kind: Kind::Decode, warps: WARPS, blocks: 2, modes, dependent, walk: None },
@@ -83,22 +86,38 @@ const SUMS_BYTES: u32 = WARPS * UNITS * 32 * 16;
 /// Bytes of shared memory: the sums, and which rows the block has.
 pub(super) const SHARED_BYTES: u32 = SUMS_BYTES + 16;
 
+/// A step of a warp: in every round the warps take so many chunks each, which follow each other.
+#[derive(Clone, Copy)]
+struct Step<'c> {
+    /// The round (i32).
+    round: V<'c>,
+    /// Which step of the round.
+    of: u32,
+}
+
 /// Addresses of a lane.
 struct Source<'c> {
     /// Its weight rows: `UNITS` pairs, eight rows apart.
     weights: Vec<V<'c>>,
     /// Its row of the operand, and whether that exists.
     operand: (V<'c>, V<'c>),
-    /// The scale and, if there is one, the zero of the first group of one of the weight rows that four lanes share.
-    factors: Vec<V<'c>>,
+    /// The scale and, if there is one, the zero of the first group, with their sizes, of one in four of the weight rows
+    /// that four lanes share.
+    factors: Vec<(V<'c>, u32)>,
     /// Their values, if rows have one group.
     known: Option<Vec<V<'c>>>,
 }
 
-/// Words of a step: codes of the rows of `units` times 16 packed rows, the operand, and factors.
-fn step_words(coded: &Coded, units: u32) -> u32 {
-    let factors = if coded.is_single() { 0 } else { coded.each * coded.sizes().count() as u32 };
+/// Words of a step of a lane: weights of the rows of `units` times 16 packed rows, the operand, and factors.
+fn step_words(spec: &Grouped, units: u32) -> u32 {
+    let Some(coded) = Coded::new(spec) else { return 2 * units * 4 + 4 };
+    let factors = if coded.is_single() { 0 } else { coded.each * factor_words(&coded, units) };
     2 * units * coded.share() + factors + OPERAND_WORDS
+}
+
+/// Words of a lane for the factors of a group: it has those of one of its rows in four.
+fn factor_words(coded: &Coded, units: u32) -> u32 {
+    (2 * units).div_ceil(4) * coded.sizes().count() as u32
 }
 
 /// Words of a lane's row of the operand in a line: a pair for each piece.
@@ -150,28 +169,30 @@ impl<'c> Kernel<'_, 'c> {
 
     fn decode_tile(&self, rows: Rows<'c>, column_tile: V<'c>) {
         let b = self.b;
-        let depth = self.mode.tiles[0].stages;
+        let depth = self.in_round();
         let rounds = steps(self.spec).div_ceil(depth);
         if self.schedule.dependent && !self.spec.follows() {
             self.fetch_weights(rows, column_tile);
             self.wait_for_predecessor();
         }
         let source = self.source(rows, column_tile);
-        let ring: Vec<_> = (0..depth).flat_map(|u| self.step_values(&source, b.i32(int(u.into())))).collect();
-        let each = ring.len() / depth as usize;
+        let step = |round, of| self.step_values(&source, Step { round, of });
+        let steps: Vec<_> = (0..depth).map(|of| step(b.i32(0), of)).collect();
+        let lengths: Vec<_> = steps.iter().map(Vec::len).collect();
         let own = self.units() as usize * 4;
-        let carried = [vec![b.f32(0.0); own], ring].concat();
+        let carried = [vec![b.f32(0.0); own], steps.concat()].concat();
         let last = b.i32(int(i64::from(rounds)));
         // Each step is multiplied, and its registers are filled with the step of the next round, if there is one.
         let carried = b.rolled(b.i32(0), last, b.i32(1), &carried, |round, carried| {
-            let (sums, ring) = carried.split_at(own);
-            let (mut sums, mut next) = (sums.to_vec(), Vec::new());
-            let from = b.mulc(b.addc(round, 1), i64::from(depth));
-            let more = b.cmpi("slt", b.addc(round, 1), last);
-            for (u, values) in ring.chunks(each).enumerate() {
-                sums = self.step_products(&source, &sums, values);
-                let load = || self.step_values(&source, b.addc(from, u as i64));
-                next.extend(b.if_else(more, &vec!["i32"; each], load, || values.to_vec()));
+            let (sums, mut ring) = carried.split_at(own);
+            let (mut sums, mut next, mut factors) = (sums.to_vec(), Vec::new(), Vec::new());
+            let after = b.addc(round, 1);
+            let more = b.cmpi("slt", after, last);
+            for (of, length) in (0..).zip(&lengths) {
+                let (values, rest) = ring.split_at(*length);
+                ring = rest;
+                sums = self.step_products(&source, &sums, values, &mut factors);
+                next.extend(b.if_else(more, &vec!["i32"; *length], || step(after, of), || values.to_vec()));
             }
             sums.extend(next);
             sums
@@ -188,8 +209,7 @@ impl<'c> Kernel<'_, 'c> {
         let (row, t) = (b.shrui(self.lane, b.i32(2)), b.andi(self.lane, b.i32(3)));
         let panels = self.panels();
         let stride = i64::try_from(packed_columns(self.spec)).expect("weights fit in memory") * i64::from(PANEL);
-        // The warps take lines in turn.
-        let line = b.addi(b.mulc(self.warp, i64::from(PANEL)), row);
+        let line = b.addi(b.mulc(self.warp, i64::from(self.in_round() * PANEL)), row);
         let inside =
             wide(b, b.addi(b.mulc(line, i64::from(coded.line_bytes())), b.mulc(t, i64::from(coded.share() * 4))));
         let panel = |i: V<'c>| {
@@ -198,55 +218,80 @@ impl<'c> Kernel<'_, 'c> {
             let panel = b.minsi(b.addi(first, i), b.i32(int(panels - 1)));
             b.addi(b.mulc(wide(b, rows.expert), panels), wide(b, panel))
         };
-        let weights = (0..2 * self.units())
-            .map(|i| at(b, self.args.w, b.addi(b.mulc(panel(b.i32(int(i.into()))), stride), inside)))
-            .collect();
-        // Each of the lanes of a row has the factors of one of their rows.
-        let mine = panel(b.remui(t, b.i32(int(i64::from(2 * self.units())))));
+        let line = |i| at(b, self.args.w, b.addi(b.mulc(panel(b.i32(i)), stride), inside));
+        let weights = 0..int(i64::from(2 * self.units()));
+        let weights = if self.whole_tiles() {
+            let first = line(0);
+            weights.map(|i| at_const(b, first, u64::from(i.unsigned_abs()) * stride.unsigned_abs())).collect()
+        } else {
+            weights.map(line).collect()
+        };
+        // Each of the lanes of a row has the factors of every fourth of their rows.
         let groups = i64::try_from(coded.groups).expect("groups fit in memory");
-        let first = b.addi(b.mulc(mine, groups * i64::from(PANEL)), wide(b, row));
-        let of_kind = |(of, size): (V<'c>, u32)| at(b, of, b.mulc(first, i64::from(size)));
-        let factors: Vec<_> = self.factor_args().zip(coded.sizes()).map(of_kind).collect();
-        let known = coded.is_single().then(|| self.factor_values(&coded, &factors, b.i32(0)));
+        let last = b.i32(int(i64::from(2 * self.units() - 1)));
+        let of_row = |i: u32| {
+            let mine = panel(b.minsi(b.addc(t, i.into()), last));
+            let first = b.addi(b.mulc(mine, groups * i64::from(PANEL)), wide(b, row));
+            self.factor_args().zip(coded.sizes()).map(move |(of, size)| (at(b, of, b.mulc(first, size.into())), size))
+        };
+        let factors: Vec<_> = (0..2 * self.units()).step_by(4).flat_map(of_row).collect();
+        let known = coded.is_single().then(|| self.factor_values(&factors, b.i32(0), None));
         Source { weights, operand, factors, known }
     }
 
-    /// The scale, and the zero, of group `group` (i32), as words.
-    fn factor_values(&self, coded: &Coded, factors: &[V<'c>], group: V<'c>) -> Vec<V<'c>> {
+    /// The scales, and the zeros, of group `group` (i32), as words; zero unless `exists`.
+    fn factor_values(&self, factors: &[(V<'c>, u32)], group: V<'c>, exists: Option<V<'c>>) -> Vec<V<'c>> {
         let b = self.b;
-        let value = |(of, size): (&V<'c>, u32)| {
+        let value = |(of, size): &(V<'c>, u32)| {
             let from = at(b, *of, wide(b, b.mulc(group, i64::from(PANEL * size))));
-            load(b, if size == 1 { Words::Byte } else { Words::Streamed(1) }, from, None)[0]
+            load(b, if *size == 1 { Words::Byte } else { Words::Streamed(1) }, from, exists)[0]
         };
-        factors.iter().zip(coded.sizes()).map(value).collect()
+        factors.iter().map(value).collect()
     }
 
-    /// What is loaded for step `step`, as words.
-    fn step_values(&self, source: &Source<'c>, step: V<'c>) -> Vec<V<'c>> {
+    /// Steps of a round.
+    fn in_round(&self) -> u32 {
+        self.mode.tiles[0].stages
+    }
+
+    /// The chunk of this warp (i32).
+    fn chunk(&self, step: Step<'c>) -> V<'c> {
+        let b = self.b;
+        let turn = b.addi(b.mulc(step.round, i64::from(WARPS)), self.warp);
+        b.addc(b.mulc(turn, i64::from(self.in_round())), i64::from(step.of))
+    }
+
+    /// What is loaded for a step, as words; factors last, unless they are those of the step before.
+    fn step_values(&self, source: &Source<'c>, step: Step<'c>) -> Vec<V<'c>> {
         let Some(coded) = Coded::new(self.spec) else {
             return [self.weight_pieces(source, step), self.operand_pieces(source, step, &[0], 4)].concat();
         };
         let b = self.b;
         let exists = self.chunk_exists(step);
-        let along = wide(b, b.mulc(step, i64::from(WARPS * PANEL * coded.line_bytes())));
+        let along = wide(b, self.along(step, PANEL * coded.line_bytes()));
         let codes = |row: &V<'c>| load(b, Words::Streamed(coded.share()), at(b, *row, along), exists);
         let mut values: Vec<_> = source.weights.iter().flat_map(codes).collect();
         values.extend(self.operand_pieces(source, step, &[0, 16, 32, 48, 64, 80, 96, 112], 1));
-        if source.known.is_none() {
-            let line = b.addi(b.mulc(step, i64::from(WARPS)), self.warp);
-            let first = coded.group(b, line);
+        if source.known.is_none() && !coded.follows(step.of, self.in_round()) {
+            let first = coded.group(b, self.chunk(step));
             for i in 0..coded.each {
                 // Inputs of groups past the last one are zero.
                 let last = int(i64::try_from(coded.groups).expect("groups fit in memory") - 1);
                 let group = b.minsi(b.addc(first, i64::from(i)), b.i32(last));
-                values.extend(self.factor_values(&coded, &source.factors, group));
+                values.extend(self.factor_values(&source.factors, group, exists));
             }
         }
         values
     }
 
-    /// Adds the products of one step.
-    fn step_products(&self, source: &Source<'c>, sums: &[V<'c>], values: &[V<'c>]) -> Vec<V<'c>> {
+    /// Adds the products of one step. `factors` are those of the step before.
+    fn step_products(
+        &self,
+        source: &Source<'c>,
+        sums: &[V<'c>],
+        values: &[V<'c>],
+        factors: &mut Vec<V<'c>>,
+    ) -> Vec<V<'c>> {
         let b = self.b;
         let Some(coded) = Coded::new(self.spec) else { return products(b, sums, values) };
         let t = b.andi(self.lane, b.i32(3));
@@ -259,28 +304,32 @@ impl<'c> Kernel<'_, 'c> {
         };
         let own = |words: &[V<'c>]| coded.own(b, t, &together(words));
         let codes: Vec<_> = words.chunks(coded.share() as usize).map(own).collect();
-        let all = source.known.as_deref().unwrap_or(loaded);
+        if !loaded.is_empty() {
+            *factors = loaded.to_vec();
+        }
+        let all = source.known.as_deref().unwrap_or(factors);
         let row = b.andi(self.lane, b.i32(-4));
-        let of_row = |group: &[V<'c>], i: u32| {
-            let lane = b.addc(row, i.into());
-            let raw: Vec<_> = group.iter().map(|mine| shuffle(b, *mine, lane)).collect();
+        let kinds = coded.sizes().count();
+        let of_row = |group: &[V<'c>], i: usize| {
+            let lane = b.addc(row, (i % 4) as i64);
+            let mine = &group[i / 4 * kinds..][..kinds];
+            let raw: Vec<_> = mine.iter().map(|mine| shuffle(b, *mine, lane)).collect();
             coded.factor(b, &raw)
         };
         let mut sums = sums.to_vec();
-        let (mut known, mut factors) = (None, Vec::new());
-        for block in 0..4 {
-            let group = coded.group_of(block);
-            if known != Some(group) {
-                let mine = &all[group * source.factors.len()..][..source.factors.len()];
-                factors = (0..2 * self.units()).map(|i| of_row(mine, i)).collect();
-                known = Some(group);
-            }
-            let pair = |row: usize, half: u32| coded.pair(b, &codes[row], 2 * block + half, factors[row]);
-            let right = &operand[2 * block as usize..][..2];
-            for (unit, sums) in sums.chunks_mut(4).enumerate() {
-                let (first, next) = (2 * unit, 2 * unit + 1);
-                let left = [pair(first, 0), pair(next, 0), pair(first, 1), pair(next, 1)];
-                sums.copy_from_slice(&mma(b, &left, right, sums));
+        for (unit, sums) in sums.chunks_mut(4).enumerate() {
+            let rows = [2 * unit, 2 * unit + 1];
+            let (mut known, mut of_rows) = (None, Vec::new());
+            for block in 0..4 {
+                let group = coded.group_of(block);
+                if known != Some(group) {
+                    let mine = &all[group * source.factors.len()..][..source.factors.len()];
+                    of_rows = rows.map(|row| of_row(mine, row)).to_vec();
+                    known = Some(group);
+                }
+                let pair = |i: usize, half: u32| coded.pair(b, &codes[rows[i]], 2 * block + half, of_rows[i]);
+                let left = [pair(0, 0), pair(1, 0), pair(0, 1), pair(1, 1)];
+                sums.copy_from_slice(&mma(b, &left, &operand[2 * block as usize..][..2], sums));
             }
         }
         sums
@@ -307,7 +356,8 @@ impl<'c> Kernel<'_, 'c> {
         let b = self.b;
         let piece = if self.spec.codes.is_some() { 4 } else { 16 };
         let t = b.andi(self.lane, b.i32(3));
-        b.addi(b.mulc(self.warp, chunk(self.spec).cast_signed() * 2), b.mulc(t, piece))
+        let first = b.mulc(self.warp, i64::from(self.in_round()) * chunk(self.spec).cast_signed() * 2);
+        b.addi(first, b.mulc(t, piece))
     }
 
     /// Rows past the last one repeat it; their results are not stored.
@@ -318,11 +368,18 @@ impl<'c> Kernel<'_, 'c> {
         let expert = at(b, self.args.w, b.mulc(wide(b, rows.expert), packed * stride));
         let first = b.addi(b.mulc(column_tile, i64::from(self.mode.columns)), b.shrui(self.lane, b.i32(2)));
         let start = wide(b, self.lane_start());
-        let row = |i: u32| {
-            let row = b.minsi(b.addc(first, i64::from(i * 8)), b.i32(int(packed - 1)));
-            at(b, at(b, expert, b.mulc(wide(b, row), stride)), start)
-        };
-        (0..2 * self.units()).map(row).collect()
+        let row = |row| at(b, at(b, expert, b.mulc(wide(b, row), stride)), start);
+        let rows = 0..2 * self.units();
+        if self.whole_tiles() {
+            let first = row(first);
+            return rows.map(|i| at_const(b, first, u64::from(i * 8) * stride.unsigned_abs())).collect();
+        }
+        rows.map(|i| row(b.minsi(b.addc(first, i64::from(i * 8)), b.i32(int(packed - 1))))).collect()
+    }
+
+    /// Whether every tile has all its packed rows.
+    fn whole_tiles(&self) -> bool {
+        packed_rows(self.spec).is_multiple_of(u64::from(self.mode.columns))
     }
 
     fn operand_row(&self, rows: Rows<'c>) -> (V<'c>, V<'c>) {
@@ -338,34 +395,36 @@ impl<'c> Kernel<'_, 'c> {
         (at(b, at(b, self.args.a, b.mulc(wide(b, row), stride)), wide(b, self.lane_start())), exists)
     }
 
-    /// Distance of a step from the lane's start, in bytes of values.
-    fn along(&self, step: V<'c>) -> V<'c> {
-        self.b.mulc(step, i64::from(WARPS) * chunk(self.spec).cast_signed() * 2)
+    /// Distance of a step from the lane's start, where chunks are so many bytes apart.
+    fn along(&self, step: Step<'c>, bytes: u32) -> V<'c> {
+        let b = self.b;
+        let turn = b.mulc(step.round, i64::from(WARPS * self.in_round() * bytes));
+        b.addc(turn, i64::from(step.of * bytes))
     }
 
-    /// Whether a warp has a chunk in step `step`, where some have none.
-    fn chunk_exists(&self, step: V<'c>) -> Option<V<'c>> {
+    /// Whether a warp has a chunk in a step, where some have none.
+    fn chunk_exists(&self, step: Step<'c>) -> Option<V<'c>> {
         let b = self.b;
         let chunks = chunks(self.spec);
-        let even = chunks.is_multiple_of(u64::from(WARPS * self.mode.tiles[0].stages));
+        let even = chunks.is_multiple_of(u64::from(WARPS * self.in_round()));
         (!even).then(|| {
-            let chunk = b.addi(b.mulc(step, i64::from(WARPS)), self.warp);
-            b.cmpi("ult", chunk, b.i32(int(i64::try_from(chunks).expect("chunks fit in 32 bits"))))
+            let last = b.i32(int(i64::try_from(chunks).expect("chunks fit in 32 bits")));
+            b.cmpi("ult", self.chunk(step), last)
         })
     }
 
     /// This lane's words of its weight rows. Chunks past the end of a row are zero.
-    fn weight_pieces(&self, source: &Source<'c>, step: V<'c>) -> Vec<V<'c>> {
+    fn weight_pieces(&self, source: &Source<'c>, step: Step<'c>) -> Vec<V<'c>> {
         let b = self.b;
-        let (exists, along) = (self.chunk_exists(step), wide(b, self.along(step)));
+        let (exists, along) = (self.chunk_exists(step), wide(b, self.along(step, CHUNK as u32 * 2)));
         source.weights.iter().flat_map(|row| load(b, Words::Streamed(4), at(b, *row, along), exists)).collect()
     }
 
     /// This lane's words of its row of the operand, `words` at each of some distances in bytes; zero where there is none.
-    fn operand_pieces(&self, source: &Source<'c>, step: V<'c>, distances: &[u64], words: u32) -> Vec<V<'c>> {
+    fn operand_pieces(&self, source: &Source<'c>, step: Step<'c>, distances: &[u64], words: u32) -> Vec<V<'c>> {
         let (b, spec) = (self.b, self.spec);
         let (row, exists) = source.operand;
-        let along = self.along(step);
+        let along = self.along(step, chunk(spec) as u32 * 2);
         let start = b.addi(along, self.lane_start());
         let end = b.i32(int(i64::try_from(spec.k * spec.a.bytes()).expect("rows fit in 32 bits")));
         let from = at(b, row, wide(b, along));

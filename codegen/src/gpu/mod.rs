@@ -60,14 +60,22 @@ pub fn variants(spec: &Grouped, target: Target) -> Vec<Variant> {
 
 /// The kernels of a product, with the numbers of a measurement.
 pub fn variants_as(spec: &Grouped, target: Target, choice: &Choice) -> Vec<Variant> {
-    let few = decode(spec, target).map(|(schedule, most)| (schedule, most.min(choice.few_tokens)));
-    let (few, from) = match few {
-        Some((schedule, most)) if most > 0 => (Some(Variant { name: "_few", schedule, tokens: [0, most] }), most + 1),
-        Some(_) | None => (None, 0),
-    };
+    let few = decode(spec, target).map(|(schedule, most)| ("_few", schedule, most.min(choice.few_tokens)));
     // The kernels of one architecture come first; the portable ones serve everything else.
-    let schedule = specialised(spec, target, choice).unwrap_or_else(|| schedule(spec, target, choice));
-    few.into_iter().chain([Variant { name: "", schedule, tokens: [from, u64::MAX] }]).collect()
+    let mut own = specialised(spec, target, choice);
+    let (last, _) = own.pop().unwrap_or_else(|| (schedule(spec, target, choice), u64::MAX));
+    let own = own.into_iter().map(|(schedule, most)| ("_rare", schedule, most));
+    let all = few.into_iter().chain(own).chain([("", last, u64::MAX)]);
+    let mut from = 0;
+    let all = all.filter_map(|(name, schedule, most)| {
+        let tokens = [from, most];
+        let some = tokens[0] <= most && most > 0;
+        if some {
+            from = most.saturating_add(1);
+        }
+        some.then_some(Variant { name, schedule, tokens })
+    });
+    all.collect()
 }
 
 /// Whether launches for a target may start before their predecessors end. Every thread of their kernels, or every
@@ -181,6 +189,7 @@ pub fn emit(b: &Builder<'_>, spec: &Grouped, schedule: &Schedule, target: Target
     let types: Vec<_> = parameters.iter().map(|p| p.ty()).collect();
     let ring = format!("{}_shared", spec.symbol);
     b.shared(&ring, 0, 1024);
+    // How many blocks a cluster has is said by the launch.
     let kind = FuncKind::Kernel { threads: schedule.threads(), blocks: schedule.blocks, cluster: 1 };
     b.func(&spec.symbol, kind, &types, |values| {
         let find = |wanted| parameters.iter().position(|p| *p == wanted).map(|i| values[i]);

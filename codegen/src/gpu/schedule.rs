@@ -46,6 +46,8 @@ pub struct Mode {
     pub limit: Option<u64>,
     /// Packed weight rows of a tile (all matrices).
     pub columns: u32,
+    /// Blocks of a cluster that share the weights and the rows of a tile, for [`Kind::Wgmma`]; 1 for the others.
+    pub share: u32,
     /// Tiles by rising height. A block takes the lowest one that holds its rows.
     pub tiles: Vec<Tile>,
 }
@@ -86,14 +88,22 @@ impl fmt::Display for Schedule {
                 let Tile { rows, depth, stages, down } = t;
                 write!(f, ", {rows}x{}x{depth} stages {stages} split {down}x{}", mode.columns, groups / down)?;
             }
+            if mode.share > 1 {
+                write!(f, ", {} blocks", mode.share)?;
+            }
         }
         Ok(())
     }
 }
 
 impl Mode {
-    /// Rows of the highest tile: row tiles are counted in this unit.
+    /// Rows of the highest tile of all blocks that share it: row tiles are counted in this unit.
     pub fn rows(&self) -> u32 {
+        self.share * self.block_rows()
+    }
+
+    /// Rows of the highest tile of a block.
+    fn block_rows(&self) -> u32 {
         self.tiles.iter().map(|t| t.rows).max().unwrap_or(1)
     }
 
@@ -153,15 +163,19 @@ fn portable(spec: &Grouped, target: Target, served: u64) -> Schedule {
         let (depth, stages) = spec.codes.map_or((32, 3), |codes| codes_stage(&codes));
         // Of a narrow matrix, such as a low-rank factor, a wide tile would compute nothing.
         let columns = if spec.matrices == 1 && packed_rows(spec) <= 32 { 32 } else { 64 };
-        let modes =
-            vec![Mode { limit: None, columns, tiles: vec![tile(16, depth, stages, 1), tile(64, depth, stages, 2)] }];
+        let modes = vec![Mode {
+            limit: None,
+            columns,
+            share: 1,
+            tiles: vec![tile(16, depth, stages, 1), tile(64, depth, stages, 2)],
+        }];
         return Schedule { kind: Kind::Simt, warps: 4, blocks: 2, modes, dependent: false, walk: None };
     }
     if let Some(codes) = spec.codes {
         // Columns are narrow: each lane keeps the scales of its columns, and few columns make more blocks.
         let (depth, stages) = codes_stage(&codes);
         let tiles = vec![tile(16, depth, stages + 1, 1), tile(64, depth, stages, 2)];
-        let modes = vec![Mode { limit: None, columns: 64, tiles }];
+        let modes = vec![Mode { limit: None, columns: 64, share: 1, tiles }];
         return Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes, dependent: false, walk: None };
     }
     // Two blocks share a multiprocessor: 164 KiB of shared memory on sm_80, 100 on sm_89, 228 on sm_90.
@@ -176,10 +190,10 @@ fn portable(spec: &Grouped, target: Target, served: u64) -> Schedule {
             vec![tile(16, 64, 4, 1), tile(64, 32, 5, 2), tile(128, 32, 4, 2)],
         )
     };
-    let wide = Mode { limit: None, columns: 128, tiles: many };
-    let narrow = Mode { limit: few_rows(spec, &wide, 2), columns: 64, tiles: few };
+    let wide = Mode { limit: None, columns: 128, share: 1, tiles: many };
+    let narrow = Mode { limit: few_rows(spec, &wide, 2), columns: 64, share: 1, tiles: few };
     let modes = if has_few_columns(spec) {
-        vec![Mode { limit: None, columns: 64, tiles: narrow.tiles[1..].to_vec() }]
+        vec![Mode { limit: None, columns: 64, share: 1, tiles: narrow.tiles[1..].to_vec() }]
     } else if narrow.limit <= Some(served * spec.rows_per_token) {
         vec![wide]
     } else {
@@ -188,34 +202,47 @@ fn portable(spec: &Grouped, target: Target, served: u64) -> Schedule {
     Schedule { kind: Kind::MmaSync, warps: 4, blocks: 2, modes, dependent: false, walk: None }
 }
 
-/// The schedule with the instructions of this target alone, if it has any for the product. Its kernel takes a tensor
-/// map in place of the weights: see [`Schedule::parameters`].
-pub fn specialised(spec: &Grouped, target: Target, choice: &Choice) -> Option<Schedule> {
+/// The schedules with the instructions of this target alone, if it has any for the product, each with the most tokens
+/// that it is for. Their kernels take a tensor map in place of the weights: see [`Schedule::parameters`].
+pub fn specialised(spec: &Grouped, target: Target, choice: &Choice) -> Vec<(Schedule, u64)> {
     if !has_wgmma(spec, target) {
-        return None;
+        return Vec::new();
     }
-    let coded = spec.codes.is_some();
-    // Most of shared memory is the ring: the rarer an expert's rows, the more of it is weights.
-    let ring = |limit, rows: &[u32]| {
-        let kept = || rows.iter().filter(|r| **r <= choice.tallest || **r == rows[0]);
+    // Most of shared memory is the ring.
+    let kernel = |columns, share, rows: &[u32]| {
+        let kept = || rows.iter().filter(|r| **r * share <= choice.tallest || **r == rows[0]);
         let tiles = |stages| kept().map(|rows| tile(*rows, 64, stages, 1)).collect();
-        let mode = Mode { limit, columns: 128, tiles: tiles(1) };
+        let mode = Mode { limit: None, columns, share, tiles: tiles(1) };
         let stages = (RING_BYTES / mode.stage_stride(spec)).min(super::wgmma::STAGES);
-        Mode { tiles: tiles(stages), ..mode }
+        let modes = vec![Mode { tiles: tiles(stages), ..mode }];
+        let walk = Some(HOPPER_MULTIPROCESSORS);
+        Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes, dependent: true, walk }
     };
-    // Codes take less of a stage than values, and the registers of decoded ones are not free for sums: lower tiles do
-    // as much for each byte. To decode takes as long as products with 64 rows, so that fewer would save nothing.
-    let (low, high): (&[u32], &[u32]) = if coded { (&[64], &[64, 128]) } else { (&[16, 64], &[16, 64, 128, 256]) };
+    if has_few_columns(spec) {
+        return vec![(kernel(128, 1, &[64]), u64::MAX)];
+    }
+    // The widest columns of which less than a ninth lies past the last row, and with which all experts occupy half of the
+    // device.
+    let wide = |columns: &[u32]| {
+        let fits = |columns: &&u32| {
+            let tiles = packed_rows(spec).div_ceil(u64::from(**columns));
+            2 * spec.experts * tiles >= HOPPER_MULTIPROCESSORS
+                && 8 * tiles * u64::from(**columns) < 9 * packed_rows(spec)
+        };
+        columns.iter().find(fits).copied().unwrap_or(128)
+    };
+    // Few rows of an expert are read again by each of its column tiles, so that these are wide; many rows read the
+    // weights again, and two blocks share those. Codes are decoded by each block, which takes as long as products with 64
+    // rows: so few tiles are low, and nothing is shared.
+    let (rare, many) = if spec.codes.is_some() {
+        (kernel(wide(&[384, 256]), 1, &[64]), kernel(wide(&[256]), 1, &[64, 128]))
+    } else {
+        let columns = packed_rows(spec).next_multiple_of(128).min(256) as u32;
+        (kernel(wide(&[384, 256]), 1, &[16, 64]), kernel(columns, 2, &[64, 128]))
+    };
     // A table may hold any number; more rows than the highest tile has are not rare.
-    let few = ring(Some(spec.experts * choice.rare_rows.min(256)), low);
-    let many = ring(None, high);
-    let modes = match (has_few_columns(spec), choice.rare_rows) {
-        (true, _) => vec![ring(None, &[64])],
-        (false, 0) => vec![many],
-        (false, _) => vec![few, many],
-    };
-    let walk = Some(HOPPER_MULTIPROCESSORS);
-    Some(Schedule { kind: Kind::Wgmma, warps: 8, blocks: 1, modes, dependent: true, walk })
+    let most = spec.experts * choice.rare_rows.min(256) / spec.rows_per_token.max(1);
+    vec![(rare, most), (many, u64::MAX)]
 }
 
 /// Whether a product's kernel multiplies with `wgmma`.
@@ -250,7 +277,7 @@ const RING_BYTES: u32 = 192 << 10;
 const HOPPER_MULTIPROCESSORS: u64 = 132;
 
 /// Multiprocessors of the larger devices: 108 (A100), 142 (L40S), 132 (H100, H200).
-const MULTIPROCESSORS: u64 = 128;
+pub(super) const MULTIPROCESSORS: u64 = 128;
 
 impl Schedule {
     /// Leaves out tiles of more than so many rows, but for the lowest.
@@ -291,14 +318,18 @@ impl Schedule {
             mode.blocks(spec, &reached)
         });
         let blocks = blocks.reduce(|x, y| Expr::Max(Box::new(x), Box::new(y))).unwrap_or(Expr::Const(1));
+        let share = self.modes.iter().map(|mode| mode.share).max().unwrap_or(1);
         let blocks = match self.walk {
-            Some(most) => Expr::Min(Box::new(blocks), Box::new(Expr::Const(most))),
+            Some(most) => {
+                let clusters = (most / u64::from(share)).max(1);
+                Expr::Min(Box::new(blocks), Box::new(Expr::Const(clusters))).times(u64::from(share))
+            }
             None => blocks,
         };
         GpuGrid {
             blocks: [blocks, Expr::Const(1), Expr::Const(1)],
             threads: [self.threads(), 1, 1],
-            cluster: [1, 1, 1],
+            cluster: [share, 1, 1],
             shared: self.shared(spec),
             dependent: self.dependent,
             tokens: moec_abi::ANY_TOKENS,
@@ -335,9 +366,9 @@ impl Schedule {
         rings.max().unwrap_or(0)
     }
 
-    /// Rows of the highest tile of all modes.
+    /// Rows of the highest tile of a block, of all modes.
     pub(super) fn most_rows(&self) -> u32 {
-        self.modes.iter().map(Mode::rows).max().unwrap_or(1)
+        self.modes.iter().map(Mode::block_rows).max().unwrap_or(1)
     }
 
     /// Bytes of shared memory before the ring: barriers.

@@ -59,7 +59,7 @@ impl<'c> Table<'c> {
 }
 
 impl<'c> Kernel<'_, 'c> {
-    /// Writes the table to an address in shared memory. All threads of the block take part, and meet after it.
+    /// Writes the table to an address in shared memory. All threads of the block take part, and have to meet after it.
     pub(super) fn fill_table(&self, to: V<'c>) -> Table<'c> {
         let b = self.b;
         let table = Table { rows: to, tiles: b.gep(to, "i32", b.addc(self.experts(), 1)) };
@@ -83,7 +83,6 @@ impl<'c> Kernel<'_, 'c> {
             let last = b.cmpi("eq", self.lane, b.i32(31));
             b.if_(last, || b.store(sum, b.gep(table.tiles, "i32", self.experts()), 4));
         });
-        barrier(b);
         table
     }
 

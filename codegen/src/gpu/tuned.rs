@@ -1,6 +1,6 @@
 //! What a measurement may change of how products are scheduled, and the table of what was measured.
 
-use super::schedule::{schedule, specialised};
+use super::Mode;
 use crate::{Target, grouped::Grouped};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ pub struct Choice {
     /// Rows of an expert, in the mean of a launch, up to which tiles are low and more stages are in flight. Of kernels
     /// with `wgmma` alone.
     pub rare_rows: u64,
-    /// Rows of the highest tile.
+    /// Rows of the highest tile, of all blocks that share it.
     pub tallest: u32,
 }
 
@@ -24,8 +24,9 @@ impl Choice {
     pub fn usual(spec: &Grouped, target: Target) -> Self {
         let few_tokens = super::decode(spec, target).map_or(0, |(_, most)| most);
         let unlimited = Self { few_tokens, rare_rows: RARE_ROWS, tallest: u32::MAX };
-        let schedule = specialised(spec, target, &unlimited).unwrap_or_else(|| schedule(spec, target, &unlimited));
-        Self { tallest: schedule.most_rows(), ..unlimited }
+        let kernels = super::variants_as(spec, target, &unlimited);
+        let rows = kernels.iter().flat_map(|kernel| &kernel.schedule.modes).map(Mode::rows);
+        Self { tallest: rows.max().unwrap_or(1), ..unlimited }
     }
 
     /// The same without a kernel for few tokens: the others take every number.

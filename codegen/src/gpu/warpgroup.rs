@@ -14,73 +14,90 @@ use super::{
 };
 use crate::mlir::{Builder, V};
 use moec_abi::DType;
+use std::ops::Range;
 
 impl<'c> Team<'_, 'c> {
-    /// The multiplying warpgroup number `group`: its 64 packed rows of all tiles.
+    /// Times 64 packed rows that a warpgroup has of a tile.
+    fn times(&self) -> u32 {
+        self.mode.columns / GROUP_COLUMNS / (self.schedule.warps / 4)
+    }
+
+    /// The multiplying warpgroup number `group`: its packed rows of all tiles.
     pub(super) fn multiply_all(&self, group: V<'c>) {
         let b = self.b;
         let pairs = self.filled_pairs();
-        let leads = b.cmpi("eq", self.lane, b.i32(0));
-        let results = [vec!["i32"; 3], vec!["f32"; sums(self.schedule.most_rows())]].concat();
+        let all = self.times() as usize * sums(self.schedule.most_rows());
+        let results = [vec!["i32"; 3], vec!["f32"; all]].concat();
         self.walk(pairs, &[b.i32(0), b.i32(0)], |rows, column_tile, carried| {
             let start = Position { stage: carried[0], parity: carried[1] };
-            let end = self.choose(&self.mode.tiles, rows, &results, &|tile| self.multiply(tile, group, leads, start));
+            let end = self.choose(&self.mode.tiles, rows, &results, &|tile| self.multiply(tile, group, start));
             let sums = landed(b, &end[3..]);
-            self.release(leads, end[2]);
+            self.release(end[2]);
             self.store_group(rows, column_tile, group, &sums);
             end[..2].to_vec()
         });
     }
 
-    /// The products of one tile. Gives the position after it, the last stage, and sums, of which the highest tile has
-    /// the most; some of them are still on their way.
-    fn multiply(&self, tile: &Tile, group: V<'c>, leads: V<'c>, start: Position<'c>) -> Vec<V<'c>> {
+    /// The products of one tile. Gives the position after it, the last stage, and sums, 64 packed rows after 64; of the
+    /// rows of the highest tile, of which this one may have fewer. Some of them are still on their way.
+    fn multiply(&self, tile: &Tile, group: V<'c>, start: Position<'c>) -> Vec<V<'c>> {
         let b = self.b;
         let left = Left::new(self, group);
         let a = descriptor(b, b.addc(self.base(), i64::from(self.weight_bytes())));
-        let units = b.shrui(self.stride, b.i32(4));
+        let units = b.i32((self.stride() / 16).cast_signed());
         let nothing = b.op("llvm.mlir.poison", &[], "f32", &[]);
+        let width = sums(tile.rows);
         // There is no step before the first whose stage could be freed, and no sums: the first products set them.
         let fixed = vec![start.stage, start.parity, self.nobody()];
-        let lasting = left.lasting();
+        let lasting = left.lasting() * self.times() as usize;
         let first = 3 + lasting;
-        let carried = [fixed, vec![b.i32(0); lasting], vec![nothing; sums(tile.rows)]].concat();
-        let mut end = b.rolled(b.i32(0), b.i32(self.steps()), b.i32(1), &carried, |step, carried| {
+        let carried = [fixed, vec![b.i32(0); lasting], vec![nothing; self.times() as usize * width]].concat();
+        let end = b.rolled(b.i32(0), b.i32(self.steps()), b.i32(1), &carried, |step, carried| {
             let position = Position { stage: carried[0], parity: carried[1] };
             self.wait(self.full(position.stage), position.parity);
             let along = wide(b, b.muli(position.stage, units));
             let a = b.addi(a, along);
-            let mut operand = left.fetch(self, position.stage, (step, along), &carried[3..first]);
             let mut sums = carried[first..].to_vec();
-            let batch = left.batch();
-            for block in (0..tile.depth / 16).step_by(batch) {
-                // 16 elements are 32 bytes inside the swizzled line.
-                let blocks = block..block + batch as u32;
-                let pairs = blocks.map(|i| (operand.block(b, i), b.addc(a, i64::from(i) * 2)));
-                sums = products(b, tile, (block == 0).then_some(step), &pairs.collect::<Vec<_>>(), &sums);
-                // The batch before is done now, so that the registers of its left operand may be written. With the last
-                // batch of a step, the use of the stage is over.
-                operand.pass(b, "wgmma.wait_group.sync.aligned 1;");
-                if block == 0 {
-                    self.release(leads, carried[2]);
+            let (batch, together) = left.batch(self.times());
+            let mut lasts = Vec::new();
+            for time in (0..self.times()).step_by(together as usize) {
+                let known = &carried[3 + lasts.len()..][..left.lasting()];
+                let mut operand = left.fetch(self, position.stage, (step, along), time, known);
+                let sums = &mut sums[time as usize * width..][..together as usize * width];
+                for block in (0..tile.depth / 16).step_by(batch) {
+                    // 16 elements are 32 bytes inside the swizzled line.
+                    let blocks = (block..block + batch as u32).flat_map(|i| (0..together).map(move |time| (i, time)));
+                    let blocks = blocks.map(|(i, time)| Product {
+                        left: operand.block(b, i, time),
+                        right: b.addc(a, i64::from(i) * 2),
+                        sums: time as usize * width..(time as usize + 1) * width,
+                        adds: if i == 0 { Some(step) } else { None },
+                    });
+                    products(b, tile, &blocks.collect::<Vec<_>>(), sums);
+                    // The batch before is done now, so that the registers of its left operand may be written. With the
+                    // last batch of a step, the use of the stage is over.
+                    operand.pass(b, "wgmma.wait_group.sync.aligned 1;");
+                    if (time, block) == (0, 0) {
+                        self.release(carried[2]);
+                    }
                 }
+                lasts.extend(operand.lasting());
             }
             let next = self.advance(position);
-            [vec![next.stage, next.parity, position.stage], operand.lasting(), sums].concat()
+            [vec![next.stage, next.parity, position.stage], lasts, sums].concat()
         });
-        end.drain(3..first);
-        end.resize(3 + sums(self.schedule.most_rows()), nothing);
-        end
+        let missing = vec![nothing; self::sums(self.schedule.most_rows()) - width];
+        let sums = end[first..].chunks(width).flat_map(|sums| [sums, &missing].concat());
+        end[..3].iter().copied().chain(sums).collect()
     }
 
     /// This warp reads a stage no more.
-    fn release(&self, leads: V<'c>, stage: V<'c>) {
-        let b = self.b;
+    fn release(&self, stage: V<'c>) {
         // `wgmma` reads for the whole warp; codes are read by each lane.
         if self.coded.is_some() {
-            b.op0("nvvm.bar.warp.sync", &[b.i32(-1)], &[]);
+            self.b.op0("nvvm.bar.warp.sync", &[self.b.i32(-1)], &[]);
         }
-        b.if_(leads, || self.arrive(self.empty(stage)));
+        self.arrive_empty(stage);
     }
 
     /// Address of the ring in shared memory (i32).
@@ -88,8 +105,9 @@ impl<'c> Team<'_, 'c> {
         self.b.op("llvm.ptrtoint", &[self.shared], "i32", &[])
     }
 
-    /// Stores the sums of a warpgroup, some rows at a time. In every lane `l` with `g = l / 4` and `t = l % 4`, sums
-    /// `4j..4j + 4` are packed rows `g` (tokens `8j + 2t` and the next) and `g + 8` of the warp's sixteen.
+    /// Stores the sums of a warpgroup, 64 packed rows after 64 and some rows at a time. In every lane `l` with
+    /// `g = l / 4` and `t = l % 4`, sums `4j..4j + 4` are packed rows `g` (tokens `8j + 2t` and the next) and `g + 8` of
+    /// the warp's sixteen.
     fn store_group(&self, rows: Rows<'c>, column_tile: V<'c>, group: V<'c>, sums: &[V<'c>]) {
         let (b, spec) = (self.b, self.spec);
         let each = super::matrices(spec);
@@ -99,27 +117,31 @@ impl<'c> Team<'_, 'c> {
         let base = at(b, self.shared, b.mulc(group, i64::from(part_bytes(spec, most))));
         let base = at_const(b, base, u64::from(self.schedule.staging(spec)));
         let tile_columns = b.mulc(column_tile, i64::from(self.mode.out_columns(spec)));
-        let first_column = b.addi(tile_columns, b.mulc(group, i64::from(columns)));
+        let first_column = b.addi(tile_columns, b.mulc(group, i64::from(columns * self.times())));
         let column = b.addi(b.mulc(self.warp, i64::from(16 / each)), b.shrui(self.lane, b.i32(2)));
         let origin = [b.shli(b.andi(self.lane, b.i32(3)), b.i32(1)), column];
         // The rows of the lowest tile are a part of their own.
-        let ends = [least.min(height)].into_iter().chain((height..=most).step_by(height as usize));
-        let mut first_row = 0;
-        for end in ends {
-            let part = Part { base, first_row, rows: end - first_row, first_column, columns, swizzled: true };
-            b.if_(b.cmpi("sgt", rows.count, number(b, first_row)), || {
-                self.store(rows, &part, origin, |values| {
-                    let sums = &sums[self::sums(first_row)..self::sums(end)];
-                    if spec.out == DType::Bf16 {
-                        self.turn(&part, sums, values)
-                    } else {
-                        self.spread(&part, sums, values)
-                    }
+        let mut ends = vec![least.min(height)];
+        ends.extend((height..=most).step_by(height as usize).filter(|end| *end > least));
+        for (time, sums) in (0..).zip(sums.chunks(self::sums(most))) {
+            let first_column = b.addc(first_column, i64::from(columns * time));
+            let mut first_row = 0;
+            for &end in &ends {
+                let part = Part { base, first_row, rows: end - first_row, first_column, columns, swizzled: true };
+                b.if_(b.cmpi("sgt", rows.count, number(b, first_row)), || {
+                    self.store(rows, &part, origin, |values| {
+                        let sums = &sums[self::sums(first_row)..self::sums(end)];
+                        if spec.out == DType::Bf16 {
+                            self.turn(&part, sums, values)
+                        } else {
+                            self.spread(&part, sums, values)
+                        }
+                    });
+                    // The memory is written again.
+                    self.meet();
                 });
-                // The memory is written again.
-                self.meet();
-            });
-            first_row = end;
+                first_row = end;
+            }
         }
     }
 
@@ -193,7 +215,7 @@ fn descriptor<'c>(b: &Builder<'c>, address: V<'c>) -> V<'c> {
     b.ori(wide(b, b.shrui(address, b.i32(4))), b.i64(0x4000_0040_0001_0000))
 }
 
-/// Where the left operand of a warpgroup comes from.
+/// Where the left operand of a warpgroup comes from: the first of its times 64 packed rows.
 enum Left<'c> {
     /// From shared memory: its descriptor in the first stage.
     Values(V<'c>),
@@ -220,11 +242,11 @@ impl<'c> Left<'c> {
     fn new(team: &Team<'_, 'c>, group: V<'c>) -> Self {
         let b = team.b;
         let Some(coded) = team.coded else {
-            let first = b.addi(team.base(), b.mulc(group, i64::from(GROUP_COLUMNS) * 128));
+            let first = b.addi(team.base(), b.mulc(group, i64::from(team.times() * GROUP_COLUMNS) * 128));
             return Self::Values(descriptor(b, first));
         };
         let (row, t) = (b.shrui(team.lane, b.i32(2)), b.andi(team.lane, b.i32(3)));
-        let panels = i64::from(GROUP_COLUMNS / PANEL);
+        let panels = i64::from(team.times() * GROUP_COLUMNS / PANEL);
         let panel = b.addi(b.mulc(group, panels), b.shli(team.warp, b.i32(1)));
         let line = b.addi(b.mulc(panel, i64::from(PANEL)), row);
         let place = b.addi(b.mulc(line, i64::from(coded.line_bytes())), coded.part(b, t));
@@ -238,15 +260,16 @@ impl<'c> Left<'c> {
         Self::Codes { coded, codes: at(b, team.shared, place), factors: factors.collect() }
     }
 
-    /// Blocks of 16 inputs that are multiplied at a time. While some are, the next are decoded.
-    const fn batch(&self) -> usize {
+    /// Blocks of 16 inputs that are multiplied at a time, and of how many of so many times 64 packed rows. While some
+    /// are, the next are decoded.
+    const fn batch(&self, times: u32) -> (usize, u32) {
         match self {
-            Self::Values(_) => 4,
-            Self::Codes { .. } => 2,
+            Self::Values(_) => (4, times),
+            Self::Codes { .. } => (2, 1),
         }
     }
 
-    /// Numbers that are carried from step to step: factors that serve more than one.
+    /// Numbers that are carried from step to step for 64 packed rows: factors that serve more than one.
     fn lasting(&self) -> usize {
         match self {
             Self::Codes { coded, factors, .. } if coded.lasts() => 2 * factors.len(),
@@ -254,12 +277,14 @@ impl<'c> Left<'c> {
         }
     }
 
-    /// The operand of step `step`, in stage `stage`, which lies `along` units of 16 bytes after the first.
+    /// The operand of step `step`, in stage `stage`, which lies `along` units of 16 bytes after the first, from packed
+    /// row `64 time` on.
     fn fetch(
         &self,
         team: &Team<'_, 'c>,
         stage: V<'c>,
         (step, along): (V<'c>, V<'c>),
+        time: u32,
         lasting: &[V<'c>],
     ) -> Operand<'c> {
         let b = team.b;
@@ -267,10 +292,11 @@ impl<'c> Left<'c> {
             Self::Values(first) => return Operand::Values(b.addi(*first, along)),
             Self::Codes { coded, codes, factors } => (*coded, *codes, factors),
         };
-        let stage = b.muli(stage, team.stride);
+        let stage = b.mulc(stage, i64::from(team.stride()));
+        let before = time * GROUP_COLUMNS;
         let t = b.andi(team.lane, b.i32(3));
         let words = [0, 1].map(|half| {
-            let from = at_const(b, at(b, codes, stage), u64::from(half * PANEL * coded.line_bytes()));
+            let from = at_const(b, at(b, codes, stage), u64::from((before + half * PANEL) * coded.line_bytes()));
             let count = coded.words();
             let all = b.load(from, &format!("vector<{count}xi32>"), count * 4);
             let all: Vec<_> = (0..count as usize).map(|i| element(b, all, i, "i32")).collect();
@@ -280,7 +306,7 @@ impl<'c> Left<'c> {
             let mut raw = Vec::new();
             for (group, half) in (0..coded.each).flat_map(|group| [(group, 0), (group, 1)]) {
                 for (of, size) in factors.iter().zip(coded.sizes()) {
-                    let distance = (half * coded.each + group) * PANEL * size;
+                    let distance = (before * coded.each + (half * coded.each + group) * PANEL) * size;
                     let from = at_const(b, at(b, *of, stage), u64::from(distance));
                     raw.push(match size {
                         1 => b.cast("arith.extui", b.load(from, "i8", 1), "i32"),
@@ -300,10 +326,12 @@ impl<'c> Left<'c> {
 }
 
 impl<'c> Operand<'c> {
-    /// Inputs `16 i` to `16 i + 16` of the step.
-    fn block(&self, b: &Builder<'c>, i: u32) -> Block<'c> {
+    /// Inputs `16 i` to `16 i + 16` of the step, and packed rows from `64 time` on.
+    fn block(&self, b: &Builder<'c>, i: u32, time: u32) -> Block<'c> {
         let (coded, words, raw) = match self {
-            Self::Values(first) => return Block::Descriptor(b.addc(*first, i64::from(i) * 2)),
+            Self::Values(first) => {
+                return Block::Descriptor(b.addc(*first, i64::from(time * GROUP_COLUMNS * 8 + i * 2)));
+            }
             Self::Codes { coded, words, raw } => (coded, words, raw),
         };
         let kinds = coded.sizes().count();
@@ -334,17 +362,20 @@ impl<'c> Operand<'c> {
     }
 }
 
-/// Adds the products of some blocks of a step, each with the descriptor of its rows. One piece of assembly holds them
-/// all: its operands are the sums, and the compiler's time goes by how often so many are named. The first products of
-/// step 0, if that is `step`, set the sums.
-fn products<'c>(
-    b: &Builder<'c>,
-    tile: &Tile,
-    step: Option<V<'c>>,
-    blocks: &[(Block<'c>, V<'c>)],
-    sums: &[V<'c>],
-) -> Vec<V<'c>> {
-    let registers = (0..sums.len()).map(|i| format!("${i}")).collect::<Vec<_>>().join(", ");
+/// A product of 64 packed rows and 16 inputs.
+struct Product<'c> {
+    left: Block<'c>,
+    /// The descriptor of the rows.
+    right: V<'c>,
+    /// Its sums, of those of a batch.
+    sums: Range<usize>,
+    /// Whether it adds to them or sets them (i32); always adds if `None`.
+    adds: Option<V<'c>>,
+}
+
+/// Adds some products. One piece of assembly holds them all: its operands are the sums, and the compiler's time goes by how
+/// often so many are named.
+fn products<'c>(b: &Builder<'c>, tile: &Tile, blocks: &[Product<'c>], sums: &mut [V<'c>]) {
     let (mut operands, mut kinds) = (Vec::new(), Vec::new());
     // Operands are numbered after the results and the sums.
     let mut operand = |value: V<'c>, kind: &'static str| {
@@ -353,27 +384,28 @@ fn products<'c>(
         format!("${}", 2 * sums.len() + operands.len() - 1)
     };
     let mut text = String::from("{ wgmma.fence.sync.aligned;");
-    if let Some(step) = step {
-        text += &format!(" .reg .pred add; setp.ne.b32 add, {}, 0;", operand(step, "r"));
+    if let Some(adds) = blocks.iter().find_map(|block| block.adds) {
+        text += &format!(" .reg .pred add; setp.ne.b32 add, {}, 0;", operand(adds, "r"));
     }
-    for (i, (left, right)) in blocks.iter().enumerate() {
-        let add = if i == 0 && step.is_some() { "add" } else { "1" };
+    for block in blocks {
+        let add = if block.adds.is_some() { "add" } else { "1" };
+        let registers = block.sums.clone().map(|i| format!("${i}")).collect::<Vec<_>>().join(", ");
         // Both operands as they are, and both with neighbouring inputs in neighbouring places where that is not given.
-        let (left, order) = match left {
+        let (left, order) = match &block.left {
             Block::Descriptor(left) => (operand(*left, "l"), "1, 1, 0, 0"),
             Block::Registers(all) => {
                 let all = all.map(|register| operand(register, "r"));
                 (format!("{{{}}}", all.join(", ")), "1, 1, 0")
             }
         };
-        let right = operand(*right, "l");
+        let right = operand(block.right, "l");
         text += &format!(
             " wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16 {{{registers}}}, {left}, {right}, {add}, {order};",
             tile.rows,
         );
     }
     text += " wgmma.commit_group.sync.aligned; }";
-    through(b, &text, sums, "f32", &operands, &kinds)
+    sums.copy_from_slice(&through(b, &text, sums, "f32", &operands, &kinds));
 }
 
 /// The sums when all products are done. They pass through the wait, so that no use can move before it.

@@ -1,23 +1,27 @@
 //! Products on Hopper: a warpgroup that copies, and warpgroups that multiply with `wgmma`.
 //!
-//! Weights are the left operand of `wgmma`, 64 packed rows a warpgroup, and tokens the right one, from 16 to 256 rows
-//! as the expert has them: few rows waste little of the tensor cores, many fill them. As many blocks as there are
-//! multiprocessors walk through the tiles, and the ring of stages in shared memory runs on from one tile to the next,
-//! so that copies for a tile are in flight while the one before is stored. The modes of the schedule differ in the
-//! geometry of the ring alone, so one body serves them all, and one epilogue all widths of `wgmma`.
+//! Weights are the left operand of `wgmma`, one to three times 64 packed rows a warpgroup, and tokens the right one, from
+//! 16 to 128 rows as the expert has them: few rows waste little of the tensor cores, many fill them. As many blocks as
+//! there are multiprocessors walk through the tiles, and the ring of stages in shared memory runs on from one tile to the
+//! next, so that copies for a tile are in flight while the one before is stored.
+//!
+//! Where experts have many rows, the blocks of a cluster share them and the tile of weights: each multiplies its part of
+//! the rows, and copies its part of the weights to all.
 //!
 //! Each stage has two barriers. `full` completes when the weights (a tensor copy that thread 0 of the copying
 //! warpgroup issues) and the rows of the operand (16-byte copies of all its threads, since rows are gathered) have
-//! landed; `empty` when every multiplying warp is done with the stage. Where the rows of the first tile are known
-//! before the predecessor ends, its weights are already asked for then.
+//! landed; `empty` when every multiplying warp of the cluster is done with the stage. Where the rows of the first tile are
+//! known before the predecessor ends, its weights are already asked for then.
 
 use super::{
     Kernel, Schedule,
     coded::{Coded, PANEL},
-    device::{at, at_const, barrier, commit, copy_async, fence_async, number, register, shuffle, wait_copies, wide},
+    device::{
+        asm0, at, at_const, barrier, commit, copy_async, fence_async, number, register, shuffle, wait_copies, wide,
+    },
     pipeline::Loader,
     schedule::{COPIERS, Mode, Tile, packed_columns, packed_rows, size},
-    tile::{Height, Rows, Table, int},
+    tile::{Rows, Table, int},
 };
 use crate::{
     grouped::{Grouped, RowSource},
@@ -102,9 +106,10 @@ impl Schedule {
         }
     }
 
-    /// Weight rows of one tensor copy.
+    /// Weight rows of one tensor copy: those of a block, in two copies if they are too many for one.
     fn box_rows(&self) -> u32 {
-        self.modes.iter().map(|m| m.columns).min().unwrap_or(64)
+        let own = self.modes[0].columns / self.modes[0].share;
+        if own > 256 { own / 2 } else { own }
     }
 }
 
@@ -137,15 +142,14 @@ impl<'c> Copying<'c> {
     }
 }
 
-/// Threads that work on the same tiles, and the ring that they fill or empty: number of stages, and bytes between
-/// them (i32).
+/// Threads that work on the same tiles.
 #[derive(Clone, Copy)]
 pub(super) struct Team<'b, 'c> {
     kernel: Kernel<'b, 'c>,
     /// How weights are stored, if as codes.
     pub(super) coded: Option<Coded>,
-    stages: V<'c>,
-    pub(super) stride: V<'c>,
+    /// Number of the block in its cluster (i32).
+    rank: V<'c>,
 }
 
 impl<'b, 'c> Deref for Team<'b, 'c> {
@@ -167,19 +171,20 @@ impl<'b, 'c> Kernel<'b, 'c> {
                 // All copying threads, and one more arrival for the tensor copy.
                 init(self.full(self.thread), COPIERS + 1);
             });
-            init(self.empty(self.thread), self.schedule.warps);
+            init(self.empty(self.thread), self.schedule.warps * self.mode.share);
             b.op0("nvvm.fence.mbarrier.init", &[], &[]);
         });
         // Which rows there are is what the launch before found out, unless rows are sorted already.
         if self.spec.follows() {
             self.wait_for_predecessor();
         }
-        let mut team = self.team();
+        let rank = if self.mode.share > 1 { register(b, "cluster.ctarank") } else { b.i32(0) };
+        let mut team = Team { kernel: *self, coded: Coded::new(self.spec), rank };
         if has_table(self.spec) {
             team.kernel.table = Some(team.fill_table(at_const(b, self.full(b.i32(0)), u64::from(BARRIERS))));
-        } else {
-            barrier(b);
         }
+        // All blocks of the cluster have barriers.
+        team.meet_all();
         let copies = b.cmpi("ult", self.warp, b.i32(4));
         let registers = |count: u32, action: &str| {
             b.intrinsic0(&format!("llvm.nvvm.setmaxnreg.{action}.sync.aligned.u32"), &[number(b, count)]);
@@ -205,28 +210,10 @@ impl<'b, 'c> Kernel<'b, 'c> {
                 Team { kernel, ..team }.multiply_all(group);
             },
         );
-    }
-
-    /// This kernel with the geometry of the first mode whose limit holds the rows of the launch. The last mode has the
-    /// tiles of all.
-    fn team(self) -> Team<'b, 'c> {
-        let (b, schedule) = (self.b, self.schedule);
-        let geometry = |mode: &Mode| {
-            let height = Height::new(b, mode);
-            [height.rows, height.bits, number(b, mode.tiles[0].stages), number(b, mode.stage_stride(self.spec))]
-        };
-        let [last, before @ ..] = &schedule.modes.iter().rev().collect::<Vec<_>>()[..] else {
-            unreachable!("a schedule has modes")
-        };
-        let chosen = before.iter().fold(geometry(last), |others, mode| {
-            let limit = b.i32(int(i64::try_from(mode.limit.unwrap_or(0)).expect("limits are small")));
-            let few = b.cmpi("sle", self.launch_rows(), limit);
-            let own = geometry(mode);
-            std::array::from_fn(|i| b.select(few, own[i], others[i]))
-        });
-        let [rows, bits, stages, stride] = chosen;
-        let kernel = Kernel { mode: last, height: Height { rows, bits }, ..self };
-        Team { kernel, coded: Coded::new(self.spec), stages, stride }
+        // No block ends while others copy to it or arrive at its barriers.
+        if self.mode.share > 1 {
+            team.meet_all();
+        }
     }
 
     /// Barrier of a stage: its data has landed.
@@ -255,10 +242,32 @@ impl<'c> Team<'_, 'c> {
         tile: impl Fn(Rows<'c>, V<'c>, &[V<'c>]) -> Vec<V<'c>>,
     ) -> Vec<V<'c>> {
         let b = self.b;
-        b.rolled(register(b, "ctaid.x"), pairs, register(b, "nctaid.x"), carried, |id, carried| {
+        let clusters = |blocks| b.divui(register(b, blocks), number(b, self.mode.share));
+        b.rolled(clusters("ctaid.x"), pairs, clusters("nctaid.x"), carried, |id, carried| {
             let (row_tile, column_tile) = self.pair(id, pairs);
-            tile(self.rows(row_tile), column_tile, carried)
+            tile(self.part(self.rows(row_tile)), column_tile, carried)
         })
+    }
+
+    /// This block's part of the rows of its cluster: none, maybe.
+    fn part(&self, rows: Rows<'c>) -> Rows<'c> {
+        let (b, share) = (self.b, self.mode.share);
+        if share == 1 {
+            return rows;
+        }
+        let each = b.divui(b.addc(rows.count, i64::from(share) - 1), number(b, share));
+        let before = b.muli(self.rank, each);
+        let count = b.maxsi(b.minsi(b.subi(rows.count, before), each), b.i32(0));
+        Rows { first: b.addi(rows.first, before), count, ..rows }
+    }
+
+    /// All threads of the cluster meet.
+    fn meet_all(&self) {
+        if self.mode.share > 1 {
+            asm0(self.b, "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", "", &[]);
+        } else {
+            barrier(self.b);
+        }
     }
 
     /// Takes the lowest of `tiles` that holds the rows, for values of types `results`.
@@ -286,14 +295,43 @@ impl<'c> Team<'_, 'c> {
         self.b.op0("nvvm.mbarrier.try_wait.parity", &[mbarrier, parity, ticks], &[]);
     }
 
-    pub(super) fn arrive(&self, mbarrier: V<'c>) {
+    /// As [`Self::wait`], for what other blocks of the cluster did too.
+    fn wait_cluster(&self, mbarrier: V<'c>, parity: V<'c>) {
+        if self.mode.share == 1 {
+            return self.wait(mbarrier, parity);
+        }
+        let text = "{\\n .reg .pred done;\\n WAIT:\\n \
+            mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], $1, 10000000;\\n \
+            @!done bra.uni WAIT;\\n }";
+        asm0(self.b, text, "r,r", &[mbarrier, parity]);
+    }
+
+    fn arrive(&self, mbarrier: V<'c>) {
         self.b.op("nvvm.mbarrier.arrive", &[mbarrier], "i64", &[]);
+    }
+
+    /// One warp is done with a stage: each of its first lanes tells a block of the cluster.
+    pub(super) fn arrive_empty(&self, stage: V<'c>) {
+        let (b, share) = (self.b, self.mode.share);
+        let empty = self.empty(stage);
+        b.if_(b.cmpi("ult", self.lane, number(b, share)), || {
+            if share == 1 {
+                return self.arrive(empty);
+            }
+            let text = "{\\n .reg .b32 there;\\n mapa.shared::cluster.u32 there, $0, $1;\\n \
+                mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\\n }";
+            asm0(b, text, "r,r", &[empty, self.lane]);
+        });
+    }
+
+    fn stages(&self) -> u32 {
+        self.mode.tiles[0].stages
     }
 
     fn after(&self, stage: V<'c>) -> V<'c> {
         let b = self.b;
         let next = b.addc(stage, 1);
-        b.select(b.cmpi("eq", next, self.stages), b.i32(0), next)
+        b.select(b.cmpi("eq", next, number(b, self.stages())), b.i32(0), next)
     }
 
     pub(super) fn advance(&self, position: Position<'c>) -> Position<'c> {
@@ -324,8 +362,13 @@ impl<'c> Team<'_, 'c> {
         factor_bytes(coded, self.mode.columns, size)
     }
 
+    /// Bytes between stages.
+    pub(super) fn stride(&self) -> u32 {
+        self.mode.stage_stride(self.spec)
+    }
+
     fn stage_at(&self, stage: V<'c>) -> V<'c> {
-        at(self.b, self.shared, self.b.muli(stage, self.stride))
+        at(self.b, self.shared, self.b.mulc(stage, i64::from(self.stride())))
     }
 
     /// The copying warpgroup: fills the ring with all steps of all tiles.
@@ -354,9 +397,9 @@ impl<'c> Team<'_, 'c> {
     /// Asks for the weights of the first stages; gives their number.
     fn weights_ahead(&self, pairs: V<'c>) -> V<'c> {
         let b = self.b;
-        let id = register(b, "ctaid.x");
+        let id = b.divui(register(b, "ctaid.x"), number(b, self.mode.share));
         let some = b.cmpi("ult", id, pairs);
-        let steps = b.minsi(self.stages, b.i32(self.steps()));
+        let steps = b.minsi(number(b, self.stages()), b.i32(self.steps()));
         b.if_(some, || {
             let (row_tile, column_tile) = self.pair(id, pairs);
             let rows = self.rows(row_tile);
@@ -371,23 +414,35 @@ impl<'c> Team<'_, 'c> {
     fn copy_weights(&self, stage: V<'c>, step: V<'c>, rows: Rows<'c>, column_tile: V<'c>) {
         let b = self.b;
         let (full, to) = (self.full(stage), self.stage_at(stage));
-        let (columns, height) = (self.mode.columns, self.schedule.box_rows());
+        let Mode { columns, share, .. } = *self.mode;
+        let (own, height) = (columns / share, self.schedule.box_rows());
         let bytes = if self.coded.is_some() { self.code_bytes() } else { self.weight_bytes() };
         b.op0("nvvm.mbarrier.arrive.expect_tx", &[full, number(b, bytes)], &[]);
         let unit = |columns: u32| map_unit(self.spec, columns, self.mode.tiles[0].depth).map(i64::from);
         let column = b.mulc(step, unit(columns)[0]);
-        let first_row = b.mulc(column_tile, unit(columns)[1]);
-        for part in 0..columns / height {
+        let before = b.mulc(self.rank, unit(own)[1]);
+        let first_row = b.addi(b.mulc(column_tile, unit(columns)[1]), before);
+        let to = at(b, to, b.mulc(self.rank, i64::from(bytes / share)));
+        for part in 0..own / height {
             let row = b.addc(first_row, unit(part * height)[1]);
             let to = at_const(b, to, u64::from(part * height) * u64::from(bytes / columns));
             let operands = [to, self.args.w, column, row, rows.expert, full];
-            let segments = [("operandSegmentSizes", "array<i32: 1, 1, 3, 1, 0, 0, 0, 0>"), ("isCTAOnly", "true")];
-            b.op0("nvvm.cp.async.bulk.tensor.shared.cluster.global", &operands, &segments);
+            if share == 1 {
+                let segments = [("operandSegmentSizes", "array<i32: 1, 1, 3, 1, 0, 0, 0, 0>"), ("isCTAOnly", "true")];
+                b.op0("nvvm.cp.async.bulk.tensor.shared.cluster.global", &operands, &segments);
+            } else {
+                // To the same place in all blocks, and for their barriers.
+                let text = format!(
+                    "{{ .reg .b16 all; mov.b16 all, {}; cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier\
+                     ::complete_tx::bytes.multicast::cluster [$0], [$1, {{$2, $3, $4}}], [$5], all; }}",
+                    (1 << share) - 1
+                );
+                asm0(b, &text, "r,l,r,r,r,r", &operands);
+            }
         }
     }
 
-    /// Starts the copies of the factors of line `step` to the stage at `stage`, if none before it has the same: one at
-    /// most for each thread.
+    /// Starts the copies of the factors of line `step` to the stage at `stage`, if none before it has the same.
     fn copy_factors(&self, coded: &Coded, [stage, step]: [V<'c>; 2], rows: Rows<'c>, column_tile: V<'c>) {
         let b = self.b;
         let tile_panels = self.mode.columns / PANEL;
@@ -399,11 +454,9 @@ impl<'c> Team<'_, 'c> {
                 let unit = group_bytes.min(16);
                 let per_panel = coded.each * group_bytes / unit;
                 let count = tile_panels * per_panel;
-                debug_assert!(count <= COPIERS, "{coded:?}");
-                let (panel, piece) =
-                    (b.divui(self.thread, number(b, per_panel)), b.remui(self.thread, number(b, per_panel)));
-                let place = at_const(b, at(b, stage, b.mulc(self.thread, i64::from(unit))), u64::from(to));
-                let copy = || {
+                let copy = |index: V<'c>| {
+                    let (panel, piece) = (b.divui(index, number(b, per_panel)), b.remui(index, number(b, per_panel)));
+                    let place = at_const(b, at(b, stage, b.mulc(index, i64::from(unit))), u64::from(to));
                     // Panels past the last one repeat it; groups past the last one are zero.
                     let first = b.mulc(column_tile, i64::from(tile_panels));
                     let panel = b.minsi(b.addi(first, panel), b.i32(int(self.panels() - 1)));
@@ -421,10 +474,13 @@ impl<'c> Team<'_, 'c> {
                     });
                     copy_async(b, place, from, unit, bytes);
                 };
-                if count == COPIERS {
-                    copy();
-                } else {
-                    b.if_(b.cmpi("ult", self.thread, number(b, count)), copy);
+                for first in (0..count).step_by(COPIERS as usize) {
+                    let index = b.addc(self.thread, i64::from(first));
+                    if first + COPIERS <= count {
+                        copy(index);
+                    } else {
+                        b.if_(b.cmpi("ult", index, number(b, count)), || copy(index));
+                    }
                 }
                 to += self.factor_bytes(coded, size);
             }
@@ -438,11 +494,11 @@ impl<'c> Team<'_, 'c> {
         let tiles = &self.mode.tiles;
         let operand = self.operand(&tiles[tiles.len() - 1], rows);
         // So many steps are in flight before the first must have landed; the rest of the ring is the products' lead.
-        let lag = b.shrui(self.stages, b.i32(1));
+        let lag = self.stages() / 2;
         let leader = b.cmpi("eq", self.thread, b.i32(0));
         let end = b.rolled(b.i32(0), b.i32(self.steps()), b.i32(1), &start.values(), |step, carried| {
             let Copying { next, behind, flying, ahead } = Copying::of(carried);
-            self.wait(self.empty(next.stage), b.xori(next.parity, b.i32(1)));
+            self.wait_cluster(self.empty(next.stage), b.xori(next.parity, b.i32(1)));
             let due = b.cmpi("eq", ahead, b.i32(0));
             b.if_(b.andi(leader, due), || self.copy_weights(next.stage, step, rows, column_tile));
             let stage = self.stage_at(next.stage);
@@ -453,9 +509,9 @@ impl<'c> Team<'_, 'c> {
             self.issue_rows(&operand, 0, tiles, rows, [to, step]);
             commit(b);
             // The step that has landed by now is announced. Ordinary writes must be fenced before `wgmma` reads them.
-            let announces = b.cmpi("eq", flying, lag);
+            let announces = b.cmpi("eq", flying, number(b, lag));
             b.if_(announces, || {
-                self.wait_half(&self.schedule.modes);
+                wait_copies(b, lag);
                 fence_async(b);
                 self.arrive(self.full(behind));
             });
@@ -465,18 +521,6 @@ impl<'c> Team<'_, 'c> {
             Copying { next: self.advance(next), behind, flying, ahead }.values()
         });
         Copying::of(&end)
-    }
-
-    /// Waits until at most half of the stages are in flight.
-    fn wait_half(&self, modes: &[Mode]) {
-        let b = self.b;
-        let [mode, others @ ..] = modes else { return };
-        let stages = mode.tiles[0].stages;
-        if others.is_empty() {
-            return wait_copies(b, stages / 2);
-        }
-        let own = b.cmpi("eq", self.stages, number(b, stages));
-        self.either(own, || wait_copies(b, stages / 2), || self.wait_half(others));
     }
 
     /// Copies the rows of the lowest of `tiles` that holds them, from the piece `first` of each thread on.

@@ -21,11 +21,13 @@ fn check(spec: &Grouped, target: Target, cases: Cases<'_>) {
 }
 
 fn check_hopper(spec: &Grouped, cases: Cases<'_>) {
-    // So few blocks walk from tile to tile even here.
-    let schedule = gpu::specialised(spec, Target::Sm90a, &Choice::without_few(spec, Target::Sm90a))
-        .expect("bf16 has a Hopper kernel");
-    let schedule = gpu::Schedule { walk: Some(5), ..schedule };
-    check_schedule(spec, &schedule, Target::Sm90a, cases);
+    let kernels = gpu::specialised(spec, Target::Sm90a, &Choice::without_few(spec, Target::Sm90a));
+    assert!(!kernels.is_empty(), "bf16 has Hopper kernels");
+    for (schedule, _) in kernels {
+        // So few blocks walk from tile to tile even here.
+        let schedule = gpu::Schedule { walk: Some(5), ..schedule };
+        check_schedule(spec, &schedule, Target::Sm90a, cases);
+    }
 }
 
 /// Runs the cases in each mode alone, since small products never leave the mode for few rows, and one with all modes.
@@ -182,10 +184,34 @@ fn hopper() {
     check_hopper(&spec, &[(1, Routing::Even), (19, Routing::Skewed)]);
 }
 
+/// So many experts that tiles are as wide as they get: the last one of three, or of two, is not full.
+#[test]
+fn hopper_with_wide_tiles() {
+    let codes = kinds();
+    for (i, codes) in [None, Some(codes[0]), Some(codes[2]), Some(codes[5]), Some(codes[7])].into_iter().enumerate() {
+        let experts = 70;
+        let up = Grouped { experts, codes, n: 424, out_stride: 424, ..up(DType::Bf16) };
+        let down =
+            Grouped { experts, codes, bias: true, k: 72, n: 520, a_stride: 72, out_stride: 520, ..down(DType::Bf16) };
+        let (some, many) = ((20, Routing::Skewed), (150, Routing::AllTo(3)));
+        match i {
+            0 => {
+                check_hopper(&up, &[(1, Routing::Even), (90, Routing::Even), some, many]);
+                check_hopper(&down, &[some, many]);
+            }
+            _ if i % 2 == 0 => check_hopper(&up, &[some]),
+            _ => check_hopper(&down, &[some]),
+        }
+    }
+}
+
 #[test]
 fn few_rows() {
     let check_decode = |spec: &Grouped, target, cases: Cases<'_>| {
         let (schedule, _) = gpu::decode(spec, target).expect("rows are of 16-byte pieces");
+        for columns in [16, 64] {
+            run(spec, &with_columns(&schedule, columns), target, cases);
+        }
         run(spec, &schedule, target, cases)
     };
     let routings = [Routing::Skewed, Routing::AllTo(0), Routing::AllTo(4), Routing::NoneTo(0)];
@@ -204,6 +230,12 @@ fn few_rows() {
         let spec = Grouped { out: DType::F32, k, n, a_stride, out_stride: n, ..down(DType::Bf16) };
         check_decode(&spec, Target::Sm80, &[(1, Routing::Even), (5, Routing::Skewed)]);
     }
+}
+
+/// The kernel for few rows of a product that has many, or hardly any, weights.
+fn with_columns(schedule: &gpu::Schedule, columns: u32) -> gpu::Schedule {
+    let modes = schedule.modes.iter().map(|mode| gpu::Mode { columns, ..mode.clone() });
+    gpu::Schedule { modes: modes.collect(), ..schedule.clone() }
 }
 
 /// Codes of every kind, with one group for each row, several in a stage, and one for several stages.
@@ -246,7 +278,9 @@ fn few_rows_of_codes() {
     let shapes = [(2048, 40, 2048), (1304, 9, 1312), (8, 1, 8), (320, 24, 320)];
     let check = |spec: &Grouped, cases| {
         let (schedule, _) = gpu::decode(spec, Target::Sm90a).expect("codes have a kernel for few rows");
-        run(spec, &schedule, Target::Sm90a, cases);
+        for columns in [16, 32, 64] {
+            run(spec, &with_columns(&schedule, columns), Target::Sm90a, cases);
+        }
     };
     for (i, codes) in kinds().into_iter().enumerate() {
         let codes = Some(codes);
@@ -268,7 +302,7 @@ fn codes_are_read_once_and_without_bank_conflicts() {
             let spec = Grouped { codes: Some(codes), k, n, a_stride: k, out_stride: n, experts: 2, scale, ..spec };
             let kernels = gpu::variants(&spec, Target::Sm90a);
             let kinds: Vec<_> = kernels.iter().map(|v| v.schedule.kind).collect();
-            assert_eq!(kinds, [gpu::Kind::Decode, gpu::Kind::Wgmma], "{codes:?}");
+            assert_eq!(kinds, [gpu::Kind::Decode, gpu::Kind::Wgmma, gpu::Kind::Wgmma], "{codes:?}");
             for variant in kernels {
                 let counts = run(&spec, &variant.schedule, Target::Sm90a, &[(1, Routing::Even)]);
                 let factor = codes.scale.bytes() + if codes.zero { 4 } else { 0 };
@@ -343,16 +377,9 @@ fn weights_are_read_once_and_without_bank_conflicts() {
     let shapes = [(up(DType::Bf16), 2048, 768), (down(DType::Bf16), 768, 2048)];
     for (spec, k, n) in shapes {
         let spec = Grouped { k, n, a_stride: k, out_stride: n, experts: 2, ..spec };
-        let schedules = [
-            (gpu::decode(&spec, Target::Sm90a).expect("rows are of 16-byte pieces").0, Target::Sm90a),
-            (gpu::schedule(&spec, Target::Sm80, &Choice::without_few(&spec, Target::Sm80)), Target::Sm80),
-            (
-                gpu::specialised(&spec, Target::Sm90a, &Choice::without_few(&spec, Target::Sm90a))
-                    .expect("bf16 has a Hopper kernel"),
-                Target::Sm90a,
-            ),
-        ];
-        for (schedule, target) in schedules {
+        let portable = (gpu::schedule(&spec, Target::Sm80, &Choice::without_few(&spec, Target::Sm80)), Target::Sm80);
+        let hopper = gpu::variants(&spec, Target::Sm90a).into_iter().map(|v| (v.schedule, Target::Sm90a));
+        for (schedule, target) in hopper.chain([portable]) {
             let counts = run(&spec, &schedule, target, &[(1, Routing::Even)]);
             println!("{} {}: {counts:?}", spec.symbol, target.name());
             let weights = 2 * spec.matrices as u64 * k * n * 2;

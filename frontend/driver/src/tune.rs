@@ -254,7 +254,9 @@ mod tests {
         for (few_tokens, rare_rows, tallest) in [(u64::MAX, u64::MAX, u32::MAX), (0, 0, 0), (1, 1, 17)] {
             let choice = Choice { few_tokens, rare_rows, tallest };
             let kernels = moec_codegen::gpu::variants_as(&spec(), Target::Sm90a, &choice);
-            let limits = kernels.iter().flat_map(|k| &k.schedule.modes).filter_map(|m| m.limit);
+            let follow = kernels.windows(2).all(|two| two[0].tokens[1] + 1 == two[1].tokens[0]);
+            assert!(follow && kernels[0].tokens[0] == 0, "{choice:?}");
+            let limits = kernels.iter().rev().skip(1).map(|k| k.tokens[1]);
             assert!(limits.into_iter().all(|l| l <= 8 * 256), "{choice:?}");
             assert_eq!(kernels.last().map(|k| k.tokens[1]), Some(u64::MAX), "every number of tokens has a kernel");
         }

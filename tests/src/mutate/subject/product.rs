@@ -83,10 +83,12 @@ pub(super) fn subjects(seeds: u64, filter: &str) -> Vec<Subject> {
             }
         }
     }
-    // Tiles of fewer steps than the ring has stages: warps of different tiles are under way at once.
-    for spec in [up(DType::Bf16, 200), down(DType::Bf16, 200)] {
+    // Tiles of fewer steps than the ring has stages: warps of different tiles are under way at once. The widest tiles have
+    // another one beside them.
+    let wide = |spec: Grouped, n| Grouped { n, out_stride: n, ..spec };
+    for spec in [wide(up(DType::Bf16, 200), 136), wide(down(DType::Bf16, 200), 264)] {
         let hopper = Target::Sm90a;
-        if let Some(schedule) = gpu::specialised(&spec, hopper, &Choice::without_few(&spec, hopper)) {
+        for (schedule, _) in gpu::specialised(&spec, hopper, &Choice::without_few(&spec, hopper)) {
             // One block walks through all tiles, so that its ring is filled again and again.
             let schedule = gpu::Schedule { walk: Some(1), ..schedule };
             all.extend(modes(&spec, &schedule, "wgmma", hopper, seeds, filter));
@@ -106,9 +108,8 @@ fn modes(
 ) -> Vec<Subject> {
     let shapes = [(1, Spread::Skewed), (19, Spread::Skewed), (67, Spread::Last)];
     let alone = |mode: &gpu::Mode| {
-        // Modes differ in columns, or else in the height of their tiles.
-        let same = schedule.modes.iter().filter(|m| m.columns == mode.columns).count() > 1;
-        let height = if same { format!("x{}", mode.rows()) } else { String::new() };
+        let tall = schedule.kind == gpu::Kind::Wgmma;
+        let height = if tall { format!("x{}", mode.rows()) } else { String::new() };
         let name = format!("{} {name} x{}{height} {}", spec.symbol, mode.columns, target.name());
         if !name.contains(filter) {
             return None;
