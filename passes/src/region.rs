@@ -89,7 +89,9 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
                 matches!(ty, Type::Route(_)) || operand_rank(graph, id).is_some_and(|rank| axis(*a, rank) >= 1)
             }
             Shape::Stack { axis: a } => operand_rank(graph, id).is_some_and(|rank| axis(*a, rank + 1) >= 1),
-            Shape::Transpose { perm } => perm.first() == Some(&0),
+            Shape::Transpose { perm } => {
+                operand_rank(graph, id).is_some_and(|rank| perm.first().is_some_and(|first| axis(*first, rank) == 0))
+            }
             Shape::Reshape { .. } => true,
             Shape::Pad { .. } => false,
         },

@@ -268,7 +268,7 @@ fn zeros(graph: &mut Graph, x: NodeId, like: Option<NodeId>) -> NodeId {
     let sign = graph.add("", Op::Unary(Unary { function: UnaryFn::Sign }), &[x]);
     let zeros = graph.add("", binary(BinaryFn::Gt, Some(1.0)), &[sign]);
     let Some(&[n]) = like.and_then(|id| row(graph, id)).as_deref() else { return zeros };
-    let column = graph.add("", Op::Shape(Shape::Slice { axis: 1, range: [0, 1] }), &[zeros]);
+    let column = graph.add("", Op::Shape(Shape::Slice { axis: 1, range: [0, 1].into() }), &[zeros]);
     graph.add("", Op::Shape(Shape::Repeat { n, axis: 1 }), &[column])
 }
 
