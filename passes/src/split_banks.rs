@@ -7,10 +7,10 @@
 //! A modulation `M x * x + A x` is linear in its products, and all slots of a token see the same
 //! `x`: its sum over slots is `x` times the sum of the `M x`, plus the sum of the `A x`.
 
-use crate::{Changed, Pass, PassCx};
+use crate::{Changed, Pass, PassCx, region::zeros};
 use moec_ir::{
     Graph, NodeId, Op, Type,
-    ops::{BankPart, Binary, BinaryFn, Dispatch, Experts, Film, LinearBank, PartKind, Shape, Unary, UnaryFn},
+    ops::{BankPart, Binary, BinaryFn, Dispatch, Experts, Film, LinearBank, PartKind},
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -240,7 +240,10 @@ fn split(graph: &mut Graph, mixed: &Mixed) {
             });
             let stages: Vec<(usize, Op)> = stages.collect();
             let x = match series[..] {
-                [(at, Way::Zero), ..] => zeros(graph, x, at.checked_sub(1).map(|before| mixed.stages[before])),
+                [(at, Way::Zero), ..] => {
+                    let before = at.checked_sub(1).and_then(|before| row(graph, mixed.stages[before]));
+                    zeros(graph, x, if let Some(&[n]) = before.as_deref() { Some(n) } else { None })
+                }
                 _ => x,
             };
             chain.add(graph, if simple { "simple" } else { "heavy" }, x, &stages)
@@ -261,15 +264,6 @@ fn split(graph: &mut Graph, mixed: &Mixed) {
     if graph.users(mixed.dispatch).is_empty() {
         graph.remove(mixed.dispatch);
     }
-}
-
-/// Zeros as many as the rows of `x` and as wide as those of `like`: no sign is above 1.
-fn zeros(graph: &mut Graph, x: NodeId, like: Option<NodeId>) -> NodeId {
-    let sign = graph.add("", Op::Unary(Unary { function: UnaryFn::Sign }), &[x]);
-    let zeros = graph.add("", binary(BinaryFn::Gt, Some(1.0)), &[sign]);
-    let Some(&[n]) = like.and_then(|id| row(graph, id)).as_deref() else { return zeros };
-    let column = graph.add("", Op::Shape(Shape::Slice { axis: 1, range: [0, 1].into() }), &[zeros]);
-    graph.add("", Op::Shape(Shape::Repeat { n, axis: 1 }), &[column])
 }
 
 /// Modulations: the sum of the scaled rows and that of the added ones.

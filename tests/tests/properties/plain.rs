@@ -1,7 +1,6 @@
 //! Forms that become a plainer one at the end of what they can be.
 
 use super::*;
-use moec::{Target, runtime::Sim};
 use serde_json::Value;
 
 #[test]
@@ -29,6 +28,31 @@ fn no_rewiring_is_the_base_model_bit_for_bit() {
     assert_ne!(other["output"], base["output"]);
     let expected = data.expected(&rewired).unwrap();
     close(&other["output"], &expected["output"], "another vector");
+}
+
+#[test]
+fn a_network_without_neurons_gives_zeros() {
+    let forms = [
+        Form::new(16).tensor("up", json!([0, 16])).tensor("down", json!([5, 0])).tensor("bias", json!([5])).node(
+            "y",
+            "ffn",
+            &["x"],
+            json!({"act": "gelu", "up": "up", "down": "down", "down_bias": "bias"}),
+        ),
+        Form::new(16).tensor("up", json!([0, 16])).tensor("down", json!([20, 16])).typed("ids", "i32", json!([0])).node(
+            "y",
+            "ffn",
+            &["x"],
+            json!({"act": "silu", "gate": "up", "up": {"take": "down", "ids": "ids", "axis": 0}, "down": {"take": "down", "ids": "ids", "axis": 1}}),
+        ),
+    ];
+    for (form, width) in forms.into_iter().zip([5, 20]) {
+        let (graph, data) = with(&form.output("output", "y"));
+        for target in [host_target(), Target::Sm90a] {
+            let found = Compiled::new(&graph, target, device(target)).unwrap().run(&data).unwrap();
+            assert_eq!(found["output"], vec![0.0; TOKENS as usize * width], "{}", target.name());
+        }
+    }
 }
 
 #[test]
