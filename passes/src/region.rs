@@ -92,7 +92,7 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
             Shape::Transpose { perm } => {
                 operand_rank(graph, id).is_some_and(|rank| perm.first().is_some_and(|first| axis(*first, rank) == 0))
             }
-            Shape::Reshape { .. } => true,
+            Shape::Reshape { .. } => matches!(ty, Type::Tensor(_)),
             Shape::Pad { .. } => false,
         },
         Op::Select(op) => !matches!(op.rule, SelectRule::ExpertChoice { .. }),

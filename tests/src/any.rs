@@ -181,15 +181,15 @@ impl Any {
     fn mixture(&mut self, moved: &str, route: &str, repeat: u64) -> String {
         let weighted = self.draw.one_in(5);
         let dispatched = self.add("dispatch", &[moved, route], json!({"repeat": repeat, "weighted": weighted}));
-        let rows = if self.draw.one_in(8) {
-            self.heads(moved, &dispatched)
-        } else {
-            let bank = self.bank();
-            // A bank that gives nothing gives as much of it as it takes.
-            if bank.as_array().is_some_and(|parts| parts.iter().all(|p| p["kind"] == "zero")) {
-                self.out = self.width;
+        let rows = match self.draw.below(8) {
+            0 => self.heads(moved, &dispatched),
+            1 if repeat == 1 => {
+                let out = std::mem::replace(&mut self.out, self.width);
+                let rows = self.experts(&dispatched);
+                self.out = out;
+                self.experts(&rows)
             }
-            self.add("experts", &[&dispatched], json!({"bank": bank}))
+            _ => self.experts(&dispatched),
         };
         let y = self.add("combine", &[&rows, route], json!({"repeat": repeat, "weighted": !weighted}));
         if self.out == self.width {
@@ -197,6 +197,16 @@ impl Any {
         }
         let back = self.weight("back", json!([self.width, self.out]));
         self.add("linear", &[&y], json!({"w": back}))
+    }
+
+    /// Rows through a bank.
+    fn experts(&mut self, rows: &str) -> String {
+        let bank = self.bank();
+        // A bank that gives nothing gives as much of it as it takes.
+        if bank.as_array().is_some_and(|parts| parts.iter().all(|p| p["kind"] == "zero")) {
+            self.out = self.width;
+        }
+        self.add("experts", &[rows], json!({"bank": bank}))
     }
 
     /// Several passes through one bank, each with a router of its own.

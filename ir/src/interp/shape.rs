@@ -7,8 +7,18 @@ use super::{
 use crate::{Type, ops::Shape};
 
 pub(super) fn shape(op: &Shape, operands: &[&Value], ty: &Type) -> Step<Value> {
-    if matches!(operands.first(), Some(Value::Route(_))) {
-        return concat_routes(operands);
+    if let Some(Value::Route(first)) = operands.first() {
+        return match op {
+            Shape::Reshape { .. } => {
+                Ok(Value::Route(RouteValue { rows: first.rows * first.slots, slots: 1, ..first.clone() }))
+            }
+            Shape::Concat { .. }
+            | Shape::Slice { .. }
+            | Shape::Transpose { .. }
+            | Shape::Repeat { .. }
+            | Shape::Pad { .. }
+            | Shape::Stack { .. } => concat_routes(operands),
+        };
     }
     let Type::Tensor(ty) = ty else { return Err(Failure("has no tensor as result".to_owned())) };
     let shape = ty.shape.iter().map(|d| size(d.known().unwrap_or_default())).collect::<Step<Vec<usize>>>()?;

@@ -22,7 +22,8 @@ pub enum Shape {
         /// Which entries.
         range: Range,
     },
-    /// The same elements in row-major order with another shape; one size may be -1.
+    /// The same elements in row-major order with another shape; one size may be -1. Slots of a route become rows of one
+    /// slot each (`[-1, 1]`).
     Reshape {
         /// New sizes.
         to: Vec<i64>,
@@ -139,6 +140,9 @@ impl Shape {
             | Self::Pad { .. } => {}
         }
         let [x] = arity(operands)?;
+        if let (Self::Reshape { to }, Type::Route(route)) = (self, x) {
+            return slots_as_rows(to, route);
+        }
         let x = want_tensor(x, "the operand")?;
         let shape = match self {
             Self::Slice { axis, range } => slice(&x.shape, *axis, *range)?,
@@ -220,6 +224,15 @@ fn concat_routes(axis: i64, operands: &[&Type]) -> OpResult<Type> {
         slots = slots.checked_add(route.slots).ok_or_else(overflow)?;
     }
     Ok(Type::Route(RouteType { slots, ..first.clone() }))
+}
+
+/// Every slot a row.
+fn slots_as_rows(to: &[i64], route: &RouteType) -> OpResult<Type> {
+    if to != [-1, 1] {
+        return Err(OpError::new(codes::SHAPE, format!("a route [{route}] becomes rows of one slot, `to` is {to:?}")));
+    }
+    let rows = route.rows.clone().mul(route.slots.into()).ok_or_else(overflow)?;
+    Ok(Type::Route(RouteType { rows, slots: 1, ..route.clone() }))
 }
 
 fn stack(axis: i64, operands: &[&Type]) -> OpResult<Type> {

@@ -16,6 +16,7 @@ mod calls;
 mod choice;
 mod places;
 mod plain;
+mod series;
 mod spelled;
 
 const TOKENS: u64 = 13;

@@ -123,42 +123,6 @@ fn width_zero_gives_zero() {
 }
 
 #[test]
-fn banks_in_series_pass_rows_on() {
-    let matrices = |ids: [u64; 2], of: &str| json!({"ids": ids, "kind": "linear", "w": format!("{of}.{{e}}")});
-    let biased = json!({"ids": [0, 4], "kind": "linear", "w": "second.{e}", "bias": "bias.{e}"});
-    let ids = |ids: [u64; 2], kind: &str| json!({"ids": ids, "kind": kind});
-    let series = [
-        // Rows of which nothing comes are not read.
-        [json!([matrices([0, 4], "first")]), json!([ids([0, 1], "zero"), matrices([1, 4], "second")])],
-        // A row of zeros still meets the bias.
-        [json!([matrices([0, 2], "first"), ids([2, 4], "zero")]), json!([biased])],
-        [json!([ids([0, 1], "identity"), matrices([1, 4], "first")]), json!([biased])],
-        [json!([ids([0, 4], "identity")]), json!([matrices([0, 3], "second"), ids([3, 4], "zero")])],
-    ];
-    for [first, second] in series {
-        for attends in [false, true] {
-            let mut form = Form::new(8)
-                .router(4, 2, 8)
-                .tensor("first.{e}", json!([8, 8]))
-                .tensor("second.{e}", json!([8, 8]))
-                .tensor("bias.{e}", json!([8]))
-                .node("d", "dispatch", &["x", "r"], json!({}))
-                .node("e1", "experts", &["d"], json!({"bank": first}));
-            if attends {
-                form = form.node("a", "attention", &["e1", "x", "x"], json!({}));
-            }
-            let form = form
-                .node("e2", "experts", &[if attends { "a" } else { "e1" }], json!({"bank": second}))
-                .node("y", "combine", &["e2", "r"], json!({}))
-                .output("output", "y");
-            let (graph, data) = with(&form);
-            let expected = data.expected(&graph).unwrap();
-            close(&results(&graph, &data)["output"], &expected["output"], &format!("{first} {second} {attends}"));
-        }
-    }
-}
-
-#[test]
 fn an_identity_graph_of_tokens_is_the_plain_router() {
     let form = Form::default()
         .input("x", "f32", &json!([8, 16]))
