@@ -1,6 +1,7 @@
 //! Layers drawn at random from every operation, rule, bank kind and weight form, with odd sizes.
 
 use crate::{
+    attributes::sensitive,
     draw::Draw,
     forms::Form,
     gallery::{Compiled, Numbers, Results, agree, agree_within, data},
@@ -69,7 +70,10 @@ pub fn check(number: u64, target: Target, device: Arc<dyn Device>) -> Result<(),
         Some(share) => agree_within(&graph, &found, &expected, share),
         None => agree(&graph, &found, &expected),
     };
-    agreed.map_err(|e| format!("{e} ({tokens} tokens)"))
+    agreed.map_err(|e| match sensitive::cause(&graph, &data, &expected, &found) {
+        Some(cause) => format!("{e} ({tokens} tokens), which the numbers explain: {cause:?}"),
+        None => format!("{e} ({tokens} tokens)"),
+    })
 }
 
 /// Functions of one number that are defined and tame everywhere.

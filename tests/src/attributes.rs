@@ -18,7 +18,7 @@ use std::{
 };
 
 mod candidates;
-mod sensitive;
+pub(crate) mod sensitive;
 mod unseen;
 
 pub use candidates::mutants;
