@@ -4,7 +4,7 @@ use crate::{
     attributes::sensitive,
     draw::Draw,
     forms::Form,
-    gallery::{Compiled, Numbers, Results, agree, agree_within, data},
+    gallery::{Compiled, Numbers, Results, agree, agree_within, data, limit, limit_within},
 };
 use moec::{Target, runtime::Device};
 use serde_json::{Map, Value, json};
@@ -70,7 +70,11 @@ pub fn check(number: u64, target: Target, device: Arc<dyn Device>) -> Result<(),
         Some(share) => agree_within(&graph, &found, &expected, share),
         None => agree(&graph, &found, &expected),
     };
-    agreed.map_err(|e| match sensitive::cause(&graph, &data, &expected, &found) {
+    let limit = |name: &str, wanted: &[f64]| match share {
+        Some(share) => limit_within(&graph, name, wanted, share),
+        None => limit(&graph, name, wanted),
+    };
+    agreed.map_err(|e| match sensitive::cause(&graph, &data, (&expected, &found), limit) {
         Some(cause) => format!("{e} ({tokens} tokens), which the numbers explain: {cause:?}"),
         None => format!("{e} ({tokens} tokens)"),
     })

@@ -3,7 +3,7 @@
 use super::unseen::typed;
 use crate::{
     draw::Draw,
-    gallery::{Data, Results, limit},
+    gallery::{Data, Results},
 };
 use moec_ir::{
     DType, Graph, Type,
@@ -26,8 +26,14 @@ pub enum Cause {
     Range,
 }
 
-/// The cause of a difference, if it is one of the numbers alone. Everything that differs must have it.
-pub(crate) fn cause(graph: &Graph, data: &Data, expected: &Results, found: &Results) -> Option<Cause> {
+/// The cause of a difference, if it is one of the numbers alone. Everything that is further apart than its limit must
+/// have it.
+pub(crate) fn cause(
+    graph: &Graph,
+    data: &Data,
+    (expected, found): (&Results, &Results),
+    limit: impl Fn(&str, &[f64]) -> f64,
+) -> Option<Cause> {
     if largest(graph, data) > LARGE {
         return Some(Cause::Range);
     }
@@ -36,7 +42,7 @@ pub(crate) fn cause(graph: &Graph, data: &Data, expected: &Results, found: &Resu
     let mut open = Vec::new();
     for (name, wanted) in expected {
         let got = found.get(name).filter(|got| got.len() == wanted.len())?;
-        let limit = limit(graph, name, wanted);
+        let limit = limit(name, wanted);
         let apart = (0..wanted.len()).map(|i| (name, i, wanted[i], distance(got[i], wanted[i]) - limit));
         open.extend(apart.filter(|(.., apart)| *apart > 0.0));
     }
