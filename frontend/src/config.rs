@@ -279,7 +279,7 @@ pub(crate) fn model_name(file: &str, family: &str) -> String {
 }
 
 /// A C identifier that resembles the text.
-pub(crate) fn identifier(text: &str) -> String {
+pub fn identifier(text: &str) -> String {
     let mut name: String =
         text.chars().take(64).map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' }).collect();
     if !name.starts_with(|c: char| c.is_ascii_alphabetic()) {

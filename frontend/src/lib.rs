@@ -25,7 +25,7 @@ mod relayout;
 mod source;
 pub mod weights;
 
-pub use config::{families, read_config};
+pub use config::{families, identifier, read_config};
 pub use model::{Facts, Form, FormFacts, LatentAttention, Layer, LayerKind, Model};
 pub use relayout::Shapes;
 pub use source::{read_graph, read_model, read_model_bytes};

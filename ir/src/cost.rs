@@ -174,7 +174,8 @@ fn last_size(ty: &Type) -> Option<f64> {
 
 /// A multiply for each operand, an add for each term.
 fn einsum(op: &Einsum, operands: &[&Type], tokens: u64) -> Option<f64> {
-    let equation = op.equation().ok()?;
+    let ranks = operands.iter().map(|ty| Some(ty.tensor()?.shape.len())).collect::<Option<Vec<_>>>()?;
+    let equation = op.equation(&ranks).ok()?;
     let mut axes: indexmap::IndexMap<char, f64> = indexmap::IndexMap::new();
     for (letters, ty) in equation.operands.iter().zip(operands) {
         for (letter, dim) in letters.iter().zip(&ty.tensor()?.shape) {

@@ -7,8 +7,9 @@
 //! (I0028), states (I0029), kernel bodies (I0032), finite attributes (I0034).
 
 use crate::{
-    Diagnostic, Graph, NodeId, Op, Part, Type, codes,
-    ops::{SelectRule, Shape, WeighFn, WeighNorm},
+    Diagnostic, Dim, Graph, NodeId, Op, Part, Type, codes,
+    infer::axis_of,
+    ops::{Range, SelectRule, Shape, WeighFn, WeighNorm},
 };
 use std::collections::BTreeSet;
 
@@ -271,9 +272,21 @@ fn padding(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
             return;
         }
         for user in graph.users(node) {
+            if let Op::Shape(Shape::Slice { axis, range }) = &graph.node(user).op
+                && (of_rows(graph, node, *axis) || shape_of(graph, node).first() != shape_of(graph, id).first())
+            {
+                if of_rows(graph, node, *axis)
+                    && let Some((kept, rows)) = keeps_padding(graph, id, node, *range)
+                {
+                    let text =
+                        format!("{}: {} keeps {kept} rows, of which {rows} are given", at(graph, id), at(graph, user));
+                    let help = "end the range at the rows that are given";
+                    found.push(Diagnostic::error(codes::PAD, text).about(&graph.node(id).name).help(help));
+                }
+                continue;
+            }
             let keeps_rows = match &graph.node(user).op {
-                Op::Shape(Shape::Slice { .. })
-                | Op::Einsum(_)
+                Op::Einsum(_)
                 | Op::Reduce(_)
                 | Op::Attention(_)
                 | Op::Count(_)
@@ -307,6 +320,26 @@ fn padding(graph: &Graph, id: NodeId, found: &mut Vec<Diagnostic>) {
             }
         }
     }
+}
+
+fn shape_of(graph: &Graph, id: NodeId) -> &[Dim] {
+    graph.node(id).ty.as_ref().and_then(Type::tensor).map_or(&[], |ty| &ty.shape)
+}
+
+/// Whether an axis of a value is that of its rows.
+fn of_rows(graph: &Graph, id: NodeId, axis: i64) -> bool {
+    axis_of(axis, shape_of(graph, id).len()).is_ok_and(|axis| axis == 0)
+}
+
+/// Rows up to the last that a slice of the padded rows keeps, and those that were given, where these are fewer. Of rows
+/// that were joined or cut since, all have the same share.
+fn keeps_padding(graph: &Graph, pad: NodeId, sliced: NodeId, range: Range) -> Option<(u64, u64)> {
+    let rows = |id: NodeId| shape_of(graph, id).first().and_then(Dim::known);
+    let (given, padded, all) = (rows(*graph.operands(pad).first()?)?, rows(pad)?, rows(sliced)?);
+    let [start, step] = range.steps(Some(all))?;
+    let last = step.checked_mul(i64::try_from(range.entries()?.checked_sub(1)?).ok()?)?.checked_add(start)?;
+    let end = u64::try_from(start.max(last)).ok()?.checked_add(1)?;
+    (end.checked_mul(padded)? > given.checked_mul(all)?).then_some((end, given))
 }
 
 /// Whether the rows are a multiple already.

@@ -80,8 +80,23 @@ fn operands_and_shapes() {
         &["element by element"],
         r#"%t = shape %x {fn = "slice", axis = 0, range = [0, 8]} %y = binary %x, %t {fn = "add"}"#,
     );
-    refused("I0031", &["`te,te`"], r#"%y = einsum %x, %x {eq = "te,te"}"#);
+    refused("I0031", &["`te->tt`", "twice"], r#"%y = einsum %x {eq = "te->tt"}"#);
     refused("I0031", &["`z`"], r#"%y = einsum %x {eq = "te->z"}"#);
+    refused("I0031", &["no place"], r#"%y = einsum %x, %x {eq = "t...,t...->t"}"#);
+    refused("I0031", &["`.` is no axis"], r#"%y = einsum %x {eq = "...a...->a"}"#);
+    refused("I0031", &["`tab`", "[T, 16]"], r#"%y = einsum %x {eq = "tab...->t..."}"#);
+    refused("I0002", &["1 operands", "2"], r#"%y = einsum %x {eq = "...,...->..."}"#);
+    let slice = |range: &str| format!(r#"%y = shape %x {{fn = "slice", axis = 1, range = {range}}}"#);
+    accepted(&slice("[1, 16, 3]"));
+    accepted(&slice("[-1, -17, -1]"));
+    accepted(&slice("[16, 16]"));
+    for outside in ["[1, 17]", "[-2, 2]", "[-17, -1]", "[3, 2]", "[2, 3, -1]", "[15, -2, -1]"] {
+        refused("I0011", &["of axis 1, which has 16 entries"], &slice(outside));
+    }
+    refused("I0006", &["[start, end, step]"], &slice("[0, 4, 0]"));
+    refused("I0006", &["[start, end, step]"], &slice("[4]"));
+    refused("I0011", &["axis 0, which has T"], r#"%y = shape %x {fn = "slice", axis = 0, range = [-2, -1]}"#);
+    refused("I0034", &["`perm`"], r#"%y = shape %x {fn = "transpose", perm = [1, -1]}"#);
     refused("I0030", &[], r#"%y = shape %x {fn = "reshape", to = [9223372036854775807, 4, -1]}"#);
     refused("I0034", &["temp"], r#"%y = softmax %x {temp = 0.0}"#);
     refused("I0033", &["stated as f32[T, 9]"], r#"%y = linear %x {w = "gate"} : f32[T, 9]"#);
@@ -102,7 +117,12 @@ fn sizes_in_t() {
     accepted(r#"%y = shape %x, %x {fn = "concat", axis = 0} : f32[2*T, 16]"#);
     accepted(r#"%y = shape %x, %x, %x {fn = "stack", axis = -1} : f32[T, 16, 3]"#);
     accepted(r#"%y = shape %x {fn = "transpose", perm = [1, 0]} : f32[16, T]"#);
+    accepted(r#"%y = shape %x {fn = "transpose", perm = [-1, 0]} : f32[16, T]"#);
+    accepted(r#"%y = shape %x {fn = "slice", axis = 1, range = [-3, -16, -5]} : f32[T, 3]"#);
     accepted(r#"%y = gather %ids {w = "table"} : i32[T, 2]"#);
+    accepted(r#"%y = einsum %x, %x {eq = "...d,...d->..."} : f32[T]"#);
+    accepted(r#"%y = einsum %x, %x {eq = "td,ud"} : f32[T, T]"#);
+    accepted(r#"%y = einsum %x {eq = "da"} : f32[16, T]"#);
 }
 
 #[test]
@@ -191,6 +211,22 @@ fn experts_and_combine() {
 #[test]
 fn whole_graphs() {
     refused("I0024", &["`p`", "`output`"], r#"%p = shape %x {fn = "pad", multiple = 4} %y = unary %p {fn = "relu"}"#);
+    refused(
+        "I0024",
+        &["`p`", "`output`"],
+        r#"%p = shape %x {fn = "pad", multiple = 4} %y = shape %p {fn = "slice", axis = 1, range = [0, 8]}"#,
+    );
+    let seven = r#"%t = shape %x {fn = "slice", axis = 0, range = [0, 7]} %p = shape %t {fn = "pad", multiple = 4}"#;
+    let back = |to: &str, range: &str| {
+        let cut = format!(r#"%y = shape %c {{fn = "slice", axis = 0, range = {range}}}"#);
+        format!(r#"{seven} %c = shape %p {{fn = "reshape", to = {to}}} {cut}"#)
+    };
+    accepted(&back("[-1, 16]", "[0, 7]"));
+    accepted(&back("[-1, 64]", "[0, 1]"));
+    accepted(&back("[-1, 16]", "[6, -1, -2]").replace("-1, -2", "0, -2"));
+    refused("I0024", &["`p`", "`y`", "8 rows", "7 are given"], &back("[-1, 16]", "[0, 8]"));
+    refused("I0024", &["`p`", "`y`"], &back("[-1, 64]", "[0, 2]"));
+    refused("I0024", &["`p`", "`y`"], &back("[-1, 16]", "[7, 0, -1]"));
     refused("I0007", &["Idx", "f32[T, 16]"], r#"%y = unary %x {fn = "relu"} : f32[T, 16] return a = %y.idx"#);
     let state = "moe.graph @g { %x = input \"state_h_in\" : f32[T, 4] %y = shape %x {fn = \"reshape\", to = [-1, 2]} return state_h = %y }";
     let found = verify(&parse(state).unwrap());

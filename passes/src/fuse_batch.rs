@@ -61,7 +61,7 @@ fn copy(graph: &mut Graph, node: NodeId) -> Option<NodeId> {
     let op = match graph.node(node).ty.as_ref()? {
         Type::Tensor(ty) if ty.dtype.is_float() => Op::Unary(Unary { function: UnaryFn::Identity }),
         Type::Tensor(ty) => {
-            let perm = (0..ty.shape.len() as u64).collect();
+            let perm = (0..).take(ty.shape.len()).collect();
             Op::Shape(Shape::Transpose { perm })
         }
         Type::Route(_) => Op::Shape(Shape::Concat { axis: 1 }),

@@ -49,8 +49,8 @@ fn fuse(graph: &mut Graph, id: NodeId, cx: &PassCx<'_>) {
         outline(graph, &nodes, kind, cx);
         return;
     }
-    if let Some(other) = op.bank.iter().find(|p| matches!(p.kind, PartKind::Linear(_))) {
-        cx.remark(graph, id, format!("not fused: experts {}.. are single matrices beside networks", other.ids[0]));
+    if let Some(other) = op.bank.iter().find(|p| !matches!(p.kind, PartKind::Ffn(_) | PartKind::Zero {})) {
+        cx.remark(graph, id, format!("not fused: experts {}.. are no networks", other.ids[0]));
         return;
     }
     let inner = map(&op.bank, |kind| match kind {

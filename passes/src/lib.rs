@@ -17,6 +17,7 @@ mod region;
 mod share_base;
 mod split_banks;
 mod split_einsums;
+mod split_series;
 mod split_widths;
 mod stages;
 
@@ -43,6 +44,7 @@ pub const PIPELINE: &[Pass] = &[
     split_einsums::PASS,
     fuse_gating::PASS,
     split_widths::PASS,
+    split_series::PASS,
     split_banks::PASS,
     share_base::PASS,
     plan_dispatch::PASS,

@@ -5,7 +5,7 @@
 
 use moec_ir::{
     Dim, Extent, Graph, NodeId, Op, Type, WeightSpec,
-    ops::{Ffn, LimitOn, PartKind, SelectRule, Shape, UnaryFn},
+    ops::{Binary, BinaryFn, Ffn, LimitOn, PartKind, SelectRule, Shape, Unary, UnaryFn},
 };
 use std::collections::BTreeSet;
 
@@ -89,8 +89,10 @@ pub(crate) fn is_row_op(graph: &Graph, id: NodeId, products: Products) -> bool {
                 matches!(ty, Type::Route(_)) || operand_rank(graph, id).is_some_and(|rank| axis(*a, rank) >= 1)
             }
             Shape::Stack { axis: a } => operand_rank(graph, id).is_some_and(|rank| axis(*a, rank + 1) >= 1),
-            Shape::Transpose { perm } => perm.first() == Some(&0),
-            Shape::Reshape { .. } => true,
+            Shape::Transpose { perm } => {
+                operand_rank(graph, id).is_some_and(|rank| perm.first().is_some_and(|first| axis(*first, rank) == 0))
+            }
+            Shape::Reshape { .. } => matches!(ty, Type::Tensor(_)),
             Shape::Pad { .. } => false,
         },
         Op::Select(op) => !matches!(op.rule, SelectRule::ExpertChoice { .. }),
@@ -138,6 +140,16 @@ pub(crate) fn product(w: &WeightSpec, bias: Option<&WeightSpec>, a8: bool) -> Ff
         alpha: None,
         up_add: 0.0,
     }
+}
+
+/// Zeros as many as the rows of `x`, and `width` to a row where that is another: no sign is above 1.
+pub(crate) fn zeros(graph: &mut Graph, x: NodeId, width: Option<u64>) -> NodeId {
+    let sign = graph.add("", Op::Unary(Unary { function: UnaryFn::Sign }), &[x]);
+    let above = Binary { function: BinaryFn::Gt, w: None, c: Some(1.0) };
+    let zeros = graph.add("", Op::Binary(above), &[sign]);
+    let Some(n) = width else { return zeros };
+    let column = graph.add("", Op::Shape(Shape::Slice { axis: -1, range: [0, 1].into() }), &[zeros]);
+    graph.add("", Op::Shape(Shape::Repeat { n, axis: -1 }), &[column])
 }
 
 /// Whether experts of this kind need no matrix product.

@@ -7,10 +7,10 @@
 //! A modulation `M x * x + A x` is linear in its products, and all slots of a token see the same
 //! `x`: its sum over slots is `x` times the sum of the `M x`, plus the sum of the `A x`.
 
-use crate::{Changed, Pass, PassCx};
+use crate::{Changed, Pass, PassCx, region::zeros};
 use moec_ir::{
     Graph, NodeId, Op, Type,
-    ops::{BankPart, Binary, BinaryFn, Dispatch, Experts, Film, LinearBank, PartKind, Shape, Unary, UnaryFn},
+    ops::{BankPart, Binary, BinaryFn, Dispatch, Experts, Film, LinearBank, PartKind},
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +19,7 @@ pub(crate) const PASS: Pass =
 
 /// Ways to compute an expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Way {
+pub(crate) enum Way {
     Network,
     Matrix,
     Film,
@@ -47,7 +47,7 @@ fn way(kind: &PartKind) -> Way {
 }
 
 /// Stages with their ways, from first to last: what remains of a series for some of the experts.
-type Series = Vec<(usize, Way)>;
+pub(crate) type Series = Vec<(usize, Way)>;
 
 /// What stands between a dispatch and its combine.
 struct Mixed {
@@ -73,12 +73,12 @@ fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     changed
 }
 
-fn bank(graph: &Graph, id: NodeId) -> Option<&[BankPart]> {
+pub(crate) fn bank(graph: &Graph, id: NodeId) -> Option<&[BankPart]> {
     if let Op::Experts(op) = &graph.node(id).op { Some(&op.bank) } else { None }
 }
 
-/// What a combine sums, where that must be split.
-fn find(graph: &Graph, combine: NodeId) -> Option<Mixed> {
+/// The dispatch of what a combine sums, and the banks and attention between them, which nothing else reads.
+pub(crate) fn between(graph: &Graph, combine: NodeId) -> Option<(NodeId, Vec<NodeId>)> {
     if !graph.contains(combine) || !matches!(graph.node(combine).op, Op::Combine(_)) {
         return None;
     }
@@ -92,6 +92,12 @@ fn find(graph: &Graph, combine: NodeId) -> Option<Mixed> {
         stages.insert(0, id);
         id = *graph.operands(id).first()?;
     }
+    Some((id, stages))
+}
+
+/// What a combine sums, where that must be split.
+fn find(graph: &Graph, combine: NodeId) -> Option<Mixed> {
+    let (id, stages) = between(graph, combine)?;
     let kinds = kinds(graph, &stages);
     let mut series = series(&kinds);
     if series.is_empty() && row(graph, *stages.last()?) == row(graph, id) {
@@ -100,7 +106,7 @@ fn find(graph: &Graph, combine: NodeId) -> Option<Mixed> {
     }
     // Inner activations beside whole rows are padded to the row: apart, the widths would differ.
     let parts = || stages.iter().filter_map(|id| bank(graph, *id)).flatten();
-    let padded = parts().any(|p| matches!(&p.kind, PartKind::Ffn(ffn) if ffn.down.is_none()));
+    let padded = parts().any(BankPart::is_inner);
     let has = |wanted: Way| series.keys().flatten().any(|(_, way)| *way == wanted);
     // Rows that nothing comes of are not moved.
     let given: usize = series.values().map(BTreeSet::len).sum();
@@ -114,7 +120,7 @@ fn find(graph: &Graph, combine: NodeId) -> Option<Mixed> {
 }
 
 /// What each expert computes at each stage.
-fn kinds(graph: &Graph, stages: &[NodeId]) -> Vec<Vec<Way>> {
+pub(crate) fn kinds(graph: &Graph, stages: &[NodeId]) -> Vec<Vec<Way>> {
     let banks: Vec<Option<&[BankPart]>> = stages.iter().map(|id| bank(graph, *id)).collect();
     let count = banks.iter().flatten().flat_map(|parts| parts.iter()).map(|p| p.ids[1]).max().unwrap_or(0);
     let of = |parts: &[BankPart], expert: u64| {
@@ -127,7 +133,7 @@ fn kinds(graph: &Graph, stages: &[NodeId]) -> Vec<Vec<Way>> {
 
 /// What is computed for each expert that gives something. A stage that passes rows on is left out, and so is all that
 /// stands before rows that do not depend on it.
-fn series(kinds: &[Vec<Way>]) -> BTreeMap<Series, BTreeSet<u64>> {
+pub(crate) fn series(kinds: &[Vec<Way>]) -> BTreeMap<Series, BTreeSet<u64>> {
     let mut series: BTreeMap<Series, BTreeSet<u64>> = BTreeMap::new();
     for (expert, ways) in (0..).zip(kinds) {
         let mut own = Series::new();
@@ -155,7 +161,7 @@ fn has_bank(series: &Series) -> bool {
 }
 
 /// Shape of one dispatched row.
-fn row(graph: &Graph, id: NodeId) -> Option<Vec<u64>> {
+pub(crate) fn row(graph: &Graph, id: NodeId) -> Option<Vec<u64>> {
     match &graph.node(id).ty {
         Some(Type::Ragged(rows)) => Some(rows.row.clone()),
         Some(Type::Tensor(_) | Type::Route(_) | Type::Plan(_)) | None => None,
@@ -163,7 +169,7 @@ fn row(graph: &Graph, id: NodeId) -> Option<Vec<u64>> {
 }
 
 /// Whether there are kernels for a series: of several in a row, each is a grouped product.
-fn can_run(series: &Series) -> bool {
+pub(crate) fn can_run(series: &Series) -> bool {
     let product = |way: Way| matches!(way, Way::Network | Way::Matrix | Way::Attention);
     let rest = if let [(_, Way::Zero), rest @ ..] = &series[..] { rest } else { series };
     series.len() == 1 || rest.iter().all(|(_, way)| product(*way))
@@ -240,7 +246,10 @@ fn split(graph: &mut Graph, mixed: &Mixed) {
             });
             let stages: Vec<(usize, Op)> = stages.collect();
             let x = match series[..] {
-                [(at, Way::Zero), ..] => zeros(graph, x, at.checked_sub(1).map(|before| mixed.stages[before])),
+                [(at, Way::Zero), ..] => {
+                    let before = at.checked_sub(1).and_then(|before| row(graph, mixed.stages[before]));
+                    zeros(graph, x, if let Some(&[n]) = before.as_deref() { Some(n) } else { None })
+                }
                 _ => x,
             };
             chain.add(graph, if simple { "simple" } else { "heavy" }, x, &stages)
@@ -261,15 +270,6 @@ fn split(graph: &mut Graph, mixed: &Mixed) {
     if graph.users(mixed.dispatch).is_empty() {
         graph.remove(mixed.dispatch);
     }
-}
-
-/// Zeros as many as the rows of `x` and as wide as those of `like`: no sign is above 1.
-fn zeros(graph: &mut Graph, x: NodeId, like: Option<NodeId>) -> NodeId {
-    let sign = graph.add("", Op::Unary(Unary { function: UnaryFn::Sign }), &[x]);
-    let zeros = graph.add("", binary(BinaryFn::Gt, Some(1.0)), &[sign]);
-    let Some(&[n]) = like.and_then(|id| row(graph, id)).as_deref() else { return zeros };
-    let column = graph.add("", Op::Shape(Shape::Slice { axis: 1, range: [0, 1] }), &[zeros]);
-    graph.add("", Op::Shape(Shape::Repeat { n, axis: 1 }), &[column])
 }
 
 /// Modulations: the sum of the scaled rows and that of the added ones.

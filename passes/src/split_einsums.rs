@@ -19,7 +19,7 @@ fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     let mut changed = Changed::No;
     for id in graph.order() {
         if let Op::Einsum(op) = &graph.node(id).op
-            && let Some((letters, result)) = op.letters()
+            && let Some((letters, result)) = op.letters(&ranks(graph, id))
             && letters.len() > 2
             && let Some(sizes) = sizes(graph, id, &letters)
         {
@@ -30,6 +30,12 @@ fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
         }
     }
     changed
+}
+
+/// Axes of each operand.
+fn ranks(graph: &Graph, id: NodeId) -> Vec<usize> {
+    let rank = |id: NodeId| graph.node(id).ty.as_ref().and_then(Type::tensor).map_or(0, |ty| ty.shape.len());
+    graph.operands(id).into_iter().map(rank).collect()
 }
 
 /// Size of each letter; `None` where one stands for different sizes, which then repeat.

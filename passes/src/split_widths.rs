@@ -2,12 +2,12 @@
 //!
 //! Before: one bank part with tensors of different sizes. After: a part for each run of experts
 //! with equal sizes, so that the work of an expert is proportional to its width. Experts without
-//! neurons become null experts.
+//! neurons become null experts, and a network of all rows without neurons becomes zeros.
 
-use crate::{Changed, Pass, PassCx};
+use crate::{Changed, Pass, PassCx, region};
 use moec_ir::{
-    Extent, Graph, Op, WeightSpec,
-    ops::{BankPart, Experts, PartKind},
+    Dim, Extent, Graph, NodeId, Op, Type, WeightSpec,
+    ops::{BankPart, Experts, Ffn, PartKind},
     stored_bits,
 };
 
@@ -17,6 +17,16 @@ pub(crate) const PASS: Pass =
 fn run(graph: &mut Graph, cx: &PassCx<'_>) -> Changed {
     let mut changed = Changed::No;
     for id in graph.order() {
+        if let Some(width) = no_neurons(graph, id) {
+            cx.remark(graph, id, "has no neurons and gives 0");
+            let (x, round) = (graph.operands(id)[0], graph.node(id).round);
+            let zeros = region::zeros(graph, x, Some(width));
+            graph.set_round(zeros, round);
+            graph.replace_uses(id, zeros);
+            graph.remove(id);
+            changed = Changed::Yes;
+            continue;
+        }
         let Op::Experts(op) = &graph.node(id).op else { continue };
         let bank: Vec<BankPart> = op.bank.iter().flat_map(|part| split(graph, part)).collect();
         if bank.len() > op.bank.len() || bank.iter().zip(&op.bank).any(|(a, b)| a != b) {
@@ -57,9 +67,16 @@ fn sizes(graph: &Graph, part: &BankPart, e: usize) -> Vec<Option<u64>> {
     found
 }
 
-/// Whether expert `e` of a feed-forward part has no neurons.
-fn is_empty(graph: &Graph, part: &BankPart, e: usize) -> bool {
-    let PartKind::Ffn(ffn) = &part.kind else { return false };
+/// Width of the result of a network of all rows that has no neurons.
+fn no_neurons(graph: &Graph, id: NodeId) -> Option<u64> {
+    let Op::Ffn(ffn) = &graph.node(id).op else { return None };
+    let Some(Type::Tensor(ty)) = &graph.node(id).ty else { return None };
+    let width = ty.shape.last().and_then(Dim::known)?;
+    (ffn.down.is_some() && is_empty(graph, ffn, 0)).then_some(width)
+}
+
+/// Whether a network has no neurons, as that of expert `e`.
+fn is_empty(graph: &Graph, ffn: &Ffn, e: usize) -> bool {
     let rows = |name: &String, axis: usize| {
         graph.weights.get(name).and_then(|w| w.shape.get(axis)).and_then(|x: &Extent| x.of(e))
     };
@@ -90,7 +107,8 @@ fn split(graph: &Graph, part: &BankPart) -> Vec<BankPart> {
         match parts.last_mut() {
             Some((sizes, run)) if *sizes == own => run.ids[1] = id + 1,
             Some(_) | None => {
-                let kind = if is_empty(graph, part, e) { PartKind::Zero {} } else { part.kind.clone() };
+                let empty = matches!(&part.kind, PartKind::Ffn(ffn) if is_empty(graph, ffn, e));
+                let kind = if empty { PartKind::Zero {} } else { part.kind.clone() };
                 parts.push((own, BankPart { ids: [id, id + 1], kind, ..part.clone() }));
             }
         }

@@ -1,9 +1,10 @@
 //! Layers drawn at random from every operation, rule, bank kind and weight form, with odd sizes.
 
 use crate::{
+    attributes::sensitive,
     draw::Draw,
     forms::Form,
-    gallery::{Compiled, Numbers, Results, agree, agree_within, data},
+    gallery::{Compiled, Numbers, Results, agree, agree_within, data, limit, limit_within},
 };
 use moec::{Target, runtime::Device};
 use serde_json::{Map, Value, json};
@@ -69,7 +70,14 @@ pub fn check(number: u64, target: Target, device: Arc<dyn Device>) -> Result<(),
         Some(share) => agree_within(&graph, &found, &expected, share),
         None => agree(&graph, &found, &expected),
     };
-    agreed.map_err(|e| format!("{e} ({tokens} tokens)"))
+    let limit = |name: &str, wanted: &[f64]| match share {
+        Some(share) => limit_within(&graph, name, wanted, share),
+        None => limit(&graph, name, wanted),
+    };
+    agreed.map_err(|e| match sensitive::cause(&graph, &data, (&expected, &found), limit) {
+        Some(cause) => format!("{e} ({tokens} tokens), which the numbers explain: {cause:?}"),
+        None => format!("{e} ({tokens} tokens)"),
+    })
 }
 
 /// Functions of one number that are defined and tame everywhere.
@@ -181,15 +189,15 @@ impl Any {
     fn mixture(&mut self, moved: &str, route: &str, repeat: u64) -> String {
         let weighted = self.draw.one_in(5);
         let dispatched = self.add("dispatch", &[moved, route], json!({"repeat": repeat, "weighted": weighted}));
-        let rows = if self.draw.one_in(8) {
-            self.heads(moved, &dispatched)
-        } else {
-            let bank = self.bank();
-            // A bank that gives nothing gives as much of it as it takes.
-            if bank.as_array().is_some_and(|parts| parts.iter().all(|p| p["kind"] == "zero")) {
-                self.out = self.width;
+        let rows = match self.draw.below(8) {
+            0 => self.heads(moved, &dispatched),
+            1 if repeat == 1 => {
+                let out = std::mem::replace(&mut self.out, self.width);
+                let rows = self.experts(&dispatched);
+                self.out = out;
+                self.experts(&rows)
             }
-            self.add("experts", &[&dispatched], json!({"bank": bank}))
+            _ => self.experts(&dispatched),
         };
         let y = self.add("combine", &[&rows, route], json!({"repeat": repeat, "weighted": !weighted}));
         if self.out == self.width {
@@ -197,6 +205,16 @@ impl Any {
         }
         let back = self.weight("back", json!([self.width, self.out]));
         self.add("linear", &[&y], json!({"w": back}))
+    }
+
+    /// Rows through a bank.
+    fn experts(&mut self, rows: &str) -> String {
+        let bank = self.bank();
+        // A bank that gives nothing gives as much of it as it takes.
+        if bank.as_array().is_some_and(|parts| parts.iter().all(|p| p["kind"] == "zero")) {
+            self.out = self.width;
+        }
+        self.add("experts", &[rows], json!({"bank": bank}))
     }
 
     /// Several passes through one bank, each with a router of its own.

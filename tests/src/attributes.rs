@@ -3,7 +3,7 @@
 //! Attributes and their values are not listed here: they are what the graph has, and what the reader names when it
 //! is given something unknown. So an attribute that somebody adds is changed as well.
 
-use crate::gallery::{Compiled, Numbers, Results, agree, data, tokens_of};
+use crate::gallery::{Compiled, Numbers, Results, agree, data, limit, tokens_of};
 use moec::{Error, Target, runtime::Device};
 use moec_ir::{
     Diagnostic, Graph, Op, Severity, Type,
@@ -18,7 +18,7 @@ use std::{
 };
 
 mod candidates;
-mod sensitive;
+pub(crate) mod sensitive;
 mod unseen;
 
 pub use candidates::mutants;
@@ -184,7 +184,8 @@ impl Subject {
                 compiled = Some(layer);
                 if let Err(why) = agree(&graph, &found, &expected) {
                     let why = || format!("compiled: {why} ({numbers:?})");
-                    apart = Some(sensitive::cause(&graph, &data, &expected, &found).ok_or_else(why)?);
+                    let of = |name: &str, wanted: &[f64]| limit(&graph, name, wanted);
+                    apart = Some(sensitive::cause(&graph, &data, (&expected, &found), of).ok_or_else(why)?);
                     // Other data may tell more.
                     continue;
                 }

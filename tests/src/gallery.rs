@@ -383,7 +383,8 @@ pub fn limit(graph: &Graph, name: &str, wanted: &[f64]) -> f64 {
     limit_within(graph, name, wanted, if rounds { 2e-2 } else { 3e-5 })
 }
 
-fn limit_within(graph: &Graph, name: &str, wanted: &[f64], share: f64) -> f64 {
+/// As [`limit`], with this share of the largest value.
+pub(crate) fn limit_within(graph: &Graph, name: &str, wanted: &[f64], share: f64) -> f64 {
     let exact = graph.outputs.iter().any(|o| o.name == name && o.part == Part::Idx);
     let top = wanted.iter().fold(1e-30f64, |m, v| if v.is_finite() { m.max(v.abs()) } else { m });
     if exact { 0.0 } else { share * top }

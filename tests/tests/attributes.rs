@@ -5,7 +5,7 @@ use moec::{
     runtime::{Cpu, Device},
 };
 use moec_tests::{
-    attributes::{Subject, mutants, settle},
+    attributes::{Cause, Subject, Verdict, mutants, settle},
     gallery::{every_file, files, stem},
 };
 use std::sync::{
@@ -38,4 +38,23 @@ fn no_attribute_is_ignored() {
     let wrong = judged.iter().filter_map(|(m, v)| v.as_ref().err().map(|why| format!("{}: {why}", m.change)));
     let wrong: Vec<String> = wrong.collect();
     assert!(wrong.is_empty(), "{} of {}\n{}", wrong.len(), judged.len(), wrong.join("\n"));
+}
+
+#[test]
+fn an_iteration_that_does_not_settle_is_told_from_a_wrong_one() {
+    let path = files("models/systems", "json").into_iter().find(|path| stem(path) == "sparse_transport");
+    let text = std::fs::read_to_string(path.expect("a graph of the gallery")).expect("the file can be read");
+    let mut file: serde_json::Value = serde_json::from_str(&text).expect("the file is JSON");
+    let verdict = |file: &serde_json::Value| {
+        let subject = Subject::new(file.clone(), 9);
+        let device: Arc<dyn Device> = Arc::new(Cpu::new(1));
+        let change = mutants(file).into_iter().find(|m| m.attribute == "gamma" && subject.runs(m)).expect("a change");
+        subject.judge(&change, Some((host_target(), &device)))
+    };
+    assert_eq!(verdict(&file), Ok(Verdict::Changed));
+    // Long steps: the last bits of each decide where the next one leads.
+    let node = file["nodes"].as_array_mut().into_iter().flatten().find(|node| node["op"] == "transport");
+    let node = node.expect("a transport");
+    (node["steps"], node["eta"]) = (41.into(), 1.5.into());
+    assert_eq!(verdict(&file), Ok(Verdict::Numbers(Cause::Sensitive)));
 }

@@ -71,9 +71,11 @@ pub(super) fn shape<'c>(cx: &Cx<'_, 'c>, op: &Shape, at: V<'c>) -> Result<(), Co
         Shape::Reshape { .. } => load(&x, at),
         Shape::Slice { axis, range } => {
             let axis = axis_of(*axis, to.len());
+            let Some(size) = x.shape.get(axis) else { return cx.fail("a scalar has no entries") };
+            let Some([start, step]) = range.steps(size.known()) else { return cx.fail("the range is not on the axis") };
             // A range beyond the rows of a short batch must not leave the array.
-            let last = x.shape.get(axis).map_or_else(|| b.i64(0), |d| b.addc(cx.size(d), -1));
-            let from = with(axis, b.minsi(b.addc(coordinates[axis], range[0].max(0)), last));
+            let place = b.addc(b.mulc(coordinates[axis], step), start);
+            let from = with(axis, b.minsi(place, b.addc(cx.size(size), -1)));
             load(&x, cx.position(&from, &x.shape))
         }
         Shape::Repeat { n, axis } => {
@@ -84,9 +86,7 @@ pub(super) fn shape<'c>(cx: &Cx<'_, 'c>, op: &Shape, at: V<'c>) -> Result<(), Co
         Shape::Transpose { perm } => {
             let mut from = coordinates.clone();
             for (value, axis) in coordinates.iter().zip(perm) {
-                if let Some(place) = usize::try_from(*axis).ok().and_then(|a| from.get_mut(a)) {
-                    *place = *value;
-                }
+                from[axis_of(*axis, to.len())] = *value;
             }
             load(&x, cx.position(&from, &x.shape))
         }
@@ -158,8 +158,9 @@ fn sums<'c>(cx: &Cx<'_, 'c>, sizes: &[V<'c>], indices: &mut Vec<V<'c>>, term: &d
 /// One element of a sum of products.
 pub(super) fn einsum<'c>(cx: &Cx<'_, 'c>, op: &Einsum, at: V<'c>) -> Result<(), CodegenError> {
     let b = cx.b;
-    let Some((inputs, result)) = op.letters() else { return cx.fail("the equation is not valid") };
     let arrays = (0..cx.operands()).map(|i| cx.array(i)).collect::<Result<Vec<_>, _>>()?;
+    let ranks: Vec<usize> = arrays.iter().map(|a| a.shape.len()).collect();
+    let Some((inputs, result)) = op.letters(&ranks) else { return cx.fail("the equation is not valid") };
     // Sizes of the letters; a size of 1 gives way to another.
     let mut letters: Vec<(char, Dim)> = result.iter().map(|c| (*c, Dim::Const(1))).collect();
     for (array, axes) in arrays.iter().zip(&inputs) {

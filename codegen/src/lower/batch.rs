@@ -136,11 +136,11 @@ impl<'g> Lowering<'g> {
         }
         let source = graph.operands(id).first().and_then(|o| self.memory.place(*o)).cloned();
         match source {
-            Some(place @ Place::Tensor { .. }) => {
+            Some(place @ (Place::Tensor { .. } | Place::Route { .. })) => {
                 self.memory.alias(id, place);
                 Ok(true)
             }
-            Some(Place::Route { .. } | Place::Plan { .. } | Place::Ragged { .. }) | None => Ok(false),
+            Some(Place::Plan { .. } | Place::Ragged { .. }) | None => Ok(false),
         }
     }
 }

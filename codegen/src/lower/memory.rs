@@ -3,7 +3,7 @@
 use crate::{CodegenError, Target, cpu, plan::PlanKernel, rows::type_of};
 use indexmap::IndexMap;
 use moec_abi::{Buffer, BufferKind, DType, Expr, Launch, Slot};
-use moec_ir::{Dim, Graph, NodeId, Op, Part, RouteType, Type, ops::SelectRule};
+use moec_ir::{Dim, Graph, Node, NodeId, Op, Part, RouteType, Type, ops::SelectRule};
 
 /// Alignment of buffers in the workspace, in bytes.
 const ALIGN: u64 = 256;
@@ -343,8 +343,10 @@ pub(crate) fn max_tokens(buffers: &[Buffer], workspace: &Expr, launches: &[Launc
 fn is_sparse(graph: &Graph, route: NodeId) -> bool {
     let Op::Kernel(kernel) = &graph.node(route).op else { return false };
     let empties = |id: NodeId| {
-        let op = &kernel.body.node(id).op;
-        matches!(op, Op::Adjust(adjust) if adjust.mask || adjust.class_experts.is_some())
+        let Node { op, ty, .. } = kernel.body.node(id);
+        let experts = ty.as_ref().and_then(Type::tensor).and_then(|ty| ty.shape.last()?.known());
+        let all = |ids: &[u64]| experts.is_some_and(|n| (0..n).all(|id| ids.contains(&id)));
+        matches!(op, Op::Adjust(adjust) if adjust.mask || adjust.class_experts.is_some() || all(&adjust.off))
             || matches!(op, Op::Weigh(weigh) if weigh.drop_rows)
             || matches!(op, Op::Select(select) if may_choose_none(&select.rule))
             || matches!(op, Op::Limit(limit) if !matches!(limit.capacity, Some(1..)))

@@ -312,22 +312,29 @@ pub(crate) fn mapped<'c>(
     result
 }
 
-/// Entries `start..end` of an axis.
-pub(crate) fn slice<'c>(row: &Row<'c>, axis: usize, start: u64, end: u64) -> Row<'c> {
+/// `len` entries of an axis, from `start` on and `step` apart.
+pub(crate) fn slice<'c>(row: &Row<'c>, axis: usize, [start, step]: [i64; 2], len: u64) -> Row<'c> {
     let mut shape = row.shape.clone();
-    let size = shape[axis];
-    shape[axis] = end - start;
-    let inner: u64 = shape.iter().skip(axis + 1).product();
-    let outer: u64 = shape.iter().take(axis).product();
     let c = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let len = end - start;
-    mapped(row, shape, outer == 1, move |b, at| {
-        if outer == 1 {
-            return b.addc(at, c(start * inner));
+    let size = c(shape[axis]);
+    shape[axis] = len;
+    let inner = c(shape.iter().skip(axis + 1).product());
+    let outer: u64 = shape.iter().take(axis).product();
+    let len = c(len);
+    let neighbours = outer == 1 && step == 1;
+    mapped(row, shape, neighbours, move |b, at| {
+        if neighbours {
+            return b.addc(at, start * inner);
         }
-        let block = b.divui(at, b.i64(c(len * inner)));
-        let within = b.remui(at, b.i64(c(len * inner)));
-        b.addi(b.mulc(block, c(size * inner)), b.addc(within, c(start * inner)))
+        let block = b.divui(at, b.i64(len * inner));
+        let within = b.remui(at, b.i64(len * inner));
+        let within = if step == 1 {
+            within
+        } else {
+            let entry = b.divui(within, b.i64(inner));
+            b.addi(b.mulc(entry, step * inner), b.remui(within, b.i64(inner)))
+        };
+        b.addi(b.mulc(block, size * inner), b.addc(within, start * inner))
     })
 }
 

@@ -8,7 +8,7 @@ use moec_codegen::{
     lower::{self, CompiledForm, TunedProduct},
     mlir::{Keep, Session},
 };
-use moec_frontend::{Form, Model};
+use moec_frontend::{Form, Model, identifier};
 use moec_ir::{Extent, Graph, Op};
 use moec_passes::{Outcome, Remark};
 use std::{
@@ -168,13 +168,13 @@ impl Compiler {
         self.compile_forms(&model.name, &model.forms)
     }
 
-    /// Compiles one graph.
+    /// Compiles one graph. The artefact has the identifier nearest to `name`: files and symbols are named after it.
     ///
     /// # Errors
     /// See [`Error`].
     pub fn compile_graph(&self, name: &str, graph: Graph) -> Result<Artefact, Error> {
         let form = Form { graph, layers: vec![0], prefixes: vec![String::new()] };
-        self.compile_forms(name, std::slice::from_ref(&form))
+        self.compile_forms(&identifier(name), std::slice::from_ref(&form))
     }
 
     /// Compiles the given forms.

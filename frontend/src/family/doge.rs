@@ -49,7 +49,7 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
         let logits = b.logits("router_gate.weight", side * 2);
         let read_again = b.shape("read_again", Shape::Reshape { to: vec![2, -1, columns] }, &[logits]);
         let mut half = |name: &str, at: i64| {
-            let half = b.shape(name, Shape::Slice { axis: 0, range: [at, at + 1] }, &[read_again]);
+            let half = b.shape(name, Shape::Slice { axis: 0, range: [at, at + 1].into() }, &[read_again]);
             b.shape(name, Shape::Reshape { to: vec![-1, columns] }, &[half])
         };
         let (x, y) = (half("first", 0), half("second", 1));

@@ -36,7 +36,7 @@ pub(crate) fn read(keys: &mut Keys<'_>) -> Result<Draft, Refused> {
         let scores = b.unary("scores", UnaryFn::Sigmoid, logits);
         let range = |from: u64, to: u64| Shape::Slice {
             axis: -1,
-            range: [from, to].map(|n| i64::try_from(n).unwrap_or(i64::MAX)),
+            range: [from, to].map(|n| i64::try_from(n).unwrap_or(i64::MAX)).into(),
         };
         let routed = b.shape("routed_scores", range(0, experts), &[scores]);
         let mut choice = b.biased(routed, "gate.bias", experts);

@@ -9,8 +9,8 @@ use indexmap::IndexMap;
 
 /// One loop over all axes of the equation.
 pub(super) fn einsum(op: &Einsum, operands: &[&Value]) -> Step<Value> {
-    let equation = op.equation()?;
     let arrays = (0..operands.len()).map(|i| tensor(operands, i)).collect::<Step<Vec<_>>>()?;
+    let equation = op.equation(&arrays.iter().map(|a| a.shape.len()).collect::<Vec<_>>())?;
     let mut sizes: IndexMap<char, usize> = equation.result.iter().map(|c| (*c, 1)).collect();
     for (array, letters) in arrays.iter().zip(&equation.operands) {
         for (letter, n) in letters.iter().zip(&array.shape) {

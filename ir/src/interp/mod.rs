@@ -40,6 +40,9 @@ pub enum Rounding {
     Exact,
     /// Values are rounded where the model rounds between ops.
     Model,
+    /// As the model, and what an iteration carries from step to step becomes an f32 near it, which this number draws (0:
+    /// the nearest). Tells whether an iteration settles or goes where the last bits lead it.
+    Single(u64),
 }
 
 /// Called with the path of a node (`kernel/node` inside kernels), the node and its value.
@@ -191,7 +194,7 @@ fn keep(values: &mut Vec<Option<Value>>, id: NodeId, value: Value) {
 /// The value as the node stores it.
 fn rounded(value: Value, node: &Node, run: &Run<'_, '_>) -> Step<Value> {
     match (run.rounding, node.round) {
-        (Rounding::Model, Some(dtype)) => round::round(value, dtype),
+        (Rounding::Model | Rounding::Single(_), Some(dtype)) => round::round(value, dtype),
         (Rounding::Exact, _) | (_, None) => Ok(value),
     }
 }
@@ -251,7 +254,7 @@ fn step(op: &Op, operands: &[&Value], graph: &Graph, run: &Run<'_, '_>) -> Step<
         Op::Gather(op) => rows::gather(op, operands, &w),
         Op::Attention(op) => attention::attention(op, operands),
         Op::Adjust(op) => scores::adjust(op, operands, &w, run.tokens),
-        Op::Transport(op) => scores::transport(op, operands),
+        Op::Transport(op) => scores::transport(op, operands, run.rounding),
         Op::Select(op) => select::select(op, operands, &ty),
         Op::ProductKey(op) => product_key::product_key(op, operands, &w, &ty),
         Op::Limit(op) => route::limit(op, operands),

@@ -1,7 +1,7 @@
 //! Changes of scores: additions, masks, transport plans.
 
 use super::{
-    Array, Failure, Step, Value,
+    Array, Failure, Rounding, Step, Value,
     select::order,
     value::{for_each_index, last_axis, size, strides, tensor},
     weights::Fetch,
@@ -90,30 +90,43 @@ fn causal(s: &mut [f64], blocks: usize, block: usize, tokens: usize) -> Step<()>
     Ok(())
 }
 
-pub(super) fn transport(op: &Transport, operands: &[&Value]) -> Step<Value> {
+pub(super) fn transport(op: &Transport, operands: &[&Value], rounding: Rounding) -> Step<Value> {
     let scores = last_axis(operands, 0)?;
     let (m, n) = (scores.count, scores.width);
     let plan = match op {
-        Transport::Sinkhorn { xi, iters } => sinkhorn(&scores.data, m, n, *xi, *iters),
+        Transport::Sinkhorn { xi, iters } => sinkhorn(&scores.data, m, n, (*xi, *iters), rounding),
         Transport::Sparse { capacity, gamma, steps, eta } => {
             let cost: Vec<f64> = scores.data.iter().map(|v| -v).collect();
-            sparse(&cost, m, n, size((*capacity).min(m as u64))?, *gamma, *steps, *eta)
+            sparse(&cost, [m, n, size((*capacity).min(m as u64))?], *gamma, (*steps, *eta), rounding)
         }
     };
     Ok(Value::Tensor(Array::f64(vec![m, n], plan)))
 }
 
+/// What an iteration hands to its next step, at place `at`.
+fn carried(value: f64, at: usize, rounding: Rounding) -> f64 {
+    let Rounding::Single(seed) = rounding else { return value };
+    #[expect(clippy::cast_possible_truncation, reason = "rounding is what is wanted")]
+    let near = value as f32;
+    let mixed = (seed ^ value.to_bits() ^ at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    f64::from(match (mixed >> 32) % 3 {
+        0 if seed > 0 => near.next_down(),
+        1 if seed > 0 => near.next_up(),
+        _ => near,
+    })
+}
+
 /// Entropic transport with row sums 1 and column sums `m / n`.
-fn sinkhorn(c: &[f64], m: usize, n: usize, xi: f64, iters: u64) -> Vec<f64> {
+fn sinkhorn(c: &[f64], m: usize, n: usize, (xi, iters): (f64, u64), rounding: Rounding) -> Vec<f64> {
     let top = c.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let kernel: Vec<f64> = c.iter().map(|v| ((v - top) / xi).exp()).collect();
     let (mut u, mut v) = (vec![1.0; m], vec![1.0; n]);
     for _ in 0..iters {
         for (j, v) in v.iter_mut().enumerate() {
-            *v = (m as f64 / n as f64) / (0..m).map(|i| kernel[i * n + j] * u[i]).sum::<f64>();
+            *v = carried((m as f64 / n as f64) / (0..m).map(|i| kernel[i * n + j] * u[i]).sum::<f64>(), j, rounding);
         }
         for (i, u) in u.iter_mut().enumerate() {
-            *u = 1.0 / (0..n).map(|j| kernel[i * n + j] * v[j]).sum::<f64>();
+            *u = carried(1.0 / (0..n).map(|j| kernel[i * n + j] * v[j]).sum::<f64>(), m + i, rounding);
         }
     }
     (0..m * n).map(|at| u[at / n] * kernel[at] * v[at % n]).collect()
@@ -121,7 +134,13 @@ fn sinkhorn(c: &[f64], m: usize, n: usize, xi: f64, iters: u64) -> Vec<f64> {
 
 /// Semi-dual of `min <T, C> + gamma/2 |T|^2` with row sums `n / m` and column sums 1, at most
 /// `capacity` nonzeros in a column, by plain gradient ascent.
-fn sparse(c: &[f64], m: usize, n: usize, capacity: usize, gamma: f64, steps: u64, eta: f64) -> Vec<f64> {
+fn sparse(
+    c: &[f64],
+    [m, n, capacity]: [usize; 3],
+    gamma: f64,
+    (steps, eta): (u64, f64),
+    rounding: Rounding,
+) -> Vec<f64> {
     let mut alpha = vec![0.0; m];
     let columns = |alpha: &[f64]| {
         let mut plan = vec![0.0; m * n];
@@ -138,7 +157,7 @@ fn sparse(c: &[f64], m: usize, n: usize, capacity: usize, gamma: f64, steps: u64
     for _ in 0..steps {
         let plan = columns(&alpha);
         for (i, a) in alpha.iter_mut().enumerate() {
-            *a += eta * (n as f64 / m as f64 - plan[i * n..(i + 1) * n].iter().sum::<f64>());
+            *a = carried(*a + eta * (n as f64 / m as f64 - plan[i * n..(i + 1) * n].iter().sum::<f64>()), i, rounding);
         }
     }
     columns(&alpha)

@@ -185,7 +185,7 @@ fn expert_choice(s: &[f64], rows: usize, n: usize, capacity: Option<u64>, factor
 fn given(operands: &[&Value], experts: u64) -> Step<Value> {
     let array = tensor(operands, 0)?;
     let rows = array.shape.first().copied().unwrap_or(1);
-    let slots = array.shape.get(1).copied().unwrap_or(1);
+    let slots = array.shape.iter().skip(1).product();
     let ids = array.ints().unwrap_or_default();
     let exists = |id: i64| id == -1 || u64::try_from(id).is_ok_and(|e| e < experts);
     if let Some(id) = ids.iter().find(|id| !exists(**id)) {

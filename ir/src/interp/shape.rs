@@ -7,8 +7,18 @@ use super::{
 use crate::{Type, ops::Shape};
 
 pub(super) fn shape(op: &Shape, operands: &[&Value], ty: &Type) -> Step<Value> {
-    if matches!(operands.first(), Some(Value::Route(_))) {
-        return concat_routes(operands);
+    if let Some(Value::Route(first)) = operands.first() {
+        return match op {
+            Shape::Reshape { .. } => {
+                Ok(Value::Route(RouteValue { rows: first.rows * first.slots, slots: 1, ..first.clone() }))
+            }
+            Shape::Concat { .. }
+            | Shape::Slice { .. }
+            | Shape::Transpose { .. }
+            | Shape::Repeat { .. }
+            | Shape::Pad { .. }
+            | Shape::Stack { .. } => concat_routes(operands),
+        };
     }
     let Type::Tensor(ty) = ty else { return Err(Failure("has no tensor as result".to_owned())) };
     let shape = ty.shape.iter().map(|d| size(d.known().unwrap_or_default())).collect::<Step<Vec<usize>>>()?;
@@ -28,11 +38,11 @@ pub(super) fn shape(op: &Shape, operands: &[&Value], ty: &Type) -> Step<Value> {
         Shape::Reshape { .. } => sources.extend((0..x.len()).map(|i| Some((0, i)))),
         Shape::Slice { axis, range } => {
             let axis = axis_of(*axis, shape.len())?;
-            let start = usize::try_from(range[0]).unwrap_or_default();
-            if start + shape[axis] > x.shape[axis] {
-                return Err(Failure(format!("range {range:?} of an axis with {} entries", x.shape[axis])));
-            }
-            for_each_index(&shape, |i| sources.push(Some(changed(i, axis, start + i[axis]))));
+            let size = x.shape[axis];
+            let outside = || Failure(format!("range {range} of an axis with {size} entries"));
+            let [start, step] = range.steps(Some(size as u64)).ok_or_else(outside)?;
+            let place = |i: usize| usize::try_from(start + step * i as i64).unwrap_or_default();
+            for_each_index(&shape, |i| sources.push(Some(changed(i, axis, place(i[axis])))));
         }
         Shape::Repeat { n, axis } => {
             let (axis, n) = (axis_of(*axis, shape.len())?, size(*n)?);
@@ -42,7 +52,7 @@ pub(super) fn shape(op: &Shape, operands: &[&Value], ty: &Type) -> Step<Value> {
             for_each_index(&shape, |i| sources.push((i[0] < x.shape[0]).then(|| (0, flat(i)))));
         }
         Shape::Transpose { perm } => {
-            let perm = perm.iter().map(|p| size(*p)).collect::<Step<Vec<_>>>()?;
+            let perm = perm.iter().map(|p| Ok(axis_of(*p, shape.len())?)).collect::<Step<Vec<_>>>()?;
             for_each_index(&shape, |i| {
                 let at: usize = i.iter().zip(&perm).map(|(n, old)| n * from[*old]).sum();
                 sources.push(Some((0, at)));

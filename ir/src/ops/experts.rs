@@ -210,6 +210,11 @@ impl BankPart {
         listed.copied().unwrap_or(id.saturating_sub(self.base_id))
     }
 
+    /// Whether the part gives inner activations: a network without its last product.
+    pub fn is_inner(&self) -> bool {
+        matches!(&self.kind, PartKind::Ffn(ffn) if ffn.down.is_none())
+    }
+
     /// The number of each expert of the part, in order.
     pub fn all_numbers(&self) -> impl Iterator<Item = u64> + '_ {
         (self.ids[0]..self.ids[1]).map(|id| self.number(id))

@@ -57,7 +57,7 @@ pub use plan::Plan;
 pub use product_key::ProductKey;
 pub use reduce::{Reduce, ReduceFn};
 pub use select::{Select, SelectRule};
-pub use shape::Shape;
+pub use shape::{Range, Shape};
 pub use softmax::Softmax;
 pub use transport::Transport;
 pub use unary::{Unary, UnaryFn};

@@ -3,7 +3,7 @@
 use super::{is_default, is_yes, yes};
 use crate::{
     RouteType, Type, codes,
-    infer::{Cx, OpError, OpResult, arity, overflow, sizes, want_known, want_rows, want_tensor},
+    infer::{Cx, OpError, OpResult, arity, overflow, sizes, volume, want_known, want_rows, want_tensor},
 };
 use serde::{Deserialize, Serialize};
 
@@ -107,7 +107,7 @@ pub enum SelectRule {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         factor: Option<f64>,
     },
-    /// Ids are data: `[rows]` or `[rows, k]`.
+    /// Ids are data: `[rows]` or `[rows, ..]`, row by row.
     Given {
         /// Number of experts.
         experts: u64,
@@ -156,15 +156,14 @@ impl Select {
     }
 }
 
-/// Ids are data: `[rows]` or `[rows, k]` integers.
+/// Ids are data: integers `[rows]` or `[rows, k]`; of more axes, those behind the first are one.
 fn given(ids: &Type, experts: u64) -> OpResult<Type> {
     let ids = want_tensor(ids, "the ids")?;
     if ids.dtype.is_float() {
         return Err(OpError::new(codes::KIND, format!("ids must be integers, are {}", ids.dtype.name())));
     }
     let (rows, slots) = match ids.shape.as_slice() {
-        [rows] => (rows, 1),
-        [rows, slots] => (rows, want_known(slots, "the ids")?),
+        [rows, slots @ ..] => (rows, want_known(&volume(slots)?, "the ids")?),
         shape => {
             return Err(OpError::new(codes::SHAPE, format!("ids are {}, [rows] or [rows, k] is needed", sizes(shape))));
         }

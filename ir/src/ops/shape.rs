@@ -15,22 +15,23 @@ pub enum Shape {
         /// Axis; negative counts from the last.
         axis: i64,
     },
-    /// Entries `range[0] .. range[1]` of `axis`.
+    /// Entries of `axis`.
     Slice {
         /// Axis; negative counts from the last.
         axis: i64,
-        /// First entry and one past the last.
-        range: [i64; 2],
+        /// Which entries.
+        range: Range,
     },
-    /// The same elements in row-major order with another shape; one size may be -1.
+    /// The same elements in row-major order with another shape; one size may be -1. Slots of a route become rows of one
+    /// slot each (`[-1, 1]`).
     Reshape {
         /// New sizes.
         to: Vec<i64>,
     },
     /// Axes in another order.
     Transpose {
-        /// Old axis of each new axis.
-        perm: Vec<u64>,
+        /// Old axis of each new axis; negative counts from the last.
+        perm: Vec<i64>,
     },
     /// Each entry of `axis` `n` times in a row.
     Repeat {
@@ -51,6 +52,82 @@ pub enum Shape {
     },
 }
 
+/// Entries of an axis: `[start, end]` with the end left out, or `[start, end, step]`. Where all of them are negative,
+/// they count from the end of the axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<i64>", into = "Vec<i64>")]
+pub struct Range {
+    /// First entry.
+    pub start: i64,
+    /// The entry before which it ends.
+    pub end: i64,
+    /// Distance of neighbours; negative for falling ones.
+    pub step: i64,
+}
+
+impl From<[i64; 2]> for Range {
+    fn from([start, end]: [i64; 2]) -> Self {
+        Self { start, end, step: 1 }
+    }
+}
+
+impl TryFrom<Vec<i64>> for Range {
+    type Error = String;
+
+    fn try_from(values: Vec<i64>) -> Result<Self, String> {
+        match values[..] {
+            [start, end] => Ok([start, end].into()),
+            [start, end, step] if step != 0 => Ok(Self { start, end, step }),
+            _ => Err("a range is [start, end] or [start, end, step] with a step that is not 0".into()),
+        }
+    }
+}
+
+impl From<Range> for Vec<i64> {
+    fn from(range: Range) -> Self {
+        let mut values = vec![range.start, range.end];
+        if range.step != 1 {
+            values.push(range.step);
+        }
+        values
+    }
+}
+
+impl std::fmt::Display for Range {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}..{}", self.start, self.end)?;
+        if self.step == 1 { Ok(()) } else { write!(f, " by {}", self.step) }
+    }
+}
+
+impl Range {
+    /// Entries that it holds; `None` where the end lies before the start.
+    pub fn entries(self) -> Option<u64> {
+        let (span, step) = (self.end.checked_sub(self.start)?, self.step);
+        let forward = if step < 0 { span.checked_neg()? } else { span };
+        Some(u64::try_from(forward).ok()?.div_ceil(step.unsigned_abs()))
+    }
+
+    /// First entry and distance, both as they count from the start of an axis with `size` entries; `None` where entries
+    /// do not lie on it, or count from an end that is not known.
+    pub fn steps(self, size: Option<u64>) -> Option<[i64; 2]> {
+        let entries = i64::try_from(self.entries()?).ok()?;
+        let size = size.map(i64::try_from).transpose().ok()?;
+        if entries == 0 {
+            let on = self.start.unsigned_abs() <= size.map_or(u64::MAX, i64::unsigned_abs);
+            return on.then_some([0, self.step]);
+        }
+        let last = self.start.checked_add(self.step.checked_mul(entries - 1)?)?;
+        let start = match size {
+            Some(size) if self.start < 0 && last < 0 => self.start.checked_add(size)?,
+            Some(_) | None => self.start,
+        };
+        let last = start + (last - self.start);
+        let on = |at: i64| at >= 0 && size.is_none_or(|size| at < size);
+        (on(start) && on(last)).then_some([start, self.step])
+    }
+}
+
 impl Shape {
     pub(crate) fn infer(&self, _: &Cx<'_>, operands: &[&Type]) -> OpResult<Type> {
         match self {
@@ -63,6 +140,9 @@ impl Shape {
             | Self::Pad { .. } => {}
         }
         let [x] = arity(operands)?;
+        if let (Self::Reshape { to }, Type::Route(route)) = (self, x) {
+            return slots_as_rows(to, route);
+        }
         let x = want_tensor(x, "the operand")?;
         let shape = match self {
             Self::Slice { axis, range } => slice(&x.shape, *axis, *range)?,
@@ -146,6 +226,15 @@ fn concat_routes(axis: i64, operands: &[&Type]) -> OpResult<Type> {
     Ok(Type::Route(RouteType { slots, ..first.clone() }))
 }
 
+/// Every slot a row.
+fn slots_as_rows(to: &[i64], route: &RouteType) -> OpResult<Type> {
+    if to != [-1, 1] {
+        return Err(OpError::new(codes::SHAPE, format!("a route [{route}] becomes rows of one slot, `to` is {to:?}")));
+    }
+    let rows = route.rows.clone().mul(route.slots.into()).ok_or_else(overflow)?;
+    Ok(Type::Route(RouteType { rows, slots: 1, ..route.clone() }))
+}
+
 fn stack(axis: i64, operands: &[&Type]) -> OpResult<Type> {
     let tensors = tensors(operands)?;
     let mut shape = tensors[0].shape.clone();
@@ -158,15 +247,15 @@ fn stack(axis: i64, operands: &[&Type]) -> OpResult<Type> {
     Ok(Type::Tensor(TensorType { dtype: common_type(&tensors), shape }))
 }
 
-fn slice(shape: &[Dim], axis: i64, [start, end]: [i64; 2]) -> OpResult<Vec<Dim>> {
+fn slice(shape: &[Dim], axis: i64, range: Range) -> OpResult<Vec<Dim>> {
     let at = axis_of(axis, shape.len())?;
     let size = shape.get(at).cloned().unwrap_or(Dim::Const(0));
-    let wrong = || OpError::new(codes::SHAPE, format!("range {start}..{end} of axis {axis}, which has {size} entries"));
-    let (Ok(from), Ok(to)) = (u64::try_from(start), u64::try_from(end)) else { return Err(wrong()) };
-    if from > to || size.known().is_some_and(|n| to > n) {
-        return Err(wrong());
+    match (range.entries(), range.steps(size.known())) {
+        (Some(entries), Some(_)) => map_axis(shape, at, |_| Some(Dim::Const(entries))),
+        (_, None) | (None, _) => {
+            Err(OpError::new(codes::SHAPE, format!("range {range} of axis {axis}, which has {size} entries")))
+        }
     }
-    map_axis(shape, at, |_| Some(Dim::Const(to - from)))
 }
 
 /// One size may be -1: the quotient of all elements by the other sizes.
@@ -199,17 +288,16 @@ fn reshape(shape: &[Dim], to: &[i64]) -> OpResult<Vec<Dim>> {
     Err(OpError::new(codes::SHAPE, text))
 }
 
-fn transpose(shape: &[Dim], perm: &[u64]) -> OpResult<Vec<Dim>> {
+fn transpose(shape: &[Dim], perm: &[i64]) -> OpResult<Vec<Dim>> {
     let mut seen = vec![false; shape.len()];
     let mut result = Vec::with_capacity(shape.len());
     for axis in perm {
-        let at = usize::try_from(*axis).unwrap_or(usize::MAX);
-        match (shape.get(at), seen.get_mut(at)) {
-            (Some(dim), Some(seen)) if !*seen => {
-                *seen = true;
-                result.push(dim.clone());
+        match axis_of(*axis, shape.len()) {
+            Ok(at) if !seen[at] => {
+                seen[at] = true;
+                result.push(shape[at].clone());
             }
-            _ => break,
+            Ok(_) | Err(_) => break,
         }
     }
     if result.len() == shape.len() && perm.len() == shape.len() {

@@ -137,3 +137,16 @@ fn the_probability_mass_is_an_argument() {
     assert!(counts.windows(2).all(|w| w[0] <= w[1]), "{counts:?}");
     assert_eq!((counts[0], counts[4]), (TOKENS as usize, 8 * TOKENS as usize));
 }
+
+#[test]
+fn a_layer_may_have_any_name() {
+    let (mut graph, data) = with(&std_router(Form::new(16), 8, 16));
+    let plain = results(&graph, &data);
+    for name in ["top-k 0.5", "1/ä", "", "..", "a\"b"] {
+        graph.name = name.into();
+        for target in [host_target(), Target::Sm90a] {
+            let layer = Compiled::new(&graph, target, device(target)).unwrap_or_else(|e| panic!("`{name}`: {e}"));
+            close(&layer.run(&data).unwrap()["output"], &plain["output"], name);
+        }
+    }
+}

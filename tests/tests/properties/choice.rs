@@ -269,3 +269,24 @@ fn a_group_with_too_few_scores_can_be_kept() {
     let (graph, data) = with(&form.output("idx", "r.idx"));
     assert!(chosen(&results(&graph, &data)["idx"], TOKENS).iter().flatten().any(|id| *id == 3));
 }
+
+#[test]
+fn a_layer_whose_experts_are_all_forbidden_gives_zeros() {
+    let rules = [json!({"rule": "topk", "k": 2}), json!({"rule": "all"})];
+    for rule in rules {
+        let form = Form::new(16)
+            .tensor("router", json!([4, 16]))
+            .networks(16, json!(12))
+            .node("l", "linear", &["x"], json!({"w": "router"}))
+            .node("a", "adjust", &["l"], json!({"off": [0, 1, 2, 3]}))
+            .node("q", "select", &["a"], rule)
+            .node("r", "weigh", &["q", "l"], json!({"fn": "softmax"}))
+            .mixture(json!([networks([0, 4])]));
+        let (graph, data) = with(&form);
+        for target in [host_target(), Target::Sm80, Target::Sm90a] {
+            // No row is written: the simulator reports whoever reads one.
+            let found = Compiled::new(&graph, target, device(target)).unwrap().run(&data).unwrap();
+            assert!(found["output"].iter().all(|v| *v == 0.0), "{}", target.name());
+        }
+    }
+}

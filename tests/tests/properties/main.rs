@@ -1,6 +1,9 @@
 //! Properties of research forms, on compiled kernels of this processor.
 
-use moec::{host_target, runtime::Cpu};
+use moec::{
+    Target, host_target,
+    runtime::{Cpu, Device, Sim},
+};
 use moec_ir::Graph;
 use moec_tests::{
     forms::{Form, networks},
@@ -13,8 +16,15 @@ mod calls;
 mod choice;
 mod places;
 mod plain;
+mod series;
+mod spelled;
 
 const TOKENS: u64 = 13;
+
+/// The processor, or the simulator for targets that it has not.
+fn device(target: Target) -> Arc<dyn Device> {
+    if target.is_gpu() { Arc::new(Sim::new(moec_sim::Options::default())) } else { Arc::new(Cpu::new(1)) }
+}
 
 fn compile(graph: &Graph) -> Compiled {
     Compiled::new(graph, host_target(), Arc::new(Cpu::new(1))).unwrap_or_else(|e| panic!("{e}"))

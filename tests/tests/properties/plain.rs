@@ -1,7 +1,6 @@
 //! Forms that become a plainer one at the end of what they can be.
 
 use super::*;
-use moec::{Target, runtime::Sim};
 use serde_json::Value;
 
 #[test]
@@ -29,6 +28,31 @@ fn no_rewiring_is_the_base_model_bit_for_bit() {
     assert_ne!(other["output"], base["output"]);
     let expected = data.expected(&rewired).unwrap();
     close(&other["output"], &expected["output"], "another vector");
+}
+
+#[test]
+fn a_network_without_neurons_gives_zeros() {
+    let forms = [
+        Form::new(16).tensor("up", json!([0, 16])).tensor("down", json!([5, 0])).tensor("bias", json!([5])).node(
+            "y",
+            "ffn",
+            &["x"],
+            json!({"act": "gelu", "up": "up", "down": "down", "down_bias": "bias"}),
+        ),
+        Form::new(16).tensor("up", json!([0, 16])).tensor("down", json!([20, 16])).typed("ids", "i32", json!([0])).node(
+            "y",
+            "ffn",
+            &["x"],
+            json!({"act": "silu", "gate": "up", "up": {"take": "down", "ids": "ids", "axis": 0}, "down": {"take": "down", "ids": "ids", "axis": 1}}),
+        ),
+    ];
+    for (form, width) in forms.into_iter().zip([5, 20]) {
+        let (graph, data) = with(&form.output("output", "y"));
+        for target in [host_target(), Target::Sm90a] {
+            let found = Compiled::new(&graph, target, device(target)).unwrap().run(&data).unwrap();
+            assert_eq!(found["output"], vec![0.0; TOKENS as usize * width], "{}", target.name());
+        }
+    }
 }
 
 #[test]
@@ -95,42 +119,6 @@ fn width_zero_gives_zero() {
     let found = results(&graph, &data);
     for (row, id) in found["output"].chunks(16).zip(&ids) {
         assert_eq!(row.iter().all(|v| *v == 0.0), id % 2 == 1, "expert {id}");
-    }
-}
-
-#[test]
-fn banks_in_series_pass_rows_on() {
-    let matrices = |ids: [u64; 2], of: &str| json!({"ids": ids, "kind": "linear", "w": format!("{of}.{{e}}")});
-    let biased = json!({"ids": [0, 4], "kind": "linear", "w": "second.{e}", "bias": "bias.{e}"});
-    let ids = |ids: [u64; 2], kind: &str| json!({"ids": ids, "kind": kind});
-    let series = [
-        // Rows of which nothing comes are not read.
-        [json!([matrices([0, 4], "first")]), json!([ids([0, 1], "zero"), matrices([1, 4], "second")])],
-        // A row of zeros still meets the bias.
-        [json!([matrices([0, 2], "first"), ids([2, 4], "zero")]), json!([biased])],
-        [json!([ids([0, 1], "identity"), matrices([1, 4], "first")]), json!([biased])],
-        [json!([ids([0, 4], "identity")]), json!([matrices([0, 3], "second"), ids([3, 4], "zero")])],
-    ];
-    for [first, second] in series {
-        for attends in [false, true] {
-            let mut form = Form::new(8)
-                .router(4, 2, 8)
-                .tensor("first.{e}", json!([8, 8]))
-                .tensor("second.{e}", json!([8, 8]))
-                .tensor("bias.{e}", json!([8]))
-                .node("d", "dispatch", &["x", "r"], json!({}))
-                .node("e1", "experts", &["d"], json!({"bank": first}));
-            if attends {
-                form = form.node("a", "attention", &["e1", "x", "x"], json!({}));
-            }
-            let form = form
-                .node("e2", "experts", &[if attends { "a" } else { "e1" }], json!({"bank": second}))
-                .node("y", "combine", &["e2", "r"], json!({}))
-                .output("output", "y");
-            let (graph, data) = with(&form);
-            let expected = data.expected(&graph).unwrap();
-            close(&results(&graph, &data)["output"], &expected["output"], &format!("{first} {second} {attends}"));
-        }
     }
 }
 

@@ -50,7 +50,8 @@ impl<'c> Walker<'_, 'c> {
                 let n = up.shape.last().copied().unwrap_or(0) / 2;
                 let axis = up.shape.len() - 1;
                 let both = up.clone().stored(self.x);
-                Some((tensor::slice(&both, axis, 0, n), tensor::slice(&both, axis, n, 2 * n)))
+                let half = |at: u64| tensor::slice(&both, axis, [i64::try_from(at).unwrap_or(i64::MAX), 1], n);
+                Some((half(0), half(n)))
             }
             None => None,
         };

@@ -94,8 +94,9 @@ impl<'c> Walker<'_, 'c> {
             ProductKey::Sum { k1, k2, k } => {
                 let query = self.row(id, 0)?.stored(self.x);
                 let half = query.len() / 2;
-                let first = linear::linear(self.x, &tensor::slice(&query, 0, 0, half), self.matrix(id, k1)?);
-                let second = linear::linear(self.x, &tensor::slice(&query, 0, half, 2 * half), self.matrix(id, k2)?);
+                let part = |at: u64| tensor::slice(&query, 0, [i64::try_from(at).unwrap_or(i64::MAX), 1], half);
+                let first = linear::linear(self.x, &part(0), self.matrix(id, k1)?);
+                let second = linear::linear(self.x, &part(half), self.matrix(id, k2)?);
                 Value::Choice(select::product_key(self.x, &first, &second, *k))
             }
             ProductKey::Tucker { core, u, v, k } => {

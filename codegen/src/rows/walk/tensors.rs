@@ -41,8 +41,10 @@ impl<'c> Walker<'_, 'c> {
             }
             Shape::Slice { axis, range } => {
                 let axis = self.axis(id, *axis, rank)?;
-                let start = u64::try_from(range[0]).unwrap_or(0);
-                tensor::slice(&row, axis, start, start + shape[axis])
+                match range.steps(Some(row.shape[axis])) {
+                    Some(steps) => tensor::slice(&row, axis, steps, shape[axis]),
+                    None => return self.fail(id, "the range is not on the axis"),
+                }
             }
             Shape::Reshape { .. } => {
                 if shape.iter().product::<u64>() != row.len() {
@@ -51,11 +53,8 @@ impl<'c> Walker<'_, 'c> {
                 row.reshaped(shape)
             }
             Shape::Transpose { perm } => {
-                if perm.first() != Some(&0) {
-                    return self.fail(id, "moves the rows");
-                }
-                let perm: Vec<usize> =
-                    perm.iter().skip(1).map(|p| usize::try_from(*p).unwrap_or(1).saturating_sub(1)).collect();
+                let inside = perm.iter().skip(1).map(|p| self.axis(id, *p, rank));
+                let perm = inside.collect::<Result<Vec<_>, _>>()?;
                 tensor::transpose(&row, &perm)
             }
             Shape::Repeat { n, axis } => tensor::repeat(&row, self.axis(id, *axis, rank)?, *n),
