@@ -284,6 +284,11 @@ impl Layer {
     }
 
     fn check(&self, tokens: u64, inputs: &[&[u8]], outputs: &[&mut [u8]]) -> Result<()> {
+        let least = self.program()?.min_tokens;
+        if tokens < least {
+            let message = format!("{tokens} tokens; the program takes rows that only {least} or more have");
+            return Err(RuntimeError::new(Code::Tokens, message).with_help("call it for more tokens at a time"));
+        }
         let count = |what: &str, got: usize, needed: usize| {
             if got == needed {
                 return Ok(());

@@ -3,8 +3,8 @@
 use super::memory::Memory;
 use moec_abi::Domain;
 use moec_ir::{
-    Graph, NodeId, Op,
-    ops::{Adjust, Select, SelectRule},
+    Graph, NodeId, Op, Type,
+    ops::{Adjust, Select, SelectRule, Shape},
 };
 
 /// The domains of all inputs that ops read as classes or ids.
@@ -27,6 +27,33 @@ pub(super) fn of_inputs(graph: &Graph, memory: &Memory) -> Vec<Domain> {
         }
     }
     domains
+}
+
+/// Least number of tokens for which every range of an axis whose size depends on them lies inside of it.
+pub(super) fn least_tokens(graph: &Graph) -> u64 {
+    let of_node = |id: NodeId| -> Option<u64> {
+        let op = &graph.node(id).op;
+        if let Op::Kernel(kernel) = op {
+            return Some(least_tokens(&kernel.body));
+        }
+        let Op::Shape(Shape::Slice { axis, range }) = op else { return None };
+        let Some(Type::Tensor(x)) = &graph.node(*graph.operands(id).first()?).ty else { return None };
+        let at = if *axis < 0 { axis.checked_add(i64::try_from(x.shape.len()).ok()?)? } else { *axis };
+        let size = x.shape.get(usize::try_from(at).ok()?)?;
+        let inside = |tokens: u64| size.eval(tokens).is_none_or(|n| range.steps(Some(n)).is_some());
+        // Sizes grow with the tokens.
+        let (mut low, mut high) = (0, 1 << 40);
+        while low < high {
+            let middle = (low + high) / 2;
+            if inside(middle) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        Some(low)
+    };
+    graph.ids().into_iter().filter_map(of_node).max().unwrap_or(0)
 }
 
 /// What the reader takes the value for, and which values it has a meaning for.

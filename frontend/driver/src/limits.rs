@@ -77,6 +77,7 @@ fn layer(
         }],
         workspace: Expr::Const(0),
         max_tokens: 1 << 32,
+        min_tokens: 0,
         layers: vec![0],
         prefixes: vec![String::new()],
         code: format!("{name}.o"),

@@ -185,7 +185,7 @@ pub fn encode(program: &Program) -> Result<Vec<u64>, EncodeError> {
         inputs,
         outputs,
         texts,
-        0,
+        program.min_tokens,
     ];
     words.0[..format::HEADER].copy_from_slice(&header);
     Ok(words.0)

@@ -19,7 +19,7 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"MOECPRG1");
 /// First word of packed weights.
 pub const WEIGHTS_MAGIC: u64 = u64::from_le_bytes(*b"MOECWGT1");
 /// Version of the words; a launcher takes exactly this one.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// Words of the header.
 pub const HEADER: usize = 20;
@@ -54,6 +54,8 @@ pub const H_INPUTS: usize = 16;
 pub const H_OUTPUTS: usize = 17;
 /// Position of the texts.
 pub const H_TEXTS: usize = 18;
+/// Least tokens.
+pub const H_MIN_TOKENS: usize = 19;
 
 /// Words of a buffer.
 pub const BUFFER: usize = 6;

@@ -125,6 +125,7 @@ const STATUSES: &[(&str, u32, &str)] = &[
     ("TENSOR_MISMATCH", 13, "a tensor has another type or shape than the slot needs"),
     ("STREAM", 14, "the stream must be NULL"),
     ("OVERFLOW", 15, "a size does not fit in 64 bits"),
+    ("TOO_FEW_TOKENS", 16, "fewer tokens than the rows that the program takes out of them"),
 ];
 
 /// The kinds of status with their numbers, for tests that compare them with the launcher.

@@ -175,6 +175,11 @@ const fn any_tokens() -> [u64; 2] {
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn none(count: &u64) -> bool {
+    *count == 0
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
 fn is_any(tokens: &[u64; 2]) -> bool {
     *tokens == ANY_TOKENS
 }
@@ -225,6 +230,9 @@ pub struct Program {
     pub workspace: Expr,
     /// Largest number of tokens for which all sizes and indices fit.
     pub max_tokens: u64,
+    /// Least number of tokens for which all ranges of rows that the form takes are there.
+    #[serde(default, skip_serializing_if = "none")]
+    pub min_tokens: u64,
     /// Layers of the model that this form serves.
     pub layers: Vec<u64>,
     /// What `{p}` in tensor names stands for, per entry of `layers` (checkpoint prefix of the layer).

@@ -154,6 +154,9 @@ pub unsafe fn launch(
     if tokens > program.max_tokens() {
         return Err(Status::TOO_MANY_TOKENS);
     }
+    if tokens < program.min_tokens() {
+        return Err(Status::TOO_FEW_TOKENS);
+    }
     if tokens == 0 {
         return Ok(());
     }

@@ -163,6 +163,11 @@ impl<'a> Program<'a> {
         self.header(format::H_MAX_TOKENS)
     }
 
+    /// Least tokens of a call.
+    pub fn min_tokens(&self) -> u64 {
+        self.header(format::H_MIN_TOKENS)
+    }
+
     /// Needed processor level; see [`format::H_CPU`].
     pub fn cpu_level(&self) -> u64 {
         self.header(format::H_CPU)

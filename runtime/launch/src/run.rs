@@ -32,6 +32,9 @@ fn check(program: &Program<'_>, call: &Call<'_>) -> Result<()> {
     if call.tokens > program.max_tokens() {
         return Err(Status::TOO_MANY_TOKENS);
     }
+    if call.tokens < program.min_tokens() {
+        return Err(Status::TOO_FEW_TOKENS);
+    }
     if call.inputs.len() != program.inputs() || call.outputs.len() != program.outputs() {
         return Err(Status::BAD_PROGRAM);
     }

@@ -70,6 +70,26 @@ fn entries_some_way_apart_are_those_of_a_reshape() {
 }
 
 #[test]
+fn rows_that_are_not_there_are_refused() {
+    let rows = json!({"fn": "slice", "axis": 0, "range": [2, 7, 3]});
+    let form = Form::new(12).node("y", "shape", &["x"], rows).output("output", "y");
+    let graph = form.graph();
+    for target in [host_target(), Target::Sm80] {
+        let compiled = Compiled::new(&graph, target, device(target)).unwrap();
+        assert_eq!(compiled.program().min_tokens, 6, "{}", target.name());
+        for tokens in [0, 5] {
+            let data = data(&graph, tokens, 5, Numbers::Small);
+            assert!(data.expected(&graph).is_err());
+            let error = compiled.run(&data).unwrap_err().to_string();
+            assert!(error.contains("only 6 or more have"), "{}: {error}", target.name());
+        }
+        let data = data(&graph, 6, 5, Numbers::Small);
+        let expected = data.expected(&graph).unwrap();
+        assert_eq!(compiled.run(&data).unwrap(), expected, "{}", target.name());
+    }
+}
+
+#[test]
 fn ids_of_several_axes_are_slots_row_by_row() {
     let ids = Form::new(12)
         .input("class", "i32", &json!(["T", 2]))
