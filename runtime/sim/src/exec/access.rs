@@ -31,7 +31,7 @@ pub(super) struct Toucher {
     pub(super) lane: usize,
     pub(super) pc: u32,
     pub(super) touch: Touch,
-    /// Agent and its time, for asynchronous touches.
+    /// Agent and its time, for asynchronous touches and those of an mbarrier.
     pub(super) agent: (u32, u32),
 }
 
@@ -143,12 +143,10 @@ impl Cluster<'_> {
             return true;
         }
         let me = self.component(t.at, t.lane);
-        if let Spot::Shared(b, _) = spot
-            && self.blocks[b].exited
-            && t.touch == Touch::Plain
+        if let Spot::Shared(host, _) = spot
+            && host != t.at.block
+            && !self.visit(t, warp.views[t.lane].own, host, spot)
         {
-            let address = Some(self.address_of(spot));
-            self.report(FindingKind::Race, t.pc, t.at, t.lane, address, super::barrier::OUTLIVED, None);
             return false;
         }
         if let Spot::Global(i, offset) = spot

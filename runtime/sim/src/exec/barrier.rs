@@ -3,16 +3,11 @@
 use super::run::{Flow, arrives_only, blend};
 use super::state::{At, BarDone, Group, State, Warp};
 use super::{Cluster, lanes, of};
-use crate::clock::{Clock, Sync, Touch, View};
+use crate::clock::{Sync, View};
 use crate::op::{BarKind, Collective, Inst, NONE, Op};
 use crate::report::FindingKind;
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
-
-/// Of an access to the memory of another block.
-pub(super) const OUTLIVED: &str =
-    "access to shared memory of a block that may have ended: nothing orders it before that end";
 
 impl Cluster<'_> {
     pub(super) fn block_barrier(&mut self, at: At, warp: &mut Warp, gi: usize, inst: &Inst, m: u32) -> Flow {
@@ -214,33 +209,6 @@ impl Cluster<'_> {
         for (warp, pc) in apart {
             let text = "setmaxnreg that other warps of the warpgroup do not execute, or not in this order";
             self.report(FindingKind::Misuse, pc, At { block, warp }, 0, None, text, None);
-        }
-    }
-
-    /// A block has ended: reports what others of its cluster did in its memory without an order before that end.
-    fn outlived(&mut self, block: usize) {
-        let mut known = Clock::default();
-        let mut last: Option<&Rc<Clock>> = None;
-        for view in self.blocks[block].warps.iter().flat_map(|w| w.views.iter()) {
-            if !last.is_some_and(|l| Rc::ptr_eq(l, &view.v)) {
-                known.join(&view.v);
-                last = Some(&view.v);
-            }
-        }
-        let size = self.env.block_size();
-        let threads = size * self.blocks.len() as u32;
-        let mut late = BTreeMap::new();
-        self.blocks[block].shadow.accesses(|e, mask, pc| {
-            let other = e.component() < threads && e.component() / size != block as u32;
-            if e.touch() == Touch::Plain && other {
-                for l in lanes(mask).filter(|l| known.get(e.component() + *l as u32) < e.time()) {
-                    late.entry(pc).or_insert(e.component() + l as u32);
-                }
-            }
-        });
-        for (pc, thread) in late {
-            let at = At { block: (thread / size) as usize, warp: (thread % size / 32) as usize };
-            self.report(FindingKind::Race, pc, at, (thread % 32) as usize, None, OUTLIVED, None);
         }
     }
 

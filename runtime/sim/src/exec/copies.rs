@@ -342,7 +342,7 @@ impl Cluster<'_> {
         };
         for (i, ((tb, to), (mb, mo))) in targets.iter().zip(&bars).enumerate() {
             let Some(agent) = self.mbar_agent(at, l, pc, *mb, *mo) else { return };
-            let strong = Toucher { at, lane: l, pc, touch: Touch::Strong(Scope::Cluster), agent: (0, 0) };
+            let strong = Toucher { at, lane: l, pc, touch: Touch::Strong(Scope::Cluster), agent };
             self.touch(warp, strong, Spot::Shared(*mb, u64::from(*mo)), 8, false, false);
             let t = Toucher { at, lane: l, pc, touch: Touch::Bulk, agent };
             if i == 0 && !self.touch_global(warp, t, &source, bytes, false) {

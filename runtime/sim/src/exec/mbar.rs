@@ -117,10 +117,8 @@ impl Cluster<'_> {
                 }
             }
             Mbar::Arrive { d, count, expect_tx, drop, order, .. } => {
-                if self.mbar_agent(at, l, pc, b, offset).is_none() {
-                    return;
-                }
-                self.touch(warp, strong, spot, 8, true, false);
+                let Some(agent) = self.mbar_agent(at, l, pc, b, offset) else { return };
+                self.touch(warp, Toucher { agent, ..strong }, spot, 8, true, false);
                 let n = if *count == NONE { 1 } else { i64::from(get(warp, frame, *count, l) as u32) };
                 let tx = if *expect_tx == NONE { 0 } else { i64::from(get(warp, frame, *expect_tx, l) as u32) };
                 let me = self.component(at, l);
@@ -141,10 +139,8 @@ impl Cluster<'_> {
                 self.mbar_arrive(at, l, pc, key, n);
             }
             Mbar::ExpectTx { tx } | Mbar::CompleteTx { tx } => {
-                if self.mbar_agent(at, l, pc, b, offset).is_none() {
-                    return;
-                }
-                self.touch(warp, strong, spot, 8, true, false);
+                let Some(agent) = self.mbar_agent(at, l, pc, b, offset) else { return };
+                self.touch(warp, Toucher { agent, ..strong }, spot, 8, true, false);
                 let n = i64::from(get(warp, frame, *tx, l) as u32);
                 if matches!(op, Mbar::ExpectTx { .. }) {
                     self.mbar_tx(at, l, pc, key, n);
@@ -153,10 +149,8 @@ impl Cluster<'_> {
                 }
             }
             Mbar::AfterCopies { no_increment } => {
-                if self.mbar_agent(at, l, pc, b, offset).is_none() {
-                    return;
-                }
-                self.touch(warp, strong, spot, 8, true, false);
+                let Some(agent) = self.mbar_agent(at, l, pc, b, offset) else { return };
+                self.touch(warp, Toucher { agent, ..strong }, spot, 8, true, false);
                 self.arrive_after_copies(at, warp, l, pc, key, *no_increment);
             }
             Mbar::Wait { .. } | Mbar::PendingCount { .. } => {}
@@ -224,6 +218,8 @@ impl Cluster<'_> {
         for f in self.flights.iter().filter(|_| self.env.check) {
             for (block, offset, bytes) in f.what.counted_by(key) {
                 self.blocks[block].shadow.postpone(u64::from(offset), u64::from(bytes), phase.0, phase.1);
+                let thread = self.component(At { block: f.block, warp: f.warp }, f.lane);
+                self.blocks[block].guests.postpone(thread, phase);
             }
         }
         let Some(m) = self.blocks[key.0].mbars.get_mut(&key.1) else { return };

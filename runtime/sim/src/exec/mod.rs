@@ -18,6 +18,7 @@ mod collective;
 mod copies;
 mod fast;
 mod flight;
+mod guests;
 mod maps;
 mod matrix;
 mod mbar;

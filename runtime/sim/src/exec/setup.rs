@@ -1,5 +1,6 @@
 //! Making clusters, blocks, warps and frames.
 
+use super::guests::Guests;
 use super::state::{At, Bar, Block, Frame, Group, Warp};
 use super::{Cluster, ClusterBar, Env, GlobalSync, Spare};
 use crate::clock::{Clock, Memo, View};
@@ -80,6 +81,7 @@ impl<'e> Cluster<'e> {
             ctaid,
             smem,
             shadow,
+            guests: Guests::default(),
             warps: Vec::new(),
             bars: (0..16).map(|_| Bar { all: true, ..Bar::default() }).collect(),
             mbars: BTreeMap::new(),

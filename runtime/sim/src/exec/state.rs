@@ -1,5 +1,6 @@
 //! The state of a running cluster: blocks, warps, groups of lanes, frames and barriers.
 
+use super::guests::Guests;
 use crate::clock::{Clock, Snapshot, Sync};
 use crate::memory::Plain;
 use crate::op::{Rmw, V};
@@ -280,6 +281,7 @@ pub(crate) struct Block {
     pub(crate) ctaid: [u32; 3],
     pub(crate) smem: Plain,
     pub(crate) shadow: Shadow,
+    pub(crate) guests: Guests,
     pub(crate) warps: Vec<Warp>,
     pub(crate) bars: Vec<Bar>,
     pub(crate) mbars: BTreeMap<u32, Mbarrier>,
