@@ -49,7 +49,8 @@ fn an_interrupted_compile_leaves_nothing_behind() {
         kill.expect("kill runs");
         let asked = Instant::now();
         let code = child.wait().expect("ends").code();
-        assert!(asked.elapsed() < Duration::from_secs(10), "still running {:?} after the signal", asked.elapsed());
+        // Far more than any machine needs: a process that hangs is meant, not a slow one.
+        assert!(asked.elapsed() < Duration::from_secs(120), "still running {:?} after the signal", asked.elapsed());
         match code {
             Some(130) => interrupted += 1,
             // Before the handler is there, the signal ends the process itself.
