@@ -24,7 +24,7 @@ fn chosen(model: usize, target: Target) -> bool {
     let turn = match target {
         Target::Sm80 => model % 4 == 0,
         Target::Sm90a => model % 4 == 1,
-        Target::X86V4Bf16 => model % 4 == 2,
+        Target::X86V4Bf16 => model % 4 == 1,
         Target::X86V3 | Target::X86V4 | Target::X86V4Amx | Target::Aarch64 | Target::Sm89 => true,
     };
     turn && MODELS[model] != "dbrx"

@@ -214,7 +214,11 @@ impl<'g> Lowering<'g> {
                 (Form::Codes(stored), _) => stored.dtype,
                 (Form::Values, Values::Matrix(_) | Values::Zeros(_)) => DType::F32,
             });
-        let w = if packed.into_iter().all(|t| t == DType::Bf16) { DType::Bf16 } else { DType::F32 };
+        let narrow = packed.into_iter().all(|t| t == DType::Bf16);
+        // Experts may be chosen by numbers below the least normal one, which units for bf16 take for zero.
+        let chooses = self.target.bf16_only()
+            && graph.users(id).iter().any(|user| matches!(graph.node(*user).ty, Some(Type::Route(_))));
+        let w = if narrow && !chooses { DType::Bf16 } else { DType::F32 };
         let inside = match graph.node(id).op {
             // Rows that the model rounds are stored as it rounds them.
             Op::Kernel(Kernel { kind: moec_ir::ops::KernelKind::Down, .. }) => {
