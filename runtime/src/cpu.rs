@@ -63,7 +63,7 @@ impl Module for CpuModule {
 
 fn status_error(status: Status) -> RuntimeError {
     let code = match status.kind() {
-        Status::TOO_MANY_TOKENS | Status::TOO_FEW_TOKENS | Status::OVERFLOW => Code::Tokens,
+        Status::TOO_MANY_TOKENS | Status::UNFIT_TOKENS | Status::OVERFLOW => Code::Tokens,
         Status::OUT_OF_MEMORY | Status::NO_THREAD => Code::Memory,
         Status::BAD_PROGRAM => Code::Artefact,
         Status::UNSUPPORTED_CPU => Code::Target,

@@ -284,10 +284,9 @@ impl Layer {
     }
 
     fn check(&self, tokens: u64, inputs: &[&[u8]], outputs: &[&mut [u8]]) -> Result<()> {
-        let least = self.program()?.min_tokens;
-        if tokens < least {
-            let message = format!("{tokens} tokens; the program takes rows that only {least} or more have");
-            return Err(RuntimeError::new(Code::Tokens, message).with_help("call it for more tokens at a time"));
+        if let Some(fit) = self.program()?.fits.iter().find(|fit| !fit.holds(tokens)) {
+            let message = format!("{tokens} tokens do not fit {}", fit.what);
+            return Err(RuntimeError::new(Code::Tokens, message).with_help("call it for another number of tokens"));
         }
         let count = |what: &str, got: usize, needed: usize| {
             if got == needed {
@@ -353,10 +352,10 @@ impl Layer {
     ) -> Result<()> {
         let workspace_bytes = self.workspace_bytes(tokens)?;
         self.check(tokens, inputs, outputs)?;
-        if tokens == 0 {
+        let program = self.program()?;
+        if program.writes_nothing(tokens) {
             return Ok(());
         }
-        let program = self.program()?;
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let Scratch { workspace, staging } = &mut *scratch;
         let workspace = room(workspace, &self.device, workspace_bytes)?.address();
@@ -426,7 +425,7 @@ impl Layer {
     ) -> Result<()> {
         let program = self.program()?;
         let needed = self.workspace_bytes(tokens)?;
-        if tokens == 0 {
+        if program.writes_nothing(tokens) {
             return Ok(());
         }
         if workspace_bytes < needed {

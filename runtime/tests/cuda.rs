@@ -52,7 +52,7 @@ fn program() -> Program {
         }],
         workspace: 0.into(),
         max_tokens: 1 << 40,
-        min_tokens: 0,
+        fits: Vec::new(),
         layers: vec![0],
         prefixes: vec![String::new()],
         code: "k.ptx".into(),

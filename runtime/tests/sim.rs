@@ -124,7 +124,7 @@ fn program(bound: u64) -> Program {
         ],
         workspace: 256.into(),
         max_tokens: 100,
-        min_tokens: 0,
+        fits: Vec::new(),
         layers: vec![0],
         prefixes: vec!["l.".into()],
         code: "k.ptx".into(),

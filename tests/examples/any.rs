@@ -23,7 +23,7 @@ fn main() {
     };
     let number = |i: usize| arguments.get(i).and_then(|a| a.parse::<u64>().ok());
     if let (Some(file), None, Some(tokens)) = (arguments.first(), number(0), number(1)) {
-        println!("{:?}", gallery::check(&graph(Path::new(file)), target, device(), tokens));
+        println!("{:?}", gallery::check(&graph(Path::new(file)), target, device(), &[tokens]));
         return;
     }
     let (Some(first), Some(end)) = (number(0), number(1)) else {

@@ -15,7 +15,7 @@ use std::{
 fn every_graph_of_the_gallery_agrees_with_the_interpreter() {
     every_file(&files("models/systems", "json"), |path| {
         let graph = graph(path);
-        check(&graph, host_target(), Arc::new(Cpu::new(1)), tokens_of(&graph, 21))
+        check(&graph, host_target(), Arc::new(Cpu::new(1)), &[tokens_of(&graph, 21), 0, 1])
     });
 }
 
@@ -23,7 +23,7 @@ fn every_graph_of_the_gallery_agrees_with_the_interpreter() {
 fn every_graph_of_the_gallery_agrees_as_ptx() {
     every_file(&files("models/systems", "json"), |path| {
         let graph = graph(path);
-        check(&graph, Target::Sm80, Arc::new(Sim::new(moec_sim::Options::default())), tokens_of(&graph, 7))
+        check(&graph, Target::Sm80, Arc::new(Sim::new(moec_sim::Options::default())), &[tokens_of(&graph, 7), 0])
     });
 }
 

@@ -1,10 +1,11 @@
-//! What inputs of integers may hold. A kernel cannot stop at a value that makes no sense, so the host looks first.
+//! What inputs of integers may hold, and which sizes there may be. A kernel cannot stop at a value that makes no sense,
+//! so the host looks first.
 
-use super::memory::Memory;
-use moec_abi::Domain;
+use super::memory::{Memory, dim};
+use moec_abi::{Domain, Expr, Fit};
 use moec_ir::{
-    Graph, NodeId, Op, Type,
-    ops::{Adjust, Select, SelectRule, Shape},
+    Dim, Graph, NodeId, Op, Type,
+    ops::{Adjust, Reduce, ReduceFn, Select, SelectRule, Shape},
 };
 
 /// The domains of all inputs that ops read as classes or ids.
@@ -29,31 +30,58 @@ pub(super) fn of_inputs(graph: &Graph, memory: &Memory) -> Vec<Domain> {
     domains
 }
 
-/// Least number of tokens for which every range of an axis whose size depends on them lies inside of it.
-pub(super) fn least_tokens(graph: &Graph) -> u64 {
-    let of_node = |id: NodeId| -> Option<u64> {
-        let op = &graph.node(id).op;
-        if let Op::Kernel(kernel) = op {
-            return Some(least_tokens(&kernel.body));
+/// The sizes that ops have no meaning for otherwise, where they depend on the number of tokens.
+pub(super) fn sizes(graph: &Graph) -> Vec<Fit> {
+    let mut fits = Vec::new();
+    for id in graph.ids() {
+        let node = graph.node(id);
+        if let Op::Kernel(kernel) = &node.op {
+            fits.extend(sizes(&kernel.body));
+            continue;
         }
-        let Op::Shape(Shape::Slice { axis, range }) = op else { return None };
-        let Some(Type::Tensor(x)) = &graph.node(*graph.operands(id).first()?).ty else { return None };
-        let at = if *axis < 0 { axis.checked_add(i64::try_from(x.shape.len()).ok()?)? } else { *axis };
-        let size = x.shape.get(usize::try_from(at).ok()?)?;
-        let inside = |tokens: u64| size.eval(tokens).is_none_or(|n| range.steps(Some(n)).is_some());
-        // Sizes grow with the tokens.
-        let (mut low, mut high) = (0, 1 << 40);
-        while low < high {
-            let middle = (low + high) / 2;
-            if inside(middle) {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
+        let Some(Type::Tensor(x)) = graph.operands(id).first().and_then(|o| graph.node(*o).ty.as_ref()) else {
+            continue;
+        };
+        let Some(fit) = of_op(&node.op, &x.shape) else { continue };
+        if fit.size.known().is_none() {
+            fits.push(Fit { what: format!("node `{}`: {}", node.name, fit.what), ..fit });
         }
-        Some(low)
-    };
-    graph.ids().into_iter().filter_map(of_node).max().unwrap_or(0)
+    }
+    fits
+}
+
+/// What an op needs of a size of its first operand.
+fn of_op(op: &Op, shape: &[Dim]) -> Option<Fit> {
+    let volume = |dims: &[Dim]| dims.iter().fold(Expr::Const(1), |n, d| n.times(dim(d)));
+    let any = |size: Expr| Fit { what: String::new(), size, least: 0, most: u64::MAX, multiple: 1 };
+    let at = |axis: i64| usize::try_from(if axis < 0 { axis + i64::try_from(shape.len()).ok()? } else { axis }).ok();
+    if let Op::Shape(Shape::Slice { axis, range }) = op {
+        let size = shape.get(at(*axis)?)?;
+        return Some(Fit {
+            what: format!("entries {range} of an axis of {size}"),
+            least: range.reach(),
+            ..any(dim(size))
+        });
+    }
+    if let Op::Shape(Shape::Reshape { to }) = op {
+        let row = to.iter().filter_map(|n| u64::try_from(*n).ok()).try_fold(1, u64::checked_mul)?;
+        let what = format!("{to:?}, whose open size must be whole");
+        return Some(Fit { what, multiple: row.max(1), ..any(volume(shape)) });
+    }
+    if let Op::Reduce(Reduce { function: ReduceFn::Max | ReduceFn::Min, axis, .. }) = op {
+        let mut others = shape.to_vec();
+        let size = others.remove(at(*axis)?);
+        let results = volume(&others).eval(0) != Some(0);
+        let what = format!("the largest or smallest along an axis of {size}");
+        return results.then(|| Fit { what, least: 1, ..any(dim(&size)) });
+    }
+    if let Op::Adjust(Adjust { causal_block: Some(block), tokens: Some(tokens), .. }) = op {
+        let (blocks, rows) = shape.split_last()?;
+        let keys = blocks.known()?.checked_mul(*block)?;
+        let what = format!("{blocks} blocks of {block} keys");
+        return (*tokens > keys).then(|| Fit { what, most: keys, ..any(volume(rows)) });
+    }
+    None
 }
 
 /// What the reader takes the value for, and which values it has a meaning for.

@@ -132,7 +132,7 @@ pub fn compile<'g>(session: &'g Session, graph: &'g Graph, options: &'g Options)
         return Err(error);
     }
     let (buffers, workspace) = memory.finish();
-    let min_tokens = domains::least_tokens(graph);
+    let fits = domains::sizes(graph);
     let max_tokens = memory::max_tokens(&buffers, &workspace, &launches);
     let extension = if options.target.is_gpu() { "ptx" } else { "o" };
     let program = Program {
@@ -143,7 +143,7 @@ pub fn compile<'g>(session: &'g Session, graph: &'g Graph, options: &'g Options)
         launches,
         workspace,
         max_tokens,
-        min_tokens,
+        fits,
         layers: options.layers.clone(),
         prefixes: options.prefixes.clone(),
         code: format!("kernels/{}.{}.{extension}", graph.name, options.target.name()),

@@ -77,7 +77,7 @@ fn layer(
         }],
         workspace: Expr::Const(0),
         max_tokens: 1 << 32,
-        min_tokens: 0,
+        fits: Vec::new(),
         layers: vec![0],
         prefixes: vec![String::new()],
         code: format!("{name}.o"),

@@ -108,6 +108,15 @@ impl Range {
         Some(u64::try_from(forward).ok()?.div_ceil(step.unsigned_abs()))
     }
 
+    /// Least number of entries of an axis that holds the range.
+    pub fn reach(self) -> u64 {
+        let entries = self.entries().unwrap_or(0);
+        let Some(before) = entries.checked_sub(1) else { return self.start.unsigned_abs() };
+        let last = i64::try_from(before).unwrap_or(i64::MAX).saturating_mul(self.step).saturating_add(self.start);
+        let needed = |at: i64| if at < 0 { at.unsigned_abs() } else { at.unsigned_abs().saturating_add(1) };
+        needed(self.start).max(needed(last))
+    }
+
     /// First entry and distance, both as they count from the start of an axis with `size` entries; `None` where entries
     /// do not lie on it, or count from an end that is not known.
     pub fn steps(self, size: Option<u64>) -> Option<[i64; 2]> {

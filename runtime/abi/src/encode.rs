@@ -142,6 +142,11 @@ pub fn encode(program: &Program) -> Result<Vec<u64>, EncodeError> {
     let (buffers, inputs, outputs) = buffers(program, &mut words)?;
     let (slots, weights) = slots(program, &mut words)?;
     let launches = launches(program, &mut words)?;
+    let mut fits = Vec::new();
+    for fit in &program.fits {
+        fits.extend([words.expr(&fit.size, &fit.what)?, fit.least, fit.most, fit.multiple.max(1)]);
+    }
+    let fits = words.put(&fits);
     let mut texts = Vec::new();
     for wanted in ["input", "output"] {
         for buffer in &program.buffers {
@@ -185,7 +190,8 @@ pub fn encode(program: &Program) -> Result<Vec<u64>, EncodeError> {
         inputs,
         outputs,
         texts,
-        program.min_tokens,
+        program.fits.len() as u64,
+        fits,
     ];
     words.0[..format::HEADER].copy_from_slice(&header);
     Ok(words.0)

@@ -10,6 +10,7 @@
 //! | launch | expression of items, grain, scratch bytes, number of arguments, position of arguments |
 //! | argument | kind (0 buffer, 1 buffer and byte offset, 2 value), buffer, expression |
 //! | slot | packed bytes, offset in the weights, experts, first expert, type, matrices, position of matrices, layout (0 rows, 1 panels, 2 interleaved; 3 fragments is for GPUs alone), its three numbers, position of the experts' offsets |
+//! | fit | expression of a size, its least and largest value, what it is a multiple of |
 //! | matrix | type, plain (0, 1), views, position of views, rows, their position, columns, their position |
 //! | view | kind (0 expert, 1 index, 2 expert rows, 3 slice, 4 transpose, 5 reshape), four numbers; a reshape has rank and position of sizes |
 //! | text | two positions of NUL-terminated bytes for each input, then output: when null, when misaligned |
@@ -19,10 +20,10 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"MOECPRG1");
 /// First word of packed weights.
 pub const WEIGHTS_MAGIC: u64 = u64::from_le_bytes(*b"MOECWGT1");
 /// Version of the words; a launcher takes exactly this one.
-pub const VERSION: u64 = 2;
+pub const VERSION: u64 = 3;
 
 /// Words of the header.
-pub const HEADER: usize = 20;
+pub const HEADER: usize = 21;
 /// Version.
 pub const H_VERSION: usize = 1;
 /// Words of the whole program.
@@ -54,8 +55,8 @@ pub const H_INPUTS: usize = 16;
 pub const H_OUTPUTS: usize = 17;
 /// Position of the texts.
 pub const H_TEXTS: usize = 18;
-/// Least tokens.
-pub const H_MIN_TOKENS: usize = 19;
+/// Number and position of the sizes that must fit.
+pub const H_FITS: usize = 19;
 
 /// Words of a buffer.
 pub const BUFFER: usize = 6;
@@ -65,6 +66,8 @@ pub const LAUNCH: usize = 5;
 pub const ARG: usize = 3;
 /// Words of a slot.
 pub const SLOT: usize = 12;
+/// Words of a size that must fit.
+pub const FIT: usize = 4;
 /// Words of a matrix.
 pub const MATRIX: usize = 8;
 /// Words of a view.

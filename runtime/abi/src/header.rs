@@ -125,7 +125,7 @@ const STATUSES: &[(&str, u32, &str)] = &[
     ("TENSOR_MISMATCH", 13, "a tensor has another type or shape than the slot needs"),
     ("STREAM", 14, "the stream must be NULL"),
     ("OVERFLOW", 15, "a size does not fit in 64 bits"),
-    ("TOO_FEW_TOKENS", 16, "fewer tokens than the rows that the program takes out of them"),
+    ("UNFIT_TOKENS", 16, "a number of tokens for which a size of the program does not come out"),
 ];
 
 /// The kinds of status with their numbers, for tests that compare them with the launcher.
@@ -261,7 +261,7 @@ int {p}_pack(uint64_t slot, const {p}_tensor *tensors, uint64_t count, void *wei
 int {p}_bind({p}_handle *handle, const void *weights, uint64_t weights_bytes);
 
 /* Runs the layer and returns when the outputs are written. The workspace is aligned to 64 bytes and need not
-   be cleared. `stream` must be NULL. Zero tokens succeed without doing anything. Results are the same
+   be cleared. `stream` must be NULL. Zero tokens succeed; nothing is done then but for outputs that are not empty (counts of tokens). Results are the same
    for any number of threads. */
 int {p}_launch({p}_handle *handle, uint64_t tokens, const {p}_io *io, void *workspace, uint64_t workspace_bytes,
     void *stream);

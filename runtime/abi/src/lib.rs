@@ -174,12 +174,6 @@ const fn any_tokens() -> [u64; 2] {
     ANY_TOKENS
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
-fn none(count: &u64) -> bool {
-    *count == 0
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
 fn is_any(tokens: &[u64; 2]) -> bool {
     *tokens == ANY_TOKENS
 }
@@ -230,9 +224,9 @@ pub struct Program {
     pub workspace: Expr,
     /// Largest number of tokens for which all sizes and indices fit.
     pub max_tokens: u64,
-    /// Least number of tokens for which all ranges of rows that the form takes are there.
-    #[serde(default, skip_serializing_if = "none")]
-    pub min_tokens: u64,
+    /// Sizes that the form has a meaning for; a call with other numbers of tokens is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fits: Vec<Fit>,
     /// Layers of the model that this form serves.
     pub layers: Vec<u64>,
     /// What `{p}` in tensor names stands for, per entry of `layers` (checkpoint prefix of the layer).
@@ -244,6 +238,38 @@ pub struct Program {
     /// What inputs of integers may hold; a runtime that sees the values refuses others.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub domains: Vec<Domain>,
+}
+
+/// What a size has to be that depends on the number of tokens: rows that a slice takes are there, rows of another length
+/// come out whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fit {
+    /// Node whose size it is, and what it has to be, for people.
+    pub what: String,
+    /// The size.
+    pub size: Expr,
+    /// Least value.
+    pub least: u64,
+    /// Largest value.
+    pub most: u64,
+    /// It is a multiple of this; not 0.
+    pub multiple: u64,
+}
+
+impl Fit {
+    /// Whether the size comes out for this number of tokens.
+    pub fn holds(&self, tokens: u64) -> bool {
+        let fits = |n: u64| (self.least..=self.most).contains(&n) && n.is_multiple_of(self.multiple);
+        self.size.eval(tokens).is_some_and(fits)
+    }
+}
+
+impl Program {
+    /// Whether all outputs are empty for this number of tokens: a call has nothing to do then.
+    pub fn writes_nothing(&self, tokens: u64) -> bool {
+        let empty = |b: &Buffer| b.shape.iter().any(|n| n.eval(tokens) == Some(0));
+        self.buffers.iter().filter(|b| matches!(b.kind, BufferKind::Output { .. })).all(empty)
+    }
 }
 
 /// Values that an input of integers may hold: classes that have experts, ids of a table, experts of a route.

@@ -222,7 +222,7 @@ impl Slot {
     /// that the slot leaves out.
     pub fn is_native(&self, matrix: &Matrix) -> bool {
         let stacked = matrix.source.view.iter().any(|v| matches!(v, View::Expert | View::ExpertRows { .. }));
-        matrix.source.packing == Packing::Plain && !(stacked && !self.numbers.is_empty())
+        matrix.source.packing == Packing::Plain && (!stacked || self.numbers.is_empty())
     }
 
     /// Rows and columns of each matrix for expert `e` (counted from 0); `None` when the matrices differ.

@@ -151,13 +151,8 @@ pub unsafe fn launch(
     let program = parts.program()?;
     // SAFETY: the handle is live.
     let handle = unsafe { &*handle };
-    if tokens > program.max_tokens() {
-        return Err(Status::TOO_MANY_TOKENS);
-    }
-    if tokens < program.min_tokens() {
-        return Err(Status::TOO_FEW_TOKENS);
-    }
-    if tokens == 0 {
+    program.accepts(tokens)?;
+    if program.writes_nothing(tokens)? {
         return Ok(());
     }
     if !handle.bound {

@@ -110,6 +110,9 @@ impl<'a> Program<'a> {
                 return Err(Status::BAD_PROGRAM);
             }
         }
+        for i in 0..self.count(format::H_FITS) {
+            self.fits(i, sample)?;
+        }
         for i in 0..self.launches() {
             let launch = self.launch(i)?;
             self.items(&launch, sample)?;
@@ -163,9 +166,42 @@ impl<'a> Program<'a> {
         self.header(format::H_MAX_TOKENS)
     }
 
-    /// Least tokens of a call.
-    pub fn min_tokens(&self) -> u64 {
-        self.header(format::H_MIN_TOKENS)
+    /// Whether the program may be called with this number of tokens.
+    ///
+    /// # Errors
+    /// [`Status::TOO_MANY_TOKENS`], or [`Status::UNFIT_TOKENS`] where a size does not come out.
+    pub fn accepts(&self, tokens: u64) -> Result<()> {
+        if tokens > self.max_tokens() {
+            return Err(Status::TOO_MANY_TOKENS);
+        }
+        for i in 0..self.count(format::H_FITS) {
+            if !self.fits(i, tokens)? {
+                return Err(Status::UNFIT_TOKENS);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether size `index` comes out.
+    fn fits(&self, index: usize, tokens: u64) -> Result<bool> {
+        let &[size, least, most, multiple] =
+            self.record(format::H_FITS, index, format::FIT)?.first_chunk().ok_or(Status::BAD_PROGRAM)?;
+        let size = self.eval(size, tokens)?;
+        Ok((least..=most).contains(&size) && size.is_multiple_of(multiple))
+    }
+
+    /// Whether all outputs are empty for this number of tokens: a call has nothing to do then.
+    ///
+    /// # Errors
+    /// A size does not fit in 64 bits.
+    pub fn writes_nothing(&self, tokens: u64) -> Result<bool> {
+        for i in 0..self.buffers() {
+            let buffer = self.buffer(i)?;
+            if buffer.kind == Kind::Output && self.buffer_bytes(&buffer, tokens)? > 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Needed processor level; see [`format::H_CPU`].

@@ -59,8 +59,8 @@ statuses! {
     STREAM = 14, "the stream must be null for CPU code";
     /// A size does not fit.
     OVERFLOW = 15, "a size does not fit in 64 bits";
-    /// Fewer tokens than the program takes rows out of.
-    TOO_FEW_TOKENS = 16, "fewer tokens than the rows that the program takes out of them";
+    /// Rows that the program takes are not there, or do not come out whole.
+    UNFIT_TOKENS = 16, "a number of tokens for which a size of the program does not come out";
 }
 
 impl Status {

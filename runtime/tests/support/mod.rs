@@ -77,7 +77,7 @@ pub fn program(target: &str) -> Program {
         ],
         workspace: middle_bytes.plus(OUT * 4).round_up(64),
         max_tokens: 1000,
-        min_tokens: 0,
+        fits: Vec::new(),
         layers: vec![3, 5],
         prefixes: vec!["l3.".into(), "l5.".into()],
         code: "kernels/tiny.o".into(),

@@ -264,7 +264,7 @@ fn a_group_with_too_few_scores_can_be_kept() {
         .node("r", "weigh", &["q", "l"], json!({"fn": "sigmoid"}))
         .mixture(json!([networks([0, 4])]));
     let graph = form.graph();
-    moec_tests::gallery::check(&graph, host_target(), Arc::new(Cpu::new(1)), TOKENS).expect("agrees");
+    moec_tests::gallery::check(&graph, host_target(), Arc::new(Cpu::new(1)), &[TOKENS, 0]).expect("agrees");
     // Both groups are kept, so the expert beside the one that is switched off is chosen by some row.
     let (graph, data) = with(&form.output("idx", "r.idx"));
     assert!(chosen(&results(&graph, &data)["idx"], TOKENS).iter().flatten().any(|id| *id == 3));

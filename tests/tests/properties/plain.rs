@@ -254,7 +254,7 @@ fn a_value_may_be_used_whole_and_row_by_row() {
         binary(binary(act(act(form(), "s", "a"), "u", "x"), "v", &["s", "u"]), "y", &["v", "x"]),
     ];
     for form in forms {
-        moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), 4).expect("agrees");
+        moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), &[4, 0]).expect("agrees");
     }
 }
 
@@ -345,7 +345,7 @@ fn numbers_for_all_rows_may_have_an_axis_for_rows() {
     for form in [best, weight] {
         let form =
             form.node("y", "reduce", &["d"], json!({"fn": "sum", "axis": 1, "keep": true})).output("output", "y");
-        moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), TOKENS).expect("agrees");
+        moec_tests::gallery::check(&form.graph(), host_target(), Arc::new(Cpu::new(1)), &[TOKENS, 0]).expect("agrees");
     }
 }
 
@@ -366,7 +366,7 @@ fn a_capacity_of_none_reads_no_row() {
     for form in forms {
         for target in [Target::Sm80, Target::Sm90a] {
             let sim = Arc::new(Sim::new(moec_sim::Options::default()));
-            moec_tests::gallery::check(&form.graph(), target, sim, 5).expect("agrees, without a finding");
+            moec_tests::gallery::check(&form.graph(), target, sim, &[5, 0]).expect("agrees, without a finding");
         }
     }
 }
@@ -412,7 +412,7 @@ fn either_factor_may_belong_to_the_group() {
         form.tensor("own.{e}", json!([5, 16])).tensor("shared.{g}", json!([12, 5])).mixture(bank)
     };
     let graph = form(json!({"mul": ["shared.{g}", "own.{e}"], "group": [1, 0, 0, 1]})).graph();
-    moec_tests::gallery::check(&graph, host_target(), Arc::new(Cpu::new(1)), TOKENS).expect("agrees");
+    moec_tests::gallery::check(&graph, host_target(), Arc::new(Cpu::new(1)), &[TOKENS, 0]).expect("agrees");
     let swapped = form(json!({"mul": ["shared.{g}", "own.{e}"], "group": [0, 1, 1, 0]}));
     let (other, data) = with(&swapped);
     assert_ne!(results(&graph, &data)["output"], results(&other, &data)["output"]);

@@ -69,23 +69,42 @@ fn entries_some_way_apart_are_those_of_a_reshape() {
     same(&form, ("y", "shape", &["x"], rows(&[2, 7, 3])), ("y", "shape", &["f"], rows(&[0, 4, 3])));
 }
 
+/// Numbers of tokens that an op has no meaning for: the interpreter and every target refuse the same ones.
 #[test]
-fn rows_that_are_not_there_are_refused() {
-    let rows = json!({"fn": "slice", "axis": 0, "range": [2, 7, 3]});
-    let form = Form::new(12).node("y", "shape", &["x"], rows).output("output", "y");
-    let graph = form.graph();
-    for target in [host_target(), Target::Sm80] {
-        let compiled = Compiled::new(&graph, target, device(target)).unwrap();
-        assert_eq!(compiled.program().min_tokens, 6, "{}", target.name());
-        for tokens in [0, 5] {
-            let data = data(&graph, tokens, 5, Numbers::Small);
-            assert!(data.expected(&graph).is_err());
-            let error = compiled.run(&data).unwrap_err().to_string();
-            assert!(error.contains("only 6 or more have"), "{}: {error}", target.name());
+fn sizes_that_do_not_come_out_are_refused() {
+    let causal = json!({"causal_block": 2, "tokens": 40});
+    let cases = [
+        ("shape", json!({"fn": "slice", "axis": 0, "range": [2, 7, 3]}), vec![0, 5]),
+        ("shape", json!({"fn": "slice", "axis": 0, "range": [5, 1, -2]}), vec![0, 5]),
+        ("shape", json!({"fn": "slice", "axis": 0, "range": [3, 3]}), vec![0, 2]),
+        ("shape", json!({"fn": "reshape", "to": [-1, 5]}), vec![1, 2, 3, 4, 6, 13]),
+        ("shape", json!({"fn": "reshape", "to": [3, -1, 8]}), vec![1, 3, 5, 13]),
+        ("shape", json!({"fn": "reshape", "to": [-1, 6]}), vec![]),
+        ("reduce", json!({"fn": "max", "axis": 0}), vec![0]),
+        ("reduce", json!({"fn": "min", "axis": 1}), vec![]),
+        ("reduce", json!({"fn": "sum", "axis": 0}), vec![]),
+        ("adjust", causal, vec![25, 30]),
+    ];
+    for (op, attributes, unfit) in cases {
+        let graph = Form::new(12).node("y", op, &["x"], attributes.clone()).output("output", "y").graph();
+        for target in [host_target(), Target::Sm80, Target::Sm90a] {
+            let compiled = Compiled::new(&graph, target, device(target)).unwrap();
+            for tokens in [0, 1, 2, 3, 4, 5, 6, 10, 13, 20, 24, 25, 30] {
+                let data = data(&graph, tokens, 5, Numbers::Small);
+                let (expected, found) = (data.expected(&graph), compiled.run(&data));
+                let place = format!("{op} {attributes} on {} at {tokens}: {expected:?}, {found:?}", target.name());
+                match (expected, found) {
+                    (Ok(expected), Ok(found)) => moec_tests::gallery::agree(&graph, &found, &expected).expect(&place),
+                    (Err(_), Err(error)) => {
+                        assert!(error.to_string().contains("tokens do not fit node `y`"), "{place}")
+                    }
+                    (Ok(_), Err(_)) | (Err(_), Ok(_)) => panic!("{place}"),
+                }
+                if unfit.contains(&tokens) {
+                    assert!(data.expected(&graph).is_err(), "{place}");
+                }
+            }
         }
-        let data = data(&graph, 6, 5, Numbers::Small);
-        let expected = data.expected(&graph).unwrap();
-        assert_eq!(compiled.run(&data).unwrap(), expected, "{}", target.name());
     }
 }
 
