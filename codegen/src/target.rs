@@ -7,7 +7,8 @@ pub enum Target {
     X86V3,
     /// x86-64 with AVX-512.
     X86V4,
-    /// x86-64 with AVX-512 and its products of pairs of bf16 (AMD from Zen 4 on, Intel Cooper Lake).
+    /// x86-64 with AVX-512, its products of pairs of bf16 and its lookups of bytes (AMD from Zen 4 on, Intel from Sapphire
+    /// Rapids on).
     X86V4Bf16,
     /// x86-64 with AVX-512 and the AMX matrix unit for bf16. A process must ask the kernel for the unit's
     /// state once before it runs such code (`arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`).
@@ -77,8 +78,8 @@ impl Target {
         match self {
             // LLVM avoids 512-bit registers on this level unless told otherwise; explicit vectors use them anyway.
             Self::X86V3 | Self::X86V4 => "",
-            Self::X86V4Bf16 => "+avx512bf16",
-            Self::X86V4Amx => "+amx-tile,+amx-bf16,+avx512bf16",
+            Self::X86V4Bf16 => "+avx512bf16,+avx512vbmi",
+            Self::X86V4Amx => "+amx-tile,+amx-bf16,+avx512bf16,+avx512vbmi",
             Self::Aarch64 => "+neon",
             Self::Sm80 => "+ptx78",
             Self::Sm89 => "+ptx81",

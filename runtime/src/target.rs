@@ -30,7 +30,10 @@ pub fn cpu_runs(target: &str) -> Result<(), String> {
             "x86-64" => return Ok(()),
             "x86-64-v3" => return missing(&v3),
             "x86-64-v4" => return missing(&[&v3[..], &v4].concat()),
-            "x86-64-v4-bf16" => return missing(&[&v3[..], &v4, &[("avx512_bf16", has!("avx512bf16"))]].concat()),
+            "x86-64-v4-bf16" => {
+                let pairs = [("avx512_bf16", has!("avx512bf16")), ("avx512_vbmi", has!("avx512vbmi"))];
+                return missing(&[&v3[..], &v4, &pairs].concat());
+            }
             "x86-64-v4-amx" => {
                 missing(&[&v3[..], &v4].concat())?;
                 let granted = moec_launch::processor::reaches(6);

@@ -88,10 +88,9 @@ impl<'c> Kernel<'_, 'c> {
         match s.engine {
             Engine::Pairs => {
                 for at in 0..s.depth / 2 {
-                    let looked_up: Option<Vec<_>> =
-                        (0..s.nv).map(|v| late.then(|| self.number_pairs(codes, w, v, at)).flatten()).collect();
+                    let looked_up = if late { self.number_pairs(codes, w, at) } else { None };
                     let pairs = looked_up.unwrap_or_else(|| {
-                        let (low, high) = (input(2 * at), input(2 * at + 1));
+                        let [low, high] = s.pair(at).map(input);
                         low.iter().zip(high).map(|(low, high)| pair(self.b, *low, high, self.lanes)).collect()
                     });
                     self.multiply(a, at, &pairs, sums);
@@ -126,7 +125,7 @@ impl<'c> Kernel<'_, 'c> {
         let (b, lanes) = (self.b, self.lanes);
         let bits = self.schedule.depth * codes.bits;
         let stored = b.load(self.at(w, (v * lanes) as u64 * bits / 8), &format!("vector<{lanes}xi{bits}>"), 1);
-        b.cast("arith.extui", stored, &format!("vector<{lanes}xi32>"))
+        if bits == 32 { stored } else { b.cast("arith.extui", stored, &format!("vector<{lanes}xi32>")) }
     }
 
     /// The codes of an input of a step.
@@ -164,40 +163,76 @@ impl<'c> Kernel<'_, 'c> {
         }
     }
 
-    /// The numbers of two neighbouring inputs of a step as pairs of bf16; `None` where nothing looks them up.
-    fn number_pairs(&self, codes: &Codes, w: V<'c>, v: usize, at: u64) -> Option<V<'c>> {
-        let (b, lanes) = (self.b, self.lanes);
-        let words = format!("vector<{WORDS}xi16>");
+    /// The numbers of pair `at` of a step, for each vector of outputs; `None` where nothing looks them up.
+    fn number_pairs(&self, codes: &Codes, w: V<'c>, at: u64) -> Option<Vec<V<'c>>> {
+        let (b, s) = (self.b, self.schedule);
         let narrow = |value: f32| (value.to_bits() >> 16).cast_signed();
-        let found = match (codes.table(), codes.number) {
+        let words = match (codes.table(), codes.number) {
             (Some(table), Number::Integer { .. } | Number::E4m3 | Number::E2m1) => {
-                // Both codes at the bottom of a half each; the lookup takes the lowest five bits.
-                let low = b.shrui(self.word(codes, w, v), b.i32s(i32::try_from(2 * at * codes.bits).ok()?, lanes));
-                let both = b.ori(low, b.shli(low, b.i32s(i32::try_from(16 - codes.bits).ok()?, lanes)));
                 let table = b.i16_table(table.iter().cycle().take(WORDS).map(|value| narrow(*value)));
-                b.intrinsic("llvm.x86.avx512.permvar.hi.512", &[table, b.bitcast(both, &words)], &words)
+                // Read again for each pair rather than kept: the sums take the registers.
+                let w = (0..at).fold(w, |w, _| self.hidden(w));
+                let shift = b.i16_table((0..WORDS).map(|_| (at * codes.bits) as i32));
+                let look_up = |v: usize| {
+                    let stored = b.load(self.at(w, (v * 2 * WORDS) as u64), &words(), 1);
+                    // A lookup takes the lowest five bits; what is above a shorter code makes no difference in a table
+                    // that repeats.
+                    let index = if at == 0 { stored } else { b.shrui(stored, shift) };
+                    b.intrinsic("llvm.x86.avx512.permvar.hi.512", &[table, index], &words())
+                };
+                (0..s.nv).map(look_up).collect::<Vec<_>>()
             }
-            (None, Number::E4m3) => {
-                let stored = b.load(self.at(w, (v * WORDS) as u64), &format!("vector<{WORDS}xi8>"), 1);
-                e4m3_words(b, b.cast("arith.extui", stored, &words))
-            }
+            (None, Number::E4m3) => (0..s.nv).step_by(2).flat_map(|v| self.e4m3_words(w, v)).collect(),
             (None, Number::Integer { .. } | Number::E2m1) => return None,
         };
-        Some(b.bitcast(found, &format!("vector<{lanes}xi32>")))
+        Some(words.into_iter().map(|found| b.bitcast(found, &format!("vector<{}xi32>", self.lanes))).collect())
+    }
+
+    /// Vectors `v` and, if there is one, `v + 1` of E4M3 codes as bf16. The halves of the magnitudes are looked up.
+    fn e4m3_words(&self, w: V<'c>, v: usize) -> Vec<V<'c>> {
+        let b = self.b;
+        let count = (self.schedule.nv - v).min(2);
+        let bytes = format!("vector<{}xi8>", 2 * WORDS);
+        let at = self.at(w, (v * WORDS) as u64);
+        let stored = match count {
+            1 => {
+                let half = b.load(at, &format!("vector<{WORDS}xi8>"), 1);
+                b.shuffle([half, half], (0..2 * WORDS).map(|i| i % WORDS), &bytes)
+            }
+            _ => b.load(at, &bytes, 1),
+        };
+        // The instruction that puts halves side by side takes the first eight bytes of every sixteen, or the last.
+        let eights = b.bitcast(stored, "vector<8xi64>");
+        let codes = [0, 4, 1, 5, 2, 6, 3, 7].into_iter();
+        let codes = b.bitcast(b.shuffle([eights, eights], codes, "vector<8xi64>"), &bytes);
+        let look_up = |half: &dyn Fn(u32) -> u32| {
+            let table = |first: u32| {
+                let word = |i: u32| half(first + 2 * i) | half(first + 2 * i + 1) << 8;
+                b.bitcast(b.i16_table((0..WORDS as u32).map(|i| word(i).cast_signed())), &bytes)
+            };
+            b.intrinsic("llvm.x86.avx512.vpermi2var.qi.512", &[table(0), codes, table(2 * WORDS as u32)], &bytes)
+        };
+        let low = look_up(&|code| e4m3(code) & 0xff);
+        let sign = b.bitcast(b.i16_table((0..WORDS).map(|_| -0x7f80)), &bytes);
+        let high = b.ori(look_up(&|code| e4m3(code) >> 8), b.andi(codes, sign));
+        let beside = |first: usize| {
+            let places = (0..2 * WORDS).map(|i| i / 16 * 16 + first + i % 16 / 2 + i % 2 * 2 * WORDS);
+            b.bitcast(b.shuffle([low, high], places, &bytes), &words())
+        };
+        [0, 8].into_iter().take(count).map(beside).collect()
     }
 }
 
-/// E4M3 in the low bytes of 16-bit words as bf16.
-fn e4m3_words<'c>(b: &Builder<'c>, code: V<'c>) -> V<'c> {
-    let all = |value: i32| b.i16_table((0..WORDS).map(|_| value));
-    let magnitude = b.andi(b.shli(code, all(4)), all(0x7f0));
-    let normal = b.addi(magnitude, all((127 - 7) << 7));
-    // Eight subnormal numbers: m / 8 of 2^-6. The lookup takes the lowest five bits, of which the others are zero then.
-    let table = (0..WORDS as u16).map(|m| ((f32::from(m % 8) / 512.0).to_bits() >> 16).cast_signed());
-    let subnormal =
-        b.intrinsic("llvm.x86.avx512.permvar.hi.512", &[b.i16_table(table), code], &format!("vector<{WORDS}xi16>"));
-    let value = b.select(b.cmpi("eq", b.andi(code, all(0x78)), all(0)), subnormal, normal);
-    b.ori(value, b.andi(b.shli(code, all(8)), all(-0x8000)))
+/// Type of a vector of 16-bit words.
+fn words() -> String {
+    format!("vector<{WORDS}xi16>")
+}
+
+/// A magnitude of E4M3 as bf16.
+fn e4m3(code: u32) -> u32 {
+    let (exponent, mantissa) = (code >> 3, (code & 7) as f32 / 8.0);
+    let value = if exponent == 0 { mantissa / 64.0 } else { (1.0 + mantissa) * 2f32.powi(exponent.cast_signed() - 7) };
+    value.to_bits() >> 16
 }
 
 /// Two values of bf16, held as f32, as pairs.

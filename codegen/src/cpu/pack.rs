@@ -57,9 +57,21 @@ impl<'c> Kernel<'_, 'c> {
         let lanes = self.lanes as u64;
         let narrow = self.schedule.engine.operand() == DType::Bf16;
         let vectors = b.mulc(b.divui(real, self.c(lanes)), lanes.cast_signed());
+        let depth = self.schedule.depth;
+        // Where an input of a step lies: beside that of its pair.
+        let paired = |i: V<'c>| {
+            let (half, inside) = (self.c(depth / 2), b.remui(i, self.c(depth)));
+            b.addi(b.subi(i, inside), b.addi(b.mulc(b.remui(inside, half), 2), b.divui(inside, half)))
+        };
         let copy = |i: V<'c>, ty: &dyn Fn(&str) -> String| {
             if narrow {
-                return b.store(b.load(b.gep(from, "i16", i), &ty("i16"), 2), b.gep(to, "i16", i), 2);
+                let values = b.load(b.gep(from, "i16", i), &ty("i16"), 2);
+                if ty("i16") == "i16" {
+                    return b.store(values, b.gep(to, "i16", paired(i)), 2);
+                }
+                let place = |p: u64| p - p % depth + self.schedule.pair(p % depth / 2)[(p % 2) as usize];
+                let places = (0..lanes).map(|p| place(p) as usize);
+                return b.store(b.shuffle([values, values], places, &ty("i16")), b.gep(to, "i16", i), 2);
             }
             let target = b.gep(to, "f32", i);
             if self.spec.a == DType::Bf16 {
@@ -79,7 +91,7 @@ impl<'c> Kernel<'_, 'c> {
             b.each(vectors, real, |i| copy(i, &str::to_owned));
             b.each(real, columns, |i| {
                 if narrow {
-                    b.store(b.cast("arith.trunci", b.i32(0), "i16"), b.gep(to, "i16", i), 2);
+                    b.store(b.cast("arith.trunci", b.i32(0), "i16"), b.gep(to, "i16", paired(i)), 2);
                 } else {
                     b.store(b.f32(0.0), b.gep(to, "f32", i), 4);
                 }

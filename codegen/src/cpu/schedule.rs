@@ -88,9 +88,11 @@ pub fn schedule(spec: &Grouped, target: Target) -> Schedule {
 
 fn vector(spec: &Grouped, target: Target, engine: Engine) -> Schedule {
     let lanes = target.lanes();
-    let pair = if engine == Engine::Pairs { 2 } else { 1 };
     let depth = match spec.codes {
-        Some(codes) => codes.per_byte().max(pair),
+        // Lookups take 16-bit words, two for each output.
+        Some(codes) if engine == Engine::Pairs && codes.bits < 8 => 32 / codes.bits,
+        Some(_) if engine == Engine::Pairs => 2,
+        Some(codes) => codes.per_byte(),
         None if spec.w == DType::Bf16 => 2,
         None => 1,
     };
@@ -121,7 +123,10 @@ fn vector(spec: &Grouped, target: Target, engine: Engine) -> Schedule {
         chunk_rows: 0,
         k_block: spec.k.next_multiple_of(depth).min(4096),
         dense_rows: 0,
-        direct: spec.a == operand && spec.rows != RowSource::Gathered && spec.k.is_multiple_of(depth),
+        direct: spec.a == operand
+            && spec.rows != RowSource::Gathered
+            && spec.k.is_multiple_of(depth)
+            && (engine == Engine::Vector || depth == 2),
         prefetch: 4096,
     };
     s.chunk_rows = (CHUNK_BYTES / s.packed_stride()).max(1).next_multiple_of(mr as u64).max(2 * mr as u64);
@@ -162,7 +167,7 @@ impl Schedule {
     pub fn layout(&self, spec: &Grouped) -> Layout {
         match spec.codes {
             Some(codes) => {
-                // Neighbours that a step of a vector kernel reads lie together; they may take two bytes.
+                // Neighbours that a step of a vector kernel reads lie together; they may take four bytes.
                 let columns = self.k_step() / codes.per_byte();
                 let depth = if self.engine == Engine::Matrix { 1 } else { columns };
                 Layout::Panels { panel: self.panel(), depth, columns }
@@ -247,6 +252,11 @@ impl Schedule {
     /// Blocks of units, which are the items of one expert.
     pub(super) fn blocks(&self, spec: &Grouped) -> u64 {
         self.units(spec).div_ceil(self.units_per_item)
+    }
+
+    /// The inputs of pair `at` of a step: the halves of the step side by side, as lookups in words leave them.
+    pub(super) const fn pair(&self, at: u64) -> [u64; 2] {
+        [at, at + self.depth / 2]
     }
 
     /// Inputs that one step of the innermost loop takes.

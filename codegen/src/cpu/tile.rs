@@ -150,7 +150,7 @@ impl<'c> Kernel<'_, 'c> {
     }
 
     /// The same address, of which the compiler does not know that it is.
-    fn hidden(&self, address: V<'c>) -> V<'c> {
+    pub(super) fn hidden(&self, address: V<'c>) -> V<'c> {
         let attributes = [("asm_string", "\"\""), ("constraints", "\"=r,0\"")];
         self.b.op("llvm.inline_asm", &[address], "!llvm.ptr", &attributes)
     }

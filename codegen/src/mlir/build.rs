@@ -343,11 +343,14 @@ impl<'c> Builder<'c> {
     pub fn splat(&self, a: V<'c>, ty: &str) -> V<'c> {
         self.op("vector.broadcast", &[a], ty, &[])
     }
+    /// The values at these places of two vectors, of which the second continues the first, as a vector of type `ty`.
+    pub fn shuffle(&self, from: [V<'c>; 2], places: impl Iterator<Item = usize>, ty: &str) -> V<'c> {
+        let places: Vec<_> = places.map(|i| i.to_string()).collect();
+        self.op("llvm.shufflevector", &from, ty, &[("mask", &format!("array<i32: {}>", places.join(", ")))])
+    }
     /// `n` neighbouring places of a vector of f32, from `first` on.
     pub fn lanes(&self, a: V<'c>, first: usize, n: usize) -> V<'c> {
-        let places: Vec<_> = (first..first + n).map(|i| i.to_string()).collect();
-        let mask = format!("array<i32: {}>", places.join(", "));
-        self.op("llvm.shufflevector", &[a, a], &format!("vector<{n}xf32>"), &[("mask", &mask)])
+        self.shuffle([a, a], first..first + n, &format!("vector<{n}xf32>"))
     }
 
     // Memory.

@@ -29,7 +29,8 @@ pub fn reaches(level: u64) -> bool {
         return true;
     }
     let avx512 = bits(seven.ebx, &[16, 17, 28, 30, 31]) && bits(low, &[5, 6, 7]);
-    let pairs = || seven.eax >= 1 && bits(__cpuid_count(7, 1).eax, &[5]);
+    // avx512 vbmi, bf16.
+    let pairs = || bits(seven.ecx, &[1]) && seven.eax >= 1 && bits(__cpuid_count(7, 1).eax, &[5]);
     // amx-bf16, amx-tile; the registers of the matrix unit kept by the system.
     let matrix = || bits(seven.edx, &[22, 24]) && bits(low, &[17, 18]);
     match level {
