@@ -107,3 +107,20 @@ fn best(layer: &Layer, items: u64, inputs: &[&[u8]]) -> Result<f64, Error> {
     }
     Ok(nanoseconds.max(1) as f64 * 1e-9)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::measure;
+    use crate::host_target;
+    use moec_runtime::{Cpu, Device};
+    use std::sync::Arc;
+
+    /// Loops that do not run, or are optimised away, take no time at all.
+    #[test]
+    fn limits_are_those_of_a_machine() {
+        let device: Arc<dyn Device> = Arc::new(Cpu::new(2));
+        let limits = measure(&device, host_target()).unwrap();
+        assert!((1e6..1e13).contains(&limits.read), "{limits:?}");
+        assert!((1e6..1e13).contains(&limits.peak), "{limits:?}");
+    }
+}

@@ -265,10 +265,11 @@ impl Fit {
 }
 
 impl Program {
-    /// Whether all outputs are empty for this number of tokens: a call has nothing to do then.
+    /// Whether there are outputs, and all are empty for this number of tokens: a call has nothing to do then.
     pub fn writes_nothing(&self, tokens: u64) -> bool {
         let empty = |b: &Buffer| b.shape.iter().any(|n| n.eval(tokens) == Some(0));
-        self.buffers.iter().filter(|b| matches!(b.kind, BufferKind::Output { .. })).all(empty)
+        let mut outputs = self.buffers.iter().filter(|b| matches!(b.kind, BufferKind::Output { .. })).peekable();
+        outputs.peek().is_some() && outputs.all(empty)
     }
 }
 

@@ -190,7 +190,7 @@ impl<'a> Program<'a> {
         Ok((least..=most).contains(&size) && size.is_multiple_of(multiple))
     }
 
-    /// Whether all outputs are empty for this number of tokens: a call has nothing to do then.
+    /// Whether there are outputs, and all are empty for this number of tokens: a call has nothing to do then.
     ///
     /// # Errors
     /// A size does not fit in 64 bits.
@@ -201,7 +201,7 @@ impl<'a> Program<'a> {
                 return Ok(false);
             }
         }
-        Ok(true)
+        Ok(self.outputs() > 0)
     }
 
     /// Needed processor level; see [`format::H_CPU`].
