@@ -99,7 +99,7 @@ impl<'c> Kernel<'_, 'c> {
         let ([w, ahead], sums) = carried.split_first_chunk().expect("two addresses come first");
         let (mut w, ahead) = (*w, *ahead);
         let a = b.gep(tile.a, "i8", b.mulc(step, (s.depth * s.engine.operand().bytes()).cast_signed()));
-        match (fetch, Pages::new(width)) {
+        match (fetch, Pages::new(width).filter(|_| s.pages)) {
             (Fetch::Own, Some(pages)) => self.fetch_ahead(pages, tile.stream, step),
             (Fetch::Own, None) | (Fetch::Share, _) => {
                 for line in (0..width).step_by(64) {
