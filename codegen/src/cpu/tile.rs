@@ -140,11 +140,15 @@ impl<'c> Kernel<'_, 'c> {
         let stride = self.operand_stride();
         let pairs = self.schedule.engine == Engine::Pairs;
         let (element, align) = if pairs { ("i32", 2) } else { ("f32", 4) };
+        // Decoding takes the units that also spread a value over a vector in a register; one that an instruction reads
+        // from memory is spread on its way. So each product reads its own.
+        let apart = pairs && self.spec.codes.is_some();
+        let from: Vec<_> = (0..w.len()).map(|v| (0..v).filter(|_| apart).fold(a, |a, _| self.hidden(a))).collect();
         for (row, sums) in sums.chunks_mut(w.len()).enumerate() {
-            let x = b.load(self.at(a, row as u64 * stride + place * 4), element, align);
-            let x = b.splat(x, &format!("vector<{lanes}x{element}>"));
-            for (sum, w) in sums.iter_mut().zip(w) {
-                *sum = if pairs { pair_products(b, *sum, x, *w) } else { b.fma(x, *w, *sum) };
+            for ((sum, w), from) in sums.iter_mut().zip(w).zip(&from) {
+                let x = b.load(self.at(*from, row as u64 * stride + place * 4), element, align);
+                let x = b.splat(x, &format!("vector<{lanes}x{element}>"));
+                *sum = if pairs { pair_products(b, *sum, *w, x) } else { b.fma(x, *w, *sum) };
             }
         }
     }
