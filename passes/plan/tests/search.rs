@@ -178,7 +178,8 @@ fn serving_waits_for_the_busiest_rank() {
     let [even, usual, zipf, loaded] = spread("tp=8,ep=8,etp=1");
     assert!(even < usual && usual < zipf && usual < loaded, "{even} {usual} {zipf} {loaded}");
     let whole = spread("tp=8,ep=1,etp=8");
-    assert!(whole.iter().all(|step| *step == whole[0]), "one group of experts has no busiest rank: {whole:?}");
+    // One group of experts has no busiest rank; skewed routing touches fewer experts.
+    assert!(whole.iter().all(|step| (0.95 * whole[0]..=whole[0]).contains(step)), "{whole:?}");
 }
 
 fn refused(model: &ModelShape, request: &Request) -> PlanError {
@@ -334,6 +335,10 @@ fn among_instances_the_model_cannot_tell_apart_the_one_of_fewest_gpus_is_taken()
         ("deepseek-v3", 32, 80.0),
         ("deepseek-v3", 8, 20.0),
         ("qwen3-30b-a3b", 16, 15.0),
+        ("qwen3-30b-a3b", 8, 20.0),
+        ("gpt-oss-120b", 16, 15.0),
+        ("glm-4.5-air", 16, 30.0),
+        ("minimax-m2", 16, 20.0),
         ("gpt-oss-120b", 8, 40.0),
         ("minimax-m2", 32, 80.0),
         ("mixtral-8x7b", 8, 20.0),
