@@ -83,7 +83,7 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
     let tie = settle_tie(request, &mut scored);
     let plans: Vec<Plan> = scored
         .iter()
-        .take(request.top.clamp(1, 1000))
+        .take(request.top)
         .enumerate()
         .map(|(index, s)| Plan {
             why: (index > 0).then(|| why(request, &scored[0], s)),

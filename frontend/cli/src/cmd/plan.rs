@@ -160,6 +160,7 @@ fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
     let cluster = Cluster::from_json(&text).map_err(|e| Failure::Refused(vec![Refusal::from(e).point(name, &text)]))?;
+    pointed::unambiguous(name, &text).map_err(|found| Failure::Refused(vec![found]))?;
     cx.report(&pointed::unread(name, cluster.unread(&text)));
     Ok(cluster)
 }
