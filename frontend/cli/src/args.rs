@@ -316,6 +316,9 @@ pub(crate) struct Plan {
     /// Largest time per output token or to the first token
     #[arg(long, value_name = "MS", allow_negative_numbers = true)]
     pub latency: Option<f64>,
+    /// GPUs of a node (an NVLink domain) that may be used [default: those of the cluster]
+    #[arg(long, value_name = "N")]
+    pub gpus_per_node: Option<u64>,
     /// Memory of a GPU that may be used
     #[arg(long, value_name = "GIB", allow_negative_numbers = true)]
     pub memory: Option<f64>,

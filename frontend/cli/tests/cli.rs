@@ -387,6 +387,13 @@ fn places_are_pages_moves_and_measures_too() {
         "plan config.json --gpus 8 --cluster cluster.json --recompute full --sharding full --schedule zero-bubble --overlap 0.5",
     );
     assert_eq!(plan.code, 0, "{}", plan.err);
+    let step = |line: &str| {
+        let plan =
+            moec(folder.path(), &format!("plan config.json --gpus 64 --fix tp=1,pp=1,ep=2 --format json {line}"));
+        let plan: serde_json::Value = serde_json::from_str(&plan.out).expect("JSON");
+        plan["plans"][0]["step_ms"].as_f64().expect("a time")
+    };
+    assert!(step("--gpus-per-node 1") > step(""), "experts exchange rows between nodes");
 }
 
 #[test]

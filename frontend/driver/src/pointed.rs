@@ -66,12 +66,9 @@ impl Refusal {
     }
 }
 
-/// Refuses a key that stands twice in a file that was read: readers take one of the two.
-///
-/// # Errors
-/// The finding, which points into the text.
-pub fn unambiguous(file: &str, text: &str) -> Result<(), Diagnostic> {
-    json::parse(text).map(drop).map_err(|twice| Diagnostic { file: Some(file.to_owned()), ..twice })
+/// A key that stands twice in a file that was read: readers take one of the two.
+pub fn ambiguous(file: &str, text: &str) -> Option<Diagnostic> {
+    json::parse(text).err().map(|twice| Diagnostic { file: Some(file.to_owned()), ..twice })
 }
 
 /// Warnings about members of `file` that mean nothing, with the names that have a meaning in their place.

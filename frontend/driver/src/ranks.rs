@@ -72,7 +72,9 @@ impl Spread {
         let slots = |named: (&str, &str)| placed(named.1, ep).map_err(|e| refused(named, e));
         let spread = Self { layout, placement: placement.map(slots).transpose()? };
         for (file, text) in std::iter::once(plan).chain(placement) {
-            pointed::unambiguous(file, text).map_err(|found| Error::Input(vec![found]))?;
+            if let Some(found) = pointed::ambiguous(file, text) {
+                return Err(Error::Input(vec![found]));
+            }
         }
         Ok(spread)
     }

@@ -367,3 +367,23 @@ fn among_instances_the_model_cannot_tell_apart_the_one_of_fewest_gpus_is_taken()
     }
     assert!(settled >= 3, "{settled}");
 }
+
+#[test]
+fn serving_says_what_changing_one_size_does() {
+    let h200 = Cluster::preset("dgx-h200").unwrap();
+    for objective in [Objective::Prefill, Objective::Decode] {
+        let request = Request { precision: Precision::Fp8, top: 1000, ..Request::serve(objective, 16, 4000, 1000) };
+        let report = plan_report(&config("deepseek-v3"), &h200, &request).unwrap();
+        assert!(report.sensitivity.len() >= 2, "{:?}", report.sensitivity);
+        let best = &report.plans[0];
+        for change in &report.sensitivity {
+            assert!(change.text.contains(&change.change) && change.text.contains("GiB"), "{}", change.text);
+            let Some(ep) = change.change.strip_prefix("ep=") else { continue };
+            let other = report.plans.iter().find(|p| {
+                (p.attention, p.experts.edp) == (best.attention, best.experts.edp) && p.experts.ep.to_string() == ep
+            });
+            let memory = other.unwrap().memory_gib.total - best.memory_gib.total;
+            assert!((memory - change.memory_gib).abs() < 1e-9, "{}", change.text);
+        }
+    }
+}

@@ -93,7 +93,9 @@ fn moves(cx: &Context, old: &Path, new: &Placement) -> Result<(), Failure> {
         return Err(Failure::Usage("this method moves tokens, not experts: --from needs another one".to_owned()));
     };
     let from = Layout::from_json(&text).map_err(point)?;
-    pointed::unambiguous(&name, &text).map_err(|found| Failure::Refused(vec![found]))?;
+    if let Some(found) = pointed::ambiguous(&name, &text) {
+        return Err(Failure::Refused(vec![found]));
+    }
     let to = Layout::from_slots(&slots.phy2log, slots.gpu_load.first().map_or(0, Vec::len)).map_err(refused)?;
     let MovePlan { moves, drops, kept, device_of_gpu } =
         place::plan_moves_relabeled(&from, &to).map_err(|e| point(e.at("phy2log")))?;
@@ -133,8 +135,10 @@ pub(crate) fn read(cx: &Context, path: &Path, experts: Option<usize>) -> Result<
             let text = text_of(&bytes)?;
             let input = Input::from_json(text);
             let input = input.map_err(|e| Failure::Refused(vec![Refusal::from(e).point(&name, text)]))?;
-            pointed::unambiguous(&name, text).map_err(|found| Failure::Refused(vec![found]))?;
-            Ok(input)
+            match pointed::ambiguous(&name, text) {
+                Some(found) => Err(Failure::Refused(vec![found])),
+                None => Ok(input),
+            }
         }
     }
 }
