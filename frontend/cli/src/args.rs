@@ -314,16 +314,19 @@ pub(crate) struct Plan {
     #[arg(long, value_name = "P", default_value = "bf16", value_parser = ["bf16", "fp8", "fp4"])]
     pub precision: String,
     /// Largest time per output token or to the first token
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", allow_negative_numbers = true)]
     pub latency: Option<f64>,
+    /// GPUs of a node (an NVLink domain) that may be used [default: those of the cluster]
+    #[arg(long, value_name = "N")]
+    pub gpus_per_node: Option<u64>,
     /// Memory of a GPU that may be used
-    #[arg(long, value_name = "GIB")]
+    #[arg(long, value_name = "GIB", allow_negative_numbers = true)]
     pub memory: Option<f64>,
     /// Training release or serving backend of the calibration
     #[arg(long, default_value = "auto", value_name = "NAME")]
     pub software: String,
     /// Tokens per expert over the mean; without it nothing is dropped
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub capacity: Option<f64>,
     /// Spread of tokens over experts: usual (as measured), balanced, zipf:S, or file:LOADS
     #[arg(long, default_value = "usual", value_name = "R")]
@@ -338,7 +341,7 @@ pub(crate) struct Plan {
     #[arg(long, value_name = "S", default_value = "1f1b", value_parser = ["1f1b", "zero-bubble", "dualpipe"], hide_possible_values = true)]
     pub schedule: String,
     /// Share of the all-to-all that is hidden, 0 to 1 [default: that of the software]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub overlap: Option<f64>,
     /// Print the cluster as a file to edit
     #[arg(long)]
@@ -379,16 +382,16 @@ pub(crate) struct Place {
     #[arg(long, value_name = "N")]
     pub per_gpu: Option<usize>,
     /// Capacity factor (least-loaded)
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub alpha: Option<f64>,
     /// Imbalance below which nothing moves (least-loaded)
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub lambda: Option<f64>,
     /// Smallest chunk that moves (least-loaded)
     #[arg(long, value_name = "N")]
     pub min_tokens: Option<u64>,
     /// Limit of the integer solver
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
     pub time_limit: Option<f64>,
     /// A placement in use: print the fewest copies that lead from it to the new one
     #[arg(long, value_name = "FILE")]

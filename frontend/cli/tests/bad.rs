@@ -1,4 +1,5 @@
-//! Inputs that somebody may well have: `tests/bad/NNN-name/` holds one, and what `moec check` says to it.
+//! Inputs that somebody may well have: `tests/bad/NNN-name/` holds one, and what `moec check` says to it, or the command
+//! in its file `command`.
 //!
 //! `MOEC_BLESS=1 cargo test -p moec-cli --test bad` writes what is said now.
 
@@ -7,11 +8,15 @@ mod support;
 use std::{fs, io::Write as _, path::Path};
 use support::{TINY, moec_in};
 
-/// The only file of a case besides `expected.txt`.
-fn input(case: &Path) -> String {
+/// What is run in the folder of a case: its command, or a check of the only file besides `expected.txt`.
+fn command(case: &Path) -> Vec<String> {
+    if let Ok(line) = fs::read_to_string(case.join("command")) {
+        return line.split_whitespace().map(str::to_owned).collect();
+    }
     let names = fs::read_dir(case).expect("a folder").map(|e| e.expect("an entry").file_name());
     let mut names = names.map(|n| n.into_string().expect("UTF-8")).filter(|n| n != "expected.txt");
-    names.next().unwrap_or_else(|| panic!("{} has no input", case.display()))
+    let input = names.next().unwrap_or_else(|| panic!("{} has no input", case.display()));
+    vec!["check".to_owned(), input]
 }
 
 #[test]
@@ -22,7 +27,7 @@ fn every_input_gets_its_answer() {
     assert!(cases.len() > 60, "{} cases", cases.len());
     let mut wrong = Vec::new();
     for case in cases {
-        let done = moec_in(&case, &["check".to_owned(), input(&case)], "");
+        let done = moec_in(&case, &command(&case), "");
         let said = format!("exit {}\n{}{}", done.code, done.out, done.err);
         let file = case.join("expected.txt");
         if std::env::var_os("MOEC_BLESS").is_some() {

@@ -338,6 +338,31 @@ fn plan_placement_and_load_files_are_pointed_into() {
         }
     }
     refused("plan config.json --gpus 8 --routing file:.", "cannot read .", "loads");
+    write("loads.json", "[[1, 2, 3, 4, 5, 6]]");
+    for (text, place, about) in [
+        ("", "old.json", "the file is empty"),
+        ("[[1, 2", "old.json:1:", "E01"),
+        ("[[1, 2]]", "old.json:1:", "phy2log is missing"),
+        ("{\"phy2log\":\n[[0, 1, 2, 3, 4, 5]]}", "old.json:1:", "gpu_load is missing"),
+        ("{\"phy2log\":\n7}", "old.json:2:", "no list of layers"),
+        ("{\"phy2log\":\n[[0, 1],\n7]}", "old.json:3:", "phy2log.1 is no list"),
+        ("{\"phy2log\":\n[[0, 1, 2,\n-3, 4, 5]], \"gpu_load\": [[1, 1]]}", "old.json:3:", "phy2log.0.3 is no expert"),
+        (
+            "{\"phy2log\":\n[[0, 1, 2,\n1e300, 4, 5]], \"gpu_load\": [[1, 1]]}",
+            "old.json:3:",
+            "phy2log.0.3 is no expert",
+        ),
+        ("{\"phy2log\":\n[[0, NaN]]}", "old.json:2:", "NaN"),
+        ("{\"phy2log\": [[0, 1]],\n\"phy2log\": [[0, 1]]}", "old.json:2:", "phy2log"),
+        ("{\"gpu_load\": [[1, 1]], \"phy2log\":\n[[0, 1, 2]]}", "old.json:2:", "3 slots per layer on 2 GPUs"),
+        ("{\"gpu_load\": [[]], \"phy2log\":\n[[0, 1, 2]]}", "old.json:2:", "on 0 GPUs"),
+        ("{\"gpu_load\": [[1, 1]], \"phy2log\":\n[[0, 1], [0, 1]]}", "old.json:2:", "layers"),
+        ("{\"placement\": {\"gpu_load\": [[1, 1]], \"phy2log\":\n[[0, 1.5]]}}", "old.json:2:", "phy2log.0.1"),
+    ] {
+        write("old.json", text);
+        refused("place loads.json --gpus 2 --replicas 6 --from old.json", place, about);
+    }
+    refused("place loads.json --gpus 2 --replicas 6 --from .", "cannot read .", "moec place");
 }
 
 #[test]
@@ -350,6 +375,11 @@ fn places_are_pages_moves_and_measures_too() {
     fs::write(folder.path().join("old.json"), &old.out).expect("is written");
     let moves = moec(folder.path(), "place loads.json --gpus 2 --replicas 8 --from old.json");
     assert!(moves.code == 0 && moves.out.contains("experts are copied"), "{}{}", moves.out, moves.err);
+    // What it printed is a placement to start from, too.
+    let printed = moec(folder.path(), "place loads.json --gpus 2 --replicas 8 --from old.json --format json");
+    fs::write(folder.path().join("new.json"), &printed.out).expect("is written");
+    let none = moec(folder.path(), "place loads.json --gpus 2 --replicas 8 --from new.json");
+    assert!(none.code == 0 && none.out.starts_with("0 experts are copied"), "{}{}", none.out, none.err);
     let cluster = moec(folder.path(), "plan --cluster dgx-h100 --print-cluster");
     fs::write(folder.path().join("cluster.json"), &cluster.out).expect("is written");
     let plan = moec(
@@ -357,6 +387,13 @@ fn places_are_pages_moves_and_measures_too() {
         "plan config.json --gpus 8 --cluster cluster.json --recompute full --sharding full --schedule zero-bubble --overlap 0.5",
     );
     assert_eq!(plan.code, 0, "{}", plan.err);
+    let step = |line: &str| {
+        let plan =
+            moec(folder.path(), &format!("plan config.json --gpus 64 --fix tp=1,pp=1,ep=2 --format json {line}"));
+        let plan: serde_json::Value = serde_json::from_str(&plan.out).expect("JSON");
+        plan["plans"][0]["step_ms"].as_f64().expect("a time")
+    };
+    assert!(step("--gpus-per-node 1") > step(""), "experts exchange rows between nodes");
 }
 
 #[test]

@@ -51,6 +51,24 @@ impl Refusal {
         };
         Diagnostic { file: Some(file.to_owned()), ..found }
     }
+
+    /// The finding for a file of JSON lines, where a refusal names a line.
+    pub fn point_line(self, file: &str, text: &str) -> Diagnostic {
+        let number = self.at.as_deref().and_then(|at| at.strip_prefix("line ")?.parse::<usize>().ok());
+        let before = |number: usize| text.split_inclusive('\n').take(number - 1).map(str::len).sum::<usize>();
+        let line = number.filter(|n| *n > 0).and_then(|n| Some((before(n), text.lines().nth(n - 1)?.len())));
+        let found = Diagnostic::error(self.code, self.message).help(self.help);
+        let found = match line {
+            Some((start, length)) => found.primary(Span { start, end: start + length.max(1) }, "this line"),
+            None => found,
+        };
+        Diagnostic { file: Some(file.to_owned()), ..found }
+    }
+}
+
+/// A key that stands twice in a file that was read: readers take one of the two.
+pub fn ambiguous(file: &str, text: &str) -> Option<Diagnostic> {
+    json::parse(text).err().map(|twice| Diagnostic { file: Some(file.to_owned()), ..twice })
 }
 
 /// Warnings about members of `file` that mean nothing, with the names that have a meaning in their place.

@@ -3,7 +3,7 @@
 use crate::{
     Artefact, Compiler, Error,
     compiler::Shared,
-    pointed::Refusal,
+    pointed::{self, Refusal},
     reference::{Stored, Tensor, arrays},
 };
 use indexmap::IndexMap;
@@ -70,7 +70,13 @@ impl Spread {
         let layout = Layout::from_json(plan.1).map_err(|e| refused(plan, e.into()))?;
         let ep = layout.mapping().ep;
         let slots = |named: (&str, &str)| placed(named.1, ep).map_err(|e| refused(named, e));
-        Ok(Self { layout, placement: placement.map(slots).transpose()? })
+        let spread = Self { layout, placement: placement.map(slots).transpose()? };
+        for (file, text) in std::iter::once(plan).chain(placement) {
+            if let Some(found) = pointed::ambiguous(file, text) {
+                return Err(Error::Input(vec![found]));
+            }
+        }
+        Ok(spread)
     }
 
     /// Ranks that run the same layers as rank 0: those of one pipeline stage.

@@ -87,7 +87,7 @@ pub struct PlaceError {
     pub message: String,
     /// What would work instead.
     pub help: String,
-    /// Member of the user's file that it is about, such as `weight.0.3`.
+    /// Member of the user's file that it is about, such as `weight.0.3`; of JSON lines, `line 7`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub at: Option<String>,
 }

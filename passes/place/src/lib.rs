@@ -50,6 +50,7 @@ mod options;
 mod partition;
 mod placement;
 mod solver;
+mod text;
 mod trace;
 
 pub use affinity::AffinityPlacement;
@@ -65,4 +66,5 @@ pub use moetuner::TunerPlacement;
 pub use moves::{Layout, Move, MovePlan, plan_moves, plan_moves_relabeled};
 pub use options::{Method, Options};
 pub use placement::{Bounded, Placement, place};
+pub use text::text;
 pub use trace::Trace;

@@ -5,6 +5,7 @@
 
 use crate::error::{Code, PlaceError};
 use serde::Serialize;
+use serde_json::Value;
 use std::collections::BTreeSet;
 
 /// Which experts each device holds, per layer: `[layer][gpu]`.
@@ -31,6 +32,19 @@ impl Layout {
         Ok(Layout { layers: phy2log.iter().map(layer).collect() })
     }
 
+    /// A layout from what `moec place --format json` printed, by itself or as the `placement` of a list of moves.
+    ///
+    /// # Errors
+    /// Text that is not JSON, or no such placement; the error names the member.
+    pub fn from_json(text: &str) -> Result<Self, PlaceError> {
+        let file: Value = serde_json::from_str(text)
+            .map_err(|e| PlaceError::new(Code::NotJson, format!("not JSON: {e}"), PRINTED).at(""))?;
+        match file.get("placement") {
+            Some(placement) => printed(placement).map_err(|e| e.under("placement")),
+            None => printed(&file),
+        }
+    }
+
     /// Experts held, `[layer][gpu]`.
     pub fn layers(&self) -> &[Vec<BTreeSet<usize>>] {
         &self.layers
@@ -39,6 +53,33 @@ impl Layout {
     fn gpus(&self) -> usize {
         self.layers.first().map_or(0, Vec::len)
     }
+}
+
+const PRINTED: &str = "name what `moec place --format json` printed; it has `phy2log` and `gpu_load`";
+
+/// The placement of a file: the experts of slots, and loads, of which only the number of GPUs counts.
+fn printed(placement: &Value) -> Result<Layout, PlaceError> {
+    let wrong = |at: String, what: &str| {
+        PlaceError::new(Code::UnknownForm, format!("the placement cannot be read: {at} {what}"), PRINTED).at(at)
+    };
+    let list = |value: Option<&Value>, at: &str| match value {
+        Some(Value::Array(items)) if !items.is_empty() => Ok(items.clone()),
+        Some(_) => Err(wrong(at.to_owned(), "is no list of layers")),
+        None => Err(PlaceError::new(Code::UnknownForm, format!("{at} is missing"), PRINTED)),
+    };
+    let mut phy2log = Vec::new();
+    for (l, layer) in list(placement.get("phy2log"), "phy2log")?.iter().enumerate() {
+        let at = format!("phy2log.{l}");
+        let slots = layer.as_array().ok_or_else(|| wrong(at.clone(), "is no list of experts"))?;
+        let expert = |(s, id): (usize, &Value)| {
+            let id = id.as_u64().and_then(|id| usize::try_from(id).ok());
+            id.ok_or_else(|| wrong(format!("{at}.{s}"), "is no expert"))
+        };
+        phy2log.push(slots.iter().enumerate().map(expert).collect::<Result<Vec<_>, _>>()?);
+    }
+    let loads = list(placement.get("gpu_load"), "gpu_load")?;
+    let gpus = loads[0].as_array().ok_or_else(|| wrong("gpu_load.0".to_owned(), "is no list of loads"))?.len();
+    Layout::from_slots(&phy2log, gpus).map_err(|e| e.at("phy2log"))
 }
 
 /// One expert's weights, as placed by a move plan.

@@ -208,7 +208,9 @@ impl Cluster {
                 format!("every expert needs one; {} replicas would work", nearby_multiples(gpus, slots, experts)),
             ));
         }
-        Ok(Cluster { gpus, nodes, groups, slots })
+        let cluster = Cluster { gpus, nodes, groups, slots };
+        cluster.node_gpus()?;
+        Ok(cluster)
     }
 
     /// Slots per GPU.
@@ -228,7 +230,6 @@ impl Cluster {
                 format!("group counts that work: {}", divisors(experts)),
             ));
         }
-        self.node_gpus()?;
         Ok(*self)
     }
 

@@ -115,12 +115,16 @@ impl Trace {
     /// A line that is none of these, or tokens with different numbers of layers.
     pub fn from_jsonl(text: &str, experts: Option<usize>) -> Result<Self, PlaceError> {
         let mut tokens: Vec<Vec<Option<Vec<i64>>>> = Vec::new();
+        let mut lines = Vec::new();
         for (index, line) in text.lines().enumerate() {
             let line = line.trim_start_matches('\u{feff}').trim();
             if !line.is_empty() {
-                read_line(line, index + 1, &mut tokens)?;
+                read_line(line, index + 1, &mut tokens).map_err(|e| e.at(format!("line {}", index + 1)))?;
+                lines.resize(tokens.len(), index + 1);
             }
         }
+        // The line that a token was met in first.
+        let line = |token: usize| format!("line {}", lines.get(token).copied().unwrap_or(1));
         let layers = tokens.iter().map(Vec::len).max().unwrap_or(0);
         let ids = tokens.iter().flatten().flatten();
         let top_k = ids.map(Vec::len).max().unwrap_or(0);
@@ -131,7 +135,8 @@ impl Trace {
                     Code::Ragged,
                     format!("token {token} does not name experts for all {layers} layers"),
                     "record every token in every layer; use -1 or [] where no expert was used",
-                ));
+                )
+                .at(line(token)));
             }
             if flat.len() > MAX_ENTRIES {
                 break;
@@ -141,7 +146,14 @@ impl Trace {
                 flat.extend(std::iter::repeat_n(-1, top_k - row.len()));
             }
         }
-        Trace::from_ids(&flat, flat.len() / (layers * top_k).max(1), layers, top_k, experts)
+        let per_token = (layers * top_k).max(1);
+        let limit = experts.unwrap_or(MAX_SIDE).min(MAX_SIDE) as i64;
+        Trace::from_ids(&flat, flat.len() / per_token, layers, top_k, experts).map_err(|e| {
+            match flat.iter().position(|id| !(-1..limit).contains(id)) {
+                Some(index) => e.at(line(index / per_token)),
+                None => e,
+            }
+        })
     }
 
     /// Number of experts per layer.
@@ -218,7 +230,11 @@ fn read_line(line: &str, number: usize, tokens: &mut Vec<Vec<Option<Vec<i64>>>>)
     let value: Value = serde_json::from_str(line).map_err(|error| {
         PlaceError::new(
             Code::NotJson,
-            format!("line {number}: {error}"),
+            format!(
+                "line {number}, column {}: {}",
+                error.column(),
+                error.to_string().split(" at line").next().unwrap_or("")
+            ),
             "every line of a trace is one JSON array or object",
         )
     })?;

@@ -18,37 +18,36 @@ use silicon::Point;
 /// measurements of a set tell attention ranks or slices of experts apart, so that sets keep close to each other.
 const PULL: f64 = 0.03;
 
+/// Parameters of a set that are fitted, with their bounds.
+const FITTED: [(&str, f64, f64); 24] = [
+    ("dense_memory", 0.2, 0.95),
+    ("expert_memory", 0.1, 0.95),
+    ("cache_memory", 0.05, 0.95),
+    ("dense_flops", 0.1, 0.95),
+    ("expert_flops", 0.05, 0.9),
+    ("expert_half_rows", 1.0, 400.0),
+    ("attention_flops", 0.05, 0.8),
+    ("spread", 0.6, 1.0),
+    ("slicing", 0.0, 0.5),
+    ("layer_us", 0.0, 120.0),
+    ("moe_layer_us", 0.0, 120.0),
+    ("special_attention_us", 0.0, 100.0),
+    ("step_us", 0.0, 6000.0),
+    ("request_us", 0.0, 120.0),
+    ("collective_us", 0.0, 40.0),
+    ("collective_rank_us", 0.0, 15.0),
+    ("agree_us", 0.0, 20000.0),
+    ("interference", 0.3, 2.0),
+    ("prefill_ms", 0.0, 200.0),
+    ("first_token_ms", 0.0, 300.0),
+    ("queue", 0.0, 1.0),
+    ("wait_steps", 0.0, 4.0),
+    ("cache_bytes", 1.0, 2.0),
+    ("memory_share", 0.75, 0.95),
+];
+
 fn parameters(set: &Value) -> Vec<Parameter> {
-    let mut all: Vec<Parameter> = [
-        ("dense_memory", 0.2, 0.95),
-        ("expert_memory", 0.1, 0.95),
-        ("cache_memory", 0.05, 0.95),
-        ("dense_flops", 0.1, 0.95),
-        ("expert_flops", 0.05, 0.9),
-        ("expert_half_rows", 1.0, 400.0),
-        ("attention_flops", 0.05, 0.8),
-        ("spread", 0.6, 1.0),
-        ("slicing", 0.0, 0.5),
-        ("layer_us", 0.0, 120.0),
-        ("moe_layer_us", 0.0, 120.0),
-        ("special_attention_us", 0.0, 100.0),
-        ("step_us", 0.0, 6000.0),
-        ("request_us", 0.0, 120.0),
-        ("collective_us", 0.0, 40.0),
-        ("collective_rank_us", 0.0, 15.0),
-        ("link", 0.05, 0.9),
-        ("agree_us", 0.0, 20000.0),
-        ("interference", 0.3, 2.0),
-        ("prefill_ms", 0.0, 200.0),
-        ("first_token_ms", 0.0, 300.0),
-        ("queue", 0.0, 1.0),
-        ("wait_steps", 0.0, 4.0),
-        ("cache_bytes", 1.0, 2.0),
-        ("memory_share", 0.75, 0.95),
-    ]
-    .into_iter()
-    .map(|(name, low, high)| Parameter::new(format!("/{name}"), low, high))
-    .collect();
+    let mut all: Vec<Parameter> = FITTED.map(|(name, low, high)| Parameter::new(format!("/{name}"), low, high)).into();
     for version in set["speculation"].as_object().into_iter().flatten().map(|(v, _)| v) {
         all.push(Parameter::new(format!("/speculation/{version}"), 1.0, 2.5));
     }
@@ -105,8 +104,11 @@ fn main() {
         common["speculation"] = Value::Object(keys.iter().flat_map(speculation).collect());
         fit(&mut common, &fitted(None), rounds);
         for key in &keys {
-            let mut set = common.clone();
-            set["speculation"] = prior["sets"][key.as_str()]["speculation"].clone();
+            // What was measured elsewhere, such as the rate of links, is not fitted.
+            let mut set = prior["sets"][key.as_str()].clone();
+            for name in FITTED.map(|(name, ..)| name) {
+                set[name] = common[name].clone();
+            }
             fit(&mut set, &fitted(Some(key)), rounds);
             file["sets"][key.as_str()] = set;
         }

@@ -145,11 +145,13 @@ impl Routing {
     /// Expected load of the busiest of `ep` ranks with contiguous experts, over the mean. `skew` is the standard
     /// deviation of an expert's load over the mean where routing is the usual one.
     pub fn imbalance(&self, experts: u64, ep: u64, skew: f64) -> f64 {
-        let loads: Vec<f64> = match self {
-            Self::Usual => return 1.0 + skew * (ep as f64 / experts.max(1) as f64).sqrt() * largest_of(ep),
+        let loads = match self {
+            Self::Usual => {
+                let sigma = log_deviation(skew * (ep as f64 / experts.max(1) as f64).sqrt());
+                return (sigma * largest_of(ep) - sigma * sigma / 2.0).exp().max(1.0);
+            }
             Self::Balanced => return 1.0,
-            Self::Zipf(s) => (0..experts).map(|i| ((i + 1) as f64).powf(-s)).collect(),
-            Self::Loads(loads) => loads.clone(),
+            Self::Zipf(_) | Self::Loads(_) => self.loads(experts, skew),
         };
         let total: f64 = loads.iter().sum();
         if ep == 0 || total <= 0.0 || loads.is_empty() {
@@ -159,7 +161,42 @@ impl Routing {
         let busiest = loads.chunks(per_rank).map(|c| c.iter().sum::<f64>()).fold(0.0, f64::max);
         (busiest * ep as f64 / total).max(1.0)
     }
+
+    /// Share of the experts that at least one of `tokens` tokens chooses, each `top_k` of them. Popular experts are
+    /// chosen again and again, so that skewed routing touches fewer.
+    pub fn touched(&self, experts: u64, top_k: u64, tokens: f64, skew: f64) -> f64 {
+        let mut loads = self.loads(experts, skew);
+        if loads.iter().sum::<f64>() <= 0.0 {
+            loads = vec![1.0];
+        }
+        let number = loads.len() as f64;
+        let chosen = top_k as f64 / experts.max(1) as f64 * number / loads.iter().sum::<f64>();
+        let untouched: f64 = loads.iter().map(|load| (1.0 - (chosen * load).min(1.0)).powf(tokens)).sum();
+        1.0 - untouched / number
+    }
+
+    /// Loads of experts, or of equal shares of them.
+    fn loads(&self, experts: u64, skew: f64) -> Vec<f64> {
+        match self {
+            Self::Usual => {
+                let sigma = log_deviation(skew);
+                NORMAL_EIGHTHS.iter().flat_map(|z| [(sigma * z).exp(), (-sigma * z).exp()]).collect()
+            }
+            Self::Balanced => vec![1.0],
+            Self::Zipf(s) => (0..experts).map(|i| ((i + 1) as f64).powf(-s)).collect(),
+            Self::Loads(loads) => loads.clone(),
+        }
+    }
 }
+
+/// Loads of experts and ranks are log-normal (deepseek-ai/DeepEP, pull request 393): the standard deviation of the
+/// logarithm, for that of the load over its mean.
+fn log_deviation(deviation: f64) -> f64 {
+    (1.0 + deviation * deviation).ln().sqrt()
+}
+
+/// Middles of the upper four of eight equally likely parts of a standard normal distribution.
+const NORMAL_EIGHTHS: [f64; 4] = [0.157, 0.489, 0.887, 1.534];
 
 /// Expected largest of `n` standard normal numbers, within 0.04 for `n` up to 300.
 pub(crate) fn largest_of(n: u64) -> f64 {
@@ -239,5 +276,33 @@ impl Request {
     /// A serving request: `seq` prompt tokens and `output` generated tokens.
     pub fn serve(objective: Objective, gpus: u64, seq: u64, output: u64) -> Self {
         Self { objective, output, ..Self::train(gpus, seq, 0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_of_skewed_experts_are_as_uneven_as_was_measured() {
+        // DeepSeek-R1, 256 experts on 32 ranks (TensorRT-LLM, examples/wide_ep/ep_load_balancer): deviation of the loads
+        // of ranks over the mean, and by how much the busiest exceeds the mean, of six layers and of all.
+        let layers = [(0.184, 0.498), (0.198, 0.538), (0.204, 0.459), (0.557, 2.461), (0.333, 0.717), (0.372, 1.120)];
+        for (deviation, excess) in layers.into_iter().chain([(0.480, 1.564)]) {
+            let skew = deviation * (256.0_f64 / 32.0).sqrt();
+            let predicted = Routing::Usual.imbalance(256, 32, skew) - 1.0;
+            assert!((predicted / excess - 1.0).abs() < 0.4, "{deviation}: {predicted}, measured {excess}");
+        }
+    }
+
+    #[test]
+    fn skewed_routing_touches_fewer_experts() {
+        let touched = |routing: &Routing| routing.touched(64, 4, 32.0, 1.36);
+        let even = 1.0 - (1.0_f64 - 4.0 / 64.0).powf(32.0);
+        assert!((touched(&Routing::Balanced) - even).abs() < 1e-12);
+        assert!(touched(&Routing::Usual) < even);
+        assert!(touched(&Routing::Zipf(1.0)) < even);
+        // Loads of nothing say nothing.
+        assert!((touched(&Routing::Loads(vec![0.0; 64])) - even).abs() < 1e-12);
     }
 }

@@ -261,8 +261,8 @@ impl Cluster {
             )
             .at("gpu.hbm_bytes"));
         }
-        let curves = self.collectives.iter().enumerate();
-        curves.map(|(i, c)| c.check(gpu.nvlink_gbps).map_err(|e| e.at(format!("collectives.{i}")))).collect()
+        let mut curves = self.collectives.iter().enumerate();
+        curves.try_for_each(|(i, c)| c.check(gpu.nvlink_gbps).map_err(|e| e.at(format!("collectives.{i}"))))
     }
 
     /// Peak of matrix products in a number format, FLOP/s.

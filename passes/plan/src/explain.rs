@@ -17,7 +17,7 @@ const GIB: f64 = 1_073_741_824.0;
 pub struct Sensitivity {
     /// What is changed, such as `ep=16`.
     pub change: String,
-    /// Relative change of the step time; positive is slower.
+    /// Relative change of the step time, in serving of the time of a token on a GPU; positive is slower.
     pub time: f64,
     /// Change of memory on the fullest GPU, GiB.
     pub memory_gib: f64,
@@ -25,6 +25,23 @@ pub struct Sensitivity {
     pub feasible: bool,
     /// One sentence.
     pub text: String,
+}
+
+impl Sensitivity {
+    /// A change that fits, or one that misses the latency bound.
+    pub(crate) fn new(change: String, time: f64, memory_gib: f64, feasible: bool) -> Self {
+        let speed =
+            if time >= 0.0 { format!("{:.1}% slower", 100.0 * time) } else { format!("{:.1}% faster", -100.0 * time) };
+        let memory = if memory_gib >= 0.0 {
+            format!("{memory_gib:.1} GiB more")
+        } else {
+            format!("{:.1} GiB less", -memory_gib)
+        };
+        let joint = if (time >= 0.0) == (memory_gib < 0.0) { "but" } else { "and" };
+        let bound = if feasible { "" } else { "; misses the latency bound" };
+        let text = format!("{speed} with {change}, {joint} {memory}{bound}");
+        Self { change, time, memory_gib, feasible, text }
+    }
 }
 
 /// Picks one size of a pinned mapping.
@@ -148,22 +165,13 @@ fn evaluate(
     }
     let time = other.seconds() / winner.seconds() - 1.0;
     let memory_gib = (other.estimate.memory.total() - winner.estimate.memory.total()) / GIB;
-    let text = if feasible {
-        let speed =
-            if time >= 0.0 { format!("{:.1}% slower", 100.0 * time) } else { format!("{:.1}% faster", -100.0 * time) };
-        let memory = if memory_gib >= 0.0 {
-            format!("{memory_gib:.1} GiB more")
-        } else {
-            format!("{:.1} GiB less", -memory_gib)
-        };
-        let joint = if (time >= 0.0) == (memory_gib < 0.0) { "but" } else { "and" };
-        format!("{speed} with {change}, {joint} {memory}")
-    } else {
-        format!(
-            "{change} does not fit: {:.1} GiB of {:.1} GiB",
-            other.estimate.memory.total() / GIB,
-            memory_limit(&changed) / GIB
-        )
-    };
+    if feasible {
+        return Some(Sensitivity::new(change, time, memory_gib, true));
+    }
+    let text = format!(
+        "{change} does not fit: {:.1} GiB of {:.1} GiB",
+        other.estimate.memory.total() / GIB,
+        memory_limit(&changed) / GIB
+    );
     Some(Sensitivity { change, time, memory_gib, feasible, text })
 }

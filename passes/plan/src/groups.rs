@@ -198,7 +198,7 @@ pub fn generators(gpus: u64, mapping: &Mapping, order: &str) -> Result<(Generato
     .map_err(in_order)?;
     let pp_last = axes.last() == Some(&Axis::Pp);
     if !pp_last && mapping.pp > 1 && dp != edp {
-        return Err(PlanError::mapping(
+        return Err(in_order(PlanError::mapping(
             "When not using pp-last rank ordering, the data parallel size of the attention and moe layers must be the same",
             format!(
                 "put pp last ({}), or make tp x cp ({}) equal etp x ep ({})",
@@ -206,15 +206,13 @@ pub fn generators(gpus: u64, mapping: &Mapping, order: &str) -> Result<(Generato
                 mapping.tp * mapping.cp,
                 mapping.etp * mapping.ep
             ),
-        ))
-        .map_err(in_order);
+        )));
     }
     if mapping.pp > 1 && attention.stride(Axis::Pp) != experts.stride(Axis::Pp) {
-        return Err(PlanError::mapping(
+        return Err(in_order(PlanError::mapping(
             "the pipeline groups of the attention and moe layers differ",
             format!("put pp last in the order ({})", crate::mapping::DEFAULT_ORDER),
-        ))
-        .map_err(in_order);
+        )));
     }
     Ok((attention, experts, dp, edp))
 }

@@ -235,6 +235,9 @@ fn completed(request: &Request) -> Request {
 fn check_request(cluster: &Cluster, request: &Request) -> Result<(), PlanError> {
     check_gpus(request.gpus)?;
     crate::groups::parse_order(&request.order)?;
+    if !(1..=1000).contains(&request.top) {
+        return Err(PlanError::mapping(format!("{} plans are asked for", request.top), "ask for 1 to 1000"));
+    }
     if let Some(max) = cluster.max_gpus.filter(|&max| request.gpus > max) {
         return Err(PlanError::mapping(
             format!("{} GPUs asked of a cluster of {max}", request.gpus),
@@ -258,8 +261,9 @@ fn check_request(cluster: &Cluster, request: &Request) -> Result<(), PlanError> 
         crate::choice::Routing::Zipf(s) => vec![*s],
         crate::choice::Routing::Loads(loads) => loads.clone(),
     };
-    if loads.iter().any(|v| !(*v >= 0.0 && v.is_finite())) {
-        return Err(PlanError::mapping("expert loads must be finite and not negative", "give tokens per expert"));
+    if let Some(load) = loads.iter().find(|v| !(**v >= 0.0 && v.is_finite())) {
+        let message = format!("the load or exponent {load:?} of experts is not finite or negative");
+        return Err(PlanError::mapping(message, "give tokens per expert, or an exponent such as zipf:0.8"));
     }
     Ok(())
 }
@@ -290,7 +294,7 @@ fn train_report(model: &ModelShape, cluster: &Cluster, request: &Request) -> Res
         None => cal.software_for(cluster, &request.software)?,
     };
     let cx = TrainCx::new(model, cluster, cal, software, request);
-    let found = search(&cx, request.top.clamp(1, 1000))?;
+    let found = search(&cx, request.top)?;
     let candidates = feasible_or_smallest(&cx, &found)?;
     let winner = candidates[0];
     let plans: Vec<Plan> = candidates

@@ -107,13 +107,16 @@ pub struct Workload {
     pub concurrency: f64,
 }
 
-/// Share of the adapter rate that dispatch and combine of prompts reach: DeepEP's normal kernels on 16 ranks, 43 of
-/// 50 GB/s (`hardware.json`).
+/// Share of the adapter rate that dispatch and combine of prompts reach: DeepEP's normal kernels on 32 H200 took 4096
+/// tokens 5.5 ms, 43 of 50 GB/s (`hardware.json`).
 const DISPATCH_SHARE: f64 = 0.86;
 
-/// The same in decoding: the remote copies of 128 tokens took DeepEP's low-latency kernels 12 us and their time at 40 of
-/// 50 GB/s on 16 to 256 ranks, within 10% (`hardware.json`).
-const COPY_SHARE: f64 = 0.8;
+/// The same in decoding: DeepEP's low-latency kernels took each further token of 2 to 256 as long as its remote copies
+/// need at 45 to 46 of 50 GB/s, on 16, 32 and 64 H200 alike.
+const COPY_SHARE: f64 = 0.92;
+
+/// Share of the NVLink rate of the same kernels: 276 of 450 GB/s for 4096 tokens on 8 H200.
+const INSIDE_SHARE: f64 = 0.61;
 
 /// Columns of a grouped product that a tile covers; narrower shards of experts leave the rest idle.
 const TILE: f64 = 128.0;
@@ -159,22 +162,36 @@ struct Busiest {
     excess: f64,
 }
 
+/// What the busiest one receives over the mean.
+#[derive(Clone, Copy)]
+struct Received {
+    /// Of all ranks.
+    rank: f64,
+    /// Of all NVLink domains.
+    domain: f64,
+}
+
+impl Received {
+    const EVEN: Self = Self { rank: 1.0, domain: 1.0 };
+}
+
 impl<'a> ServeCx<'a> {
     /// Prepares a model on an instance.
     pub fn new(model: &'a ModelShape, cluster: &'a Cluster, layout: ServeLayout, routing: &'a Routing) -> Self {
         Self { model, classes: model.classes(), cluster, layout, routing }
     }
 
-    /// Ranks wait for the busiest one: what is popular and what chance adds, for `tokens` tokens of all ranks.
+    /// Ranks wait for the one that most rows go to, and for the one most of whose experts are chosen: what is popular
+    /// and what chance adds, for `tokens` tokens of all ranks.
     fn busiest(&self, p: &ServeCalibration, experts: u64, top_k: u64, tokens: f64) -> Busiest {
         let ep = self.layout.ep;
-        let (e, k, local) = (experts as f64, top_k as f64, experts as f64 / ep as f64);
+        let local = experts as f64 / ep as f64;
         let popular = self.routing.imbalance(experts, ep, p.skew);
-        let untouched = (1.0 - k / e).powf(popular * tokens.powf(p.spread).max(1.0));
-        let chance = largest_of(ep) * (local * untouched * (1.0 - untouched)).sqrt();
-        let mean = tokens * k / ep as f64;
+        let touched = self.routing.touched(experts, top_k, tokens.powf(p.spread).max(1.0), p.skew);
+        let chance = largest_of(ep) * (local * touched * (1.0 - touched)).sqrt();
+        let mean = tokens * top_k as f64 / ep as f64;
         let excess = (1.0 + (popular - 1.0).hypot(largest_of(ep) / mean.sqrt())).min(ep as f64);
-        Busiest { touched: (local * (1.0 - untouched) + chance).min(local), rows: mean * excess, excess }
+        Busiest { touched: (local * touched + chance).min(local), rows: mean * excess, excess }
     }
 
     /// Bytes of weights on one GPU.
@@ -248,7 +265,7 @@ impl<'a> ServeCx<'a> {
                 Attention::Mla { .. } | Attention::Linear { .. } => p.special_attention_us,
             };
             let mut overhead = p.layer_us + special;
-            let mut received = 1.0;
+            let mut received = Received::EVEN;
             match layer.feed_forward {
                 FeedForward::Dense { intermediate, gated } => {
                     let weights = matrices(gated) * h * intermediate as f64 / tp;
@@ -270,7 +287,8 @@ impl<'a> ServeCx<'a> {
                     let moved = rows * (3.0 * h + matrices(gated) * inner) * 2.0 / hbm;
                     parts[1] += n * (read.max(compute) + moved);
                     overhead += p.moe_layer_us;
-                    received = excess;
+                    let domains = (l.gpus() / self.cluster.gpus_per_domain).max(1);
+                    received = Received { rank: excess, domain: self.routing.imbalance(experts, domains, p.skew) };
                 }
             }
             parts[3] += n * self.collective_seconds(p, tokens, layer.top_k(), received, prefill);
@@ -319,56 +337,59 @@ impl<'a> ServeCx<'a> {
         }
     }
 
-    /// Two all-reduces over tensor ranks, or the exchange over attention data-parallel ranks: inside a domain
-    /// every rank gathers all tokens. Beyond it a token of a prompt crosses to a domain once and goes to a rank once,
-    /// if one of its experts is there; in decoding it is sent to each of its experts, which saves a hop.
-    /// `received` is what the busiest rank receives over the mean.
-    fn collective_seconds(&self, p: &ServeCalibration, tokens: f64, top_k: f64, received: f64, prefill: bool) -> f64 {
+    /// Two all-reduces over tensor ranks, or the exchange over attention data-parallel ranks: inside a domain, and for
+    /// experts in slices, every rank gathers all tokens. Beyond it a token of a prompt crosses to a domain once and goes
+    /// to a rank once, if one of its experts is there; in decoding it is sent to each of its experts, which saves a hop.
+    fn collective_seconds(
+        &self,
+        p: &ServeCalibration,
+        tokens: f64,
+        top_k: f64,
+        received: Received,
+        prefill: bool,
+    ) -> f64 {
         let l = &self.layout;
         let bytes = tokens * self.model.hidden as f64 * 2.0;
         let domain = self.cluster.gpus_per_domain;
+        let network = self.cluster.nic_gbps * 1e9;
+        let nvlink = self.cluster.gpu.nvlink_gbps * 1e9;
+        let latency = |ranks: u64, hops: f64| {
+            let ranks = p.collective_rank_us * (ranks as f64).log2();
+            (p.collective_us + ranks + 2.0 * hops * self.cluster.latency_us.network) * 1e-6
+        };
         // Measured instances sit in one NVLink domain; beyond it the adapters of a domain work together.
-        let link = |span: Span| {
-            if span.is_local() {
-                (self.cluster.gpu.nvlink_gbps * 1e9 * p.link, 0.0)
-            } else {
-                let hops = (span.ranks as f64 / span.per_domain as f64).log2().max(1.0);
-                (
-                    self.cluster.nic_gbps * 1e9 * p.link * span.per_domain as f64,
-                    2.0 * hops * self.cluster.latency_us.network,
-                )
-            }
+        let gathered = |op: Collective, span: Span, bytes: f64| {
+            let hops = (span.ranks as f64 / span.per_domain as f64).log2();
+            let rate = if span.is_local() { nvlink } else { network * span.per_domain as f64 };
+            latency(span.ranks, hops) + bytes * op.wire_factor(span.ranks as f64) / (rate * p.link)
         };
         let mut seconds = 0.0;
         if l.tp > 1 {
-            let n = l.tp as f64;
             let calls = if l.dp > 1 { 1.0 } else { 2.0 };
-            let (rate, hops) = link(Span::new(l.tp, 1, domain));
-            let latency = (p.collective_us + p.collective_rank_us * n.log2() + hops) * 1e-6;
-            seconds += calls * (latency + bytes * Collective::AllReduce.wire_factor(n) / rate);
+            seconds += calls * gathered(Collective::AllReduce, Span::new(l.tp, 1, domain), bytes);
         }
         if l.dp > 1 {
-            let n = l.dp as f64;
             let span = Span::new(l.dp, l.tp, domain);
-            let (rate, hops) = link(span);
-            let latency = (p.collective_us + p.collective_rank_us * n.log2() + hops) * 1e-6;
             let domains = l.gpus() as f64 / domain as f64;
-            let exchange = if span.is_local() || l.etp > domain {
-                bytes * n * Collective::AllGather.wire_factor(n) / rate
+            seconds += if span.is_local() || l.etp > 1 {
+                2.0 * gathered(Collective::AllGather, span, bytes * l.dp as f64)
             } else {
-                // Copies of a token that leave its domain, and that move inside domains.
-                let reached = |of: f64| of * (1.0 - (1.0 - 1.0 / of).powf(top_k));
-                let (out, inside, share) = if prefill {
-                    (reached(domains) * (1.0 - 1.0 / domains), reached(n), DISPATCH_SHARE)
-                } else {
-                    (top_k * (1.0 - 1.0 / domains), top_k / domains, COPY_SHARE)
-                };
                 // Rows go out as experts multiply them and come back in 16 bits: the mean of both directions.
                 let row = bytes * 0.5 * (1.0 + l.experts.row_bytes() / 2.0);
-                let network = self.cluster.nic_gbps * 1e9 * share;
-                received * row * (out / network).max(inside / (self.cluster.gpu.nvlink_gbps * 1e9 * p.link))
+                let reached = |of: f64| of * (1.0 - (1.0 - 1.0 / of).powf(top_k));
+                let remote = 1.0 - 1.0 / domains;
+                // Copies of a token that leave its domain, and that move inside domains. A prompt's cross to the rank
+                // of the same place, so that adapters share what a popular rank receives.
+                let exchange = if prefill {
+                    let out = received.domain * reached(domains) * remote / (network * DISPATCH_SHARE);
+                    out.max(received.rank * reached(l.dp as f64) / (nvlink * INSIDE_SHARE))
+                } else {
+                    let out = top_k * remote / (network * COPY_SHARE);
+                    received.rank * out.max(top_k / domains / (nvlink * INSIDE_SHARE))
+                };
+                // Ranks send to each other directly, so that there is one hop, however many domains there are.
+                2.0 * (latency(l.dp, 1.0) + row * exchange)
             };
-            seconds += 2.0 * (latency + exchange);
         }
         seconds
     }
@@ -422,21 +443,46 @@ mod tests {
     use super::*;
     use crate::backend::ServeFile;
 
-    #[test]
-    fn decoding_across_nodes_exchanges_rows_as_fast_as_was_measured() {
-        // DeepEP, low-latency kernels, dispatch and combine of 128 tokens over adapters of 400 Gb/s (`hardware.json`).
+    /// The exchange of one layer on ranks of H200 nodes, microseconds.
+    fn exchange_us(ranks: u64, tokens: f64, prefill: bool) -> f64 {
         let model = crate::ModelShape::from_config_json(
             &serde_json::from_str::<serde_json::Value>(include_str!("../data/models.json")).unwrap()["DeepSeek-V3"],
         )
         .unwrap();
         let cluster = Cluster::preset("dgx-h200").unwrap();
         let set = ServeFile::built_in().unwrap().set(&cluster, "trtllm").unwrap();
-        for (ranks, measured) in [(16, 313.0), (32, 428.0), (64, 487.0), (128, 561.0), (256, 554.0)] {
-            let format = WeightFormat::Fp8Block;
-            let layout = ServeLayout { tp: 1, dp: ranks, ep: ranks, etp: 1, dense: format, experts: format };
-            let cx = ServeCx::new(&model, &cluster, layout, &Routing::Balanced);
-            let us = 1e6 * cx.collective_seconds(set, 128.0, 8.0, 1.0, false);
-            assert!((us / measured - 1.0).abs() < 0.2, "{ranks} ranks: {us} us, measured {measured}");
+        let format = WeightFormat::Fp8Block;
+        let layout = ServeLayout { tp: 1, dp: ranks, ep: ranks, etp: 1, dense: format, experts: format };
+        let cx = ServeCx::new(&model, &cluster, layout, &Routing::Balanced);
+        1e6 * cx.collective_seconds(set, tokens, 8.0, Received::EVEN, prefill)
+    }
+
+    #[test]
+    fn decoding_across_nodes_exchanges_rows_as_fast_as_was_measured() {
+        // DeepEP, low-latency kernels, dispatch and combine on 2, 4 and 8 nodes (`hardware.json`).
+        let measured = [
+            (2.0, [48.5, 55.6, 59.5]),
+            (8.0, [59.8, 73.8, 78.0]),
+            (16.0, [76.0, 96.9, 105.3]),
+            (32.0, [101.0, 140.8, 158.3]),
+            (64.0, [160.2, 234.6, 254.3]),
+            (128.0, [288.3, 406.2, 471.5]),
+            (256.0, [520.5, 764.7, 880.7]),
+        ];
+        for (tokens, nodes) in measured {
+            for (ranks, measured) in [16, 32, 64].into_iter().zip(nodes) {
+                let us = exchange_us(ranks, tokens, false);
+                assert!((us / measured - 1.0).abs() < 0.2, "{tokens} on {ranks}: {us} us, measured {measured}");
+            }
+        }
+    }
+
+    #[test]
+    fn prompts_cross_nodes_as_fast_as_was_measured() {
+        // DeepEP, normal kernels, 4096 tokens (`hardware.json`).
+        for (ranks, measured) in [(16, 2632.0), (32, 5493.9)] {
+            let us = exchange_us(ranks, 4096.0, true);
+            assert!((us / measured - 1.0).abs() < 0.25, "{ranks} ranks: {us} us, measured {measured}");
         }
     }
 }

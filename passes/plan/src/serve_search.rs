@@ -9,6 +9,7 @@ use crate::{
     choice::{Objective, Recompute, Request, Schedule, Sharding},
     cluster::{Cluster, Precision},
     error::PlanError,
+    explain::Sensitivity,
     mapping::{divisors, list},
     memory::USABLE,
     model::{Attention, FeedForward, ModelShape},
@@ -81,9 +82,10 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
         ));
     }
     let tie = settle_tie(request, &mut scored);
+    let sensitivity = sensitivity(model, cluster, request, set, &scored);
     let plans: Vec<Plan> = scored
         .iter()
-        .take(request.top.clamp(1, 1000))
+        .take(request.top)
         .enumerate()
         .map(|(index, s)| Plan {
             why: (index > 0).then(|| why(request, &scored[0], s)),
@@ -97,7 +99,7 @@ pub(crate) fn report(model: &ModelShape, cluster: &Cluster, request: &Request) -
         gpus: request.gpus,
         plans,
         tie,
-        sensitivity: Vec::new(),
+        sensitivity,
         evaluated,
         pruned: 0,
     })
@@ -316,6 +318,42 @@ fn why(request: &Request, best: &Scored, other: &Scored) -> String {
             format!("{much} tokens per second and GPU{worst}{bound}")
         }
     }
+}
+
+/// What the best plan becomes when one of its sizes is doubled or halved; what is divided follows.
+fn sensitivity(
+    model: &ModelShape,
+    cluster: &Cluster,
+    request: &Request,
+    set: &ServeCalibration,
+    scored: &[Scored],
+) -> Vec<Sensitivity> {
+    let Some(best) = scored.first().filter(|s| s.feasible) else { return Vec::new() };
+    let memory = |s: &Scored| serving_plan(model, cluster, request, set, s).memory_gib.total;
+    let time = |s: &Scored| match request.objective {
+        Objective::Prefill => s.estimate.ttft / best.estimate.ttft - 1.0,
+        Objective::Train | Objective::Decode => {
+            best.estimate.tokens_per_s_per_gpu / s.estimate.tokens_per_s_per_gpu - 1.0
+        }
+    };
+    let l = best.layout;
+    let same_gpus = |tp: u64, ep: u64| ServeLayout { tp, dp: l.gpus() / tp, ep, etp: l.gpus() / ep, ..l };
+    let mut changes = Vec::new();
+    for (name, from) in [("tp", l.tp), ("ep", l.ep)] {
+        for to in [from / 2, from * 2].into_iter().filter(|&n| n > 0 && l.gpus().is_multiple_of(n)) {
+            let other = if name == "tp" { same_gpus(to, l.ep) } else { same_gpus(l.tp, to) };
+            changes.push((format!("{name}={to}"), other));
+        }
+    }
+    for (gpus, dp, ep) in [(l.gpus() / 2, l.dp / 2, l.ep / 2), (l.gpus() * 2, l.dp * 2, l.ep * 2)] {
+        let plural = if gpus == 1 { "" } else { "s" };
+        changes.push((format!("{gpus} GPU{plural} a copy"), ServeLayout { dp, ep, ..l }));
+    }
+    let changed = |(change, layout): (String, ServeLayout)| {
+        let other = scored.iter().find(|s| s.layout == layout)?;
+        Some(Sensitivity::new(change, time(other), memory(other) - memory(best), other.feasible))
+    };
+    changes.into_iter().filter_map(changed).collect()
 }
 
 fn serving_plan(model: &ModelShape, cluster: &Cluster, request: &Request, set: &ServeCalibration, s: &Scored) -> Plan {

@@ -19,9 +19,10 @@ fn cluster_with(pointer: &str, value: Value) -> Result<Cluster, PlanError> {
     let mut file: Value = serde_json::from_str(&Cluster::preset("dgx-h100").unwrap().to_json()).unwrap();
     let (parent, name) = pointer.rsplit_once('/').unwrap();
     let object = file.pointer_mut(parent).unwrap().as_object_mut().unwrap();
-    match value {
-        Value::Null => drop(object.remove(name)),
-        value => drop(object.insert(name.to_owned(), value)),
+    if value.is_null() {
+        object.remove(name);
+    } else {
+        object.insert(name.to_owned(), value);
     }
     Cluster::from_json(&file.to_string())
 }

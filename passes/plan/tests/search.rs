@@ -178,7 +178,8 @@ fn serving_waits_for_the_busiest_rank() {
     let [even, usual, zipf, loaded] = spread("tp=8,ep=8,etp=1");
     assert!(even < usual && usual < zipf && usual < loaded, "{even} {usual} {zipf} {loaded}");
     let whole = spread("tp=8,ep=1,etp=8");
-    assert!(whole.iter().all(|step| *step == whole[0]), "one group of experts has no busiest rank: {whole:?}");
+    // One group of experts has no busiest rank; skewed routing touches fewer experts.
+    assert!(whole.iter().all(|step| (0.95 * whole[0]..=whole[0]).contains(step)), "{whole:?}");
 }
 
 fn refused(model: &ModelShape, request: &Request) -> PlanError {
@@ -334,6 +335,10 @@ fn among_instances_the_model_cannot_tell_apart_the_one_of_fewest_gpus_is_taken()
         ("deepseek-v3", 32, 80.0),
         ("deepseek-v3", 8, 20.0),
         ("qwen3-30b-a3b", 16, 15.0),
+        ("qwen3-30b-a3b", 8, 20.0),
+        ("gpt-oss-120b", 16, 15.0),
+        ("glm-4.5-air", 16, 30.0),
+        ("minimax-m2", 16, 20.0),
         ("gpt-oss-120b", 8, 40.0),
         ("minimax-m2", 32, 80.0),
         ("mixtral-8x7b", 8, 20.0),
@@ -361,4 +366,24 @@ fn among_instances_the_model_cannot_tell_apart_the_one_of_fewest_gpus_is_taken()
         assert!(feasible.iter().skip(1).all(|p| p.why.is_some()), "{name}");
     }
     assert!(settled >= 3, "{settled}");
+}
+
+#[test]
+fn serving_says_what_changing_one_size_does() {
+    let h200 = Cluster::preset("dgx-h200").unwrap();
+    for objective in [Objective::Prefill, Objective::Decode] {
+        let request = Request { precision: Precision::Fp8, top: 1000, ..Request::serve(objective, 16, 4000, 1000) };
+        let report = plan_report(&config("deepseek-v3"), &h200, &request).unwrap();
+        assert!(report.sensitivity.len() >= 2, "{:?}", report.sensitivity);
+        let best = &report.plans[0];
+        for change in &report.sensitivity {
+            assert!(change.text.contains(&change.change) && change.text.contains("GiB"), "{}", change.text);
+            let Some(ep) = change.change.strip_prefix("ep=") else { continue };
+            let other = report.plans.iter().find(|p| {
+                (p.attention, p.experts.edp) == (best.attention, best.experts.edp) && p.experts.ep.to_string() == ep
+            });
+            let memory = other.unwrap().memory_gib.total - best.memory_gib.total;
+            assert!((memory - change.memory_gib).abs() < 1e-9, "{}", change.text);
+        }
+    }
 }

@@ -8,7 +8,7 @@ use crate::{
 use moec::{
     ir::{Code, Diagnostic},
     place::{self, Input, Layout, Method, MovePlan, Options, PlaceError, Placement, Routing, Trace},
-    pointed::Refusal,
+    pointed::{self, Refusal},
     runtime::{SafetensorsBytes, Tensors as _},
 };
 use serde_json::json;
@@ -52,7 +52,7 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
             cx.result(place::html(&loads, slots))
         }
         (Format::Html, None) => Err(Failure::Usage("this method moves tokens, not experts: use --format text".into())),
-        (Format::Text, _) => cx.result(text(&placement)),
+        (Format::Text, _) => cx.result(place::text(&placement)),
     }
 }
 
@@ -83,24 +83,22 @@ fn metrics(cx: &Context, input: &Input) -> Result<(), Failure> {
 
 /// What to copy and free to get from a placement in use to a new one.
 fn moves(cx: &Context, old: &Path, new: &Placement) -> Result<(), Failure> {
-    #[derive(serde::Deserialize)]
-    struct Old {
-        phy2log: Vec<Vec<usize>>,
-        gpu_load: Vec<Vec<f64>>,
-    }
-    let wrong = |what: String| {
+    let name = old.display().to_string();
+    let text = std::fs::read_to_string(old).map_err(|e| {
         let help = "name what `moec place --format json` printed";
-        Failure::refused("E0804", format!("{} is no placement: {what}", old.display()), help)
-    };
-    let bytes = std::fs::read(old).map_err(|e| wrong(e.to_string()))?;
-    let before: Old = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+        Failure::refused("E0803", format!("cannot read {name}: {e}"), help)
+    })?;
+    let point = |e: PlaceError| Failure::Refused(vec![Refusal::from(e).point(&name, &text)]);
     let Some(slots) = new.replicated() else {
         return Err(Failure::Usage("this method moves tokens, not experts: --from needs another one".to_owned()));
     };
-    let gpus = |load: &[Vec<f64>]| load.first().map_or(0, Vec::len);
-    let from = Layout::from_slots(&before.phy2log, gpus(&before.gpu_load)).map_err(refused)?;
-    let to = Layout::from_slots(&slots.phy2log, gpus(&slots.gpu_load)).map_err(refused)?;
-    let MovePlan { moves, drops, kept, device_of_gpu } = place::plan_moves_relabeled(&from, &to).map_err(refused)?;
+    let from = Layout::from_json(&text).map_err(point)?;
+    if let Some(found) = pointed::ambiguous(&name, &text) {
+        return Err(Failure::Refused(vec![found]));
+    }
+    let to = Layout::from_slots(&slots.phy2log, slots.gpu_load.first().map_or(0, Vec::len)).map_err(refused)?;
+    let MovePlan { moves, drops, kept, device_of_gpu } =
+        place::plan_moves_relabeled(&from, &to).map_err(|e| point(e.at("phy2log")))?;
     if cx.is_json() {
         let copies: Vec<_> = moves.iter().map(|m| json!([m.layer, m.expert, m.from, m.to])).collect();
         return cx.json(&json!({
@@ -125,16 +123,22 @@ pub(crate) fn read(cx: &Context, path: &Path, experts: Option<usize>) -> Result<
             Failure::refused("E0803", format!("cannot read {}: {e}", path.display()), help)
         })?
     };
+    let name = path.display().to_string();
     match path.extension().and_then(|e| e.to_str()) {
-        Some("safetensors") => trace(&bytes, experts),
+        Some("safetensors") => trace(&name, &bytes, experts),
         Some("jsonl") => {
             let text = text_of(&bytes)?;
-            Ok(Input::from(Trace::from_jsonl(text, experts).map_err(refused)?))
+            let point = |e| Failure::Refused(vec![Refusal::from(e).point_line(&name, text)]);
+            Ok(Input::from(Trace::from_jsonl(text, experts).map_err(point)?))
         }
         _ => {
             let text = text_of(&bytes)?;
-            let point = |e| Failure::Refused(vec![Refusal::from(e).point(&path.display().to_string(), text)]);
-            Input::from_json(text).map_err(point)
+            let input = Input::from_json(text);
+            let input = input.map_err(|e| Failure::Refused(vec![Refusal::from(e).point(&name, text)]))?;
+            match pointed::ambiguous(&name, text) {
+                Some(found) => Err(Failure::Refused(vec![found])),
+                None => Ok(input),
+            }
         }
     }
 }
@@ -146,8 +150,9 @@ fn text_of(bytes: &[u8]) -> Result<&str, Failure> {
 }
 
 /// Ids per token of each layer: the tensors of integers, in the order of their names.
-fn trace(bytes: &[u8], experts: Option<usize>) -> Result<Input, Failure> {
-    let file = SafetensorsBytes::new(bytes)?;
+fn trace(name: &str, bytes: &[u8], experts: Option<usize>) -> Result<Input, Failure> {
+    const FORM: &str = "a trace has a tensor [tokens, slots] of I32 or I64 for each layer";
+    let file = SafetensorsBytes::new(bytes).map_err(|e| Failure::refused("E0804", format!("{name}: {e}"), FORM))?;
     let mut layers: Vec<(Vec<i64>, usize)> = Vec::new();
     let mut names = file.names();
     names.sort_by_key(|name| (digits(name), name.clone()));
@@ -166,8 +171,7 @@ fn trace(bytes: &[u8], experts: Option<usize>) -> Result<Input, Failure> {
         }
     }
     if layers.is_empty() {
-        let help = "a trace has a tensor [tokens, slots] of I32 or I64 for each layer";
-        return Err(Failure::refused("E0420", "the file holds no routed ids", help));
+        return Err(Failure::refused("E0420", format!("{name} holds no routed ids"), FORM));
     }
     let layers: Vec<(&[i64], usize)> = layers.iter().map(|(ids, width)| (ids.as_slice(), *width)).collect();
     Ok(Input::from(Trace::from_layers(&layers, experts).map_err(refused)?))
@@ -176,33 +180,4 @@ fn trace(bytes: &[u8], experts: Option<usize>) -> Result<Input, Failure> {
 /// Numbers of a name, so that `layer.10` follows `layer.9`.
 fn digits(name: &str) -> Vec<u64> {
     name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
-}
-
-fn text(placement: &Placement) -> String {
-    let mut out = String::new();
-    match (placement.replicated(), placement) {
-        (Some(slots), _) => {
-            for (layer, load) in slots.gpu_load.iter().enumerate() {
-                let worst = slots.max_over_mean.get(layer).copied().unwrap_or(1.0);
-                let plain = slots.contiguous_no_replica_max_over_mean.as_ref().and_then(|p| p.get(layer));
-                let plain = plain.map_or_else(String::new, |p| format!(", {p:.3} without placement"));
-                let _ = writeln!(out, "layer {layer}: busiest over mean {worst:.3}{plain}");
-                let loads: Vec<String> = load.iter().map(|l| format!("{l:.0}")).collect();
-                let _ = writeln!(out, "  load of the GPUs: {}", loads.join(", "));
-                if let Some(counts) = slots.logcnt.get(layer) {
-                    let many: Vec<String> =
-                        counts.iter().enumerate().filter(|(_, n)| **n > 1).map(|(e, n)| format!("{e} x{n}")).collect();
-                    if !many.is_empty() {
-                        let _ = writeln!(out, "  experts with replicas: {}", many.join(", "));
-                    }
-                }
-            }
-            out.push_str("`--format json` prints which expert lies in which slot\n");
-        }
-        (None, other) => {
-            let value = serde_json::to_value(other).unwrap_or_default();
-            let _ = writeln!(out, "{value:#}");
-        }
-    }
-    out
 }

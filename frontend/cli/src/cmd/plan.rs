@@ -37,7 +37,8 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<(), Failure> {
     }
     let Some(path) = &args.model else { return Err(Failure::Usage("plan needs a MODEL".to_owned())) };
     let model = shape(cx, path)?;
-    let cluster = cluster(cx, &args.cluster)?;
+    let mut cluster = cluster(cx, &args.cluster)?;
+    cluster.gpus_per_domain = args.gpus_per_node.unwrap_or(cluster.gpus_per_domain);
     let mut request = match args.objective.as_str() {
         "prefill" => Request::serve(Objective::Prefill, gpus, args.seq, args.generate),
         "decode" => Request::serve(Objective::Decode, gpus, args.seq, args.generate),
@@ -160,6 +161,9 @@ fn cluster(cx: &Context, name: &str) -> Result<Cluster, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::refused("E0404", format!("cannot read {name}: {e}"), "name a preset or a JSON file"))?;
     let cluster = Cluster::from_json(&text).map_err(|e| Failure::Refused(vec![Refusal::from(e).point(name, &text)]))?;
+    if let Some(found) = pointed::ambiguous(name, &text) {
+        return Err(Failure::Refused(vec![found]));
+    }
     cx.report(&pointed::unread(name, cluster.unread(&text)));
     Ok(cluster)
 }
