@@ -41,6 +41,17 @@ fn main() -> ExitCode {
                     c.registers,
                     c.shared_bytes
                 );
+                println!(
+                    "  {} warp instructions, {} and {} bytes of global memory read and written, {} passes over shared \
+                     memory and {} conflicts, {} tensor operations, {} blocks",
+                    c.warp_instructions,
+                    c.global_bytes_read,
+                    c.global_bytes_written,
+                    c.shared_wavefronts,
+                    c.bank_conflicts(),
+                    c.tensor_flops,
+                    c.blocks
+                );
                 bad += u32::from(!o.passed());
                 if o.expect != "ok" || !o.passed() {
                     o.report.findings.iter().for_each(|f| println!("  {f}"));
