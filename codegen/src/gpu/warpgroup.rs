@@ -121,8 +121,9 @@ impl<'c> Team<'_, 'c> {
         let column = b.addi(b.mulc(self.warp, i64::from(16 / each)), b.shrui(self.lane, b.i32(2)));
         let origin = [b.shli(b.andi(self.lane, b.i32(3)), b.i32(1)), column];
         // The rows of the lowest tile are a part of their own.
-        let mut ends = vec![least.min(height)];
-        ends.extend((height..=most).step_by(height as usize).filter(|end| *end > least));
+        let lowest = least.min(height);
+        let mut ends = vec![lowest];
+        ends.extend((height..=most).step_by(height as usize).filter(|end| *end > lowest));
         for (time, sums) in (0..).zip(sums.chunks(self::sums(most))) {
             let first_column = b.addc(first_column, i64::from(columns * time));
             let mut first_row = 0;

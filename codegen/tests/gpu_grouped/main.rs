@@ -177,6 +177,9 @@ fn hopper() {
         check_hopper(&spec, &routings.map(|r| (70, r)));
     }
     check_hopper(&dense(DType::Bf16), &EVEN);
+    // Results of f32 leave 32 rows at a time, fewer than the lowest tile of dense products has.
+    check_hopper(&Grouped { out: DType::F32, ..dense(DType::Bf16) }, &EVEN[5..]);
+    check_hopper(&Grouped { out: DType::F32, ..down(DType::Bf16) }, &[(70, Routing::AllTo(3))]);
     let spec =
         Grouped { bias: true, scale: RowScale::Input, k: 100, n: 70, a_stride: 102, out_stride: 70, ..up(DType::Bf16) };
     check_hopper(&spec, &[(1, Routing::Even), (19, Routing::Skewed), (70, Routing::AllTo(3))]);
