@@ -50,7 +50,7 @@ fn main() -> Result<()> {
             continue;
         }
         let bytes = std::fs::read(&file)?;
-        let (artefact, _) = golden::compile(&SafetensorsBytes::new(&bytes)?, &compiler).context(name.clone())?;
+        let artefact = golden::compile(&SafetensorsBytes::new(&bytes)?, &compiler).context(name.clone())?;
         all += write(&artefact, &out.join("goldens").join(&name)).context(name)?;
     }
     let layers: Value = serde_json::from_slice(&std::fs::read(Path::new(HERE).join("gpu/layers.json"))?)?;

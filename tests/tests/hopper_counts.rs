@@ -16,12 +16,19 @@ of the unit that binds on an H200 (4.3 TB/s, 132 multiprocessors at 1.755 GHz), 
 
 What exceeds the floor is left to the second-level cache: the rows of an expert are asked for once by every column tile, so
 that `r` rows add `r` over the weight rows of a tile, times 16 bits over the bits of a weight. A tile has 64 weight rows up
-to 8 tokens, as many as registers hold; 384 or 256 up to 48 rows an expert; 256 beyond, where weights are asked for once for
-every 256 rows by a pair of blocks that copy half of them each to both (every 128 rows by single blocks, if weights are
-codes). That is 128 operations for each byte, and no tile of two blocks does more: its sums fill their registers. Up to 64
-tokens it is less than 5 %, but for mxfp4 and up to 4 tokens, where a row is a seventeenth of a tile of 64 weight rows. From
-1024 to 4096 tokens on that traffic is what binds (`cache`). Codes are decoded once for each tile: `issue` counts PTX, of
-which the assembler leaves out the moves.
+to 8 tokens (96 of mxfp4), as many as registers hold; 384 or 256 up to 48 rows an expert; 256 beyond, where weights are asked
+for once for every 256 rows by a pair of blocks that copy half of them each to both (every 128 rows by single blocks, if
+weights are codes). That is 128 operations for each byte, and no tile of two blocks does more: its sums fill their registers.
+From 1024 to 4096 tokens on that traffic is what binds (`cache`). Memory is asked for the floor alone while rows and results
+of a launch fit in that cache: no width here needs padding.
+
+Up to 64 tokens the excess is less than 5 %, but for mxfp4 with 4 tokens, where a row is a 25th of a tile and experts that
+are hit have more than one. Some of it no kernel can leave out: every multiprocessor has to be given the rows whose weights
+it multiplies. If all 132 read weights, one token of mxfp4 takes 132 times 5760 bytes in each of both products, which is 2.9 %
+of its 53 MB. Codes are decoded once for each tile: `issue` counts PTX, of which the assembler leaves out the moves.
+
+Conflicts are those of the products; there are none. A launch adds about twelve passes for each block, once: lanes past the
+last expert read the same word of the table of tiles while another lane reads its bank.
 
 `MOEC_BLESS=1 cargo test -p moec-tests --test hopper_counts` writes this page.
 ";
@@ -96,8 +103,8 @@ fn hopper_kernels_do_no_more_than_before() {
     assert!(page(&before) == shown, "docs/hopper-counts.md is not what tests/hopper-counts.json says; MOEC_BLESS=1");
     for c in &now {
         assert_eq!(c.bank_conflicts, 0, "{} T={}", c.layer, c.tokens);
-        // Few tokens: weights once, and little besides. The codes of 64 rows are 17 times a row of the operand.
-        let much = if c.layer == "gpt-oss-120b" && c.tokens <= 4 { 1.09 } else { 1.05 };
+        // Few tokens: weights once, and little besides. The codes of 96 rows are 25 times a row of the operand.
+        let much = if c.layer == "gpt-oss-120b" && c.tokens == 4 { 1.06 } else { 1.05 };
         let most = much * c.floor_bytes as f64;
         assert!(c.tokens > 64 || c.global_bytes as f64 <= most, "{} T={} {:?}", c.layer, c.tokens, c.choice);
     }

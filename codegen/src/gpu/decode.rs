@@ -1,6 +1,6 @@
 //! Products of few rows: weights go from memory straight into fragments of `mma.sync`.
 //!
-//! A block takes up to four times 16 packed rows of one expert and all of `k`, which its warps share in turn: a lane
+//! A block takes up to six times 16 packed rows of one expert and all of `k`, which its warps share in turn: a lane
 //! loads 16 neighbouring bytes of a weight row and of a row of the operand, and both count as fragments of a product
 //! whose depth is permuted alike on both sides. So weights need no shared memory, no barrier and no other order. Their
 //! loads run ahead of the products in registers. The sums of the warps are added in the order of the warps.
@@ -26,12 +26,14 @@ use moec_abi::DType;
 
 /// Warps of a block; they take chunks of `k` in turn.
 const WARPS: u32 = 8;
-/// Most 16-row units of packed weights of a block. Each block reads the rows of its expert, so more is less to read.
-const UNITS: u32 = 4;
+/// 16-row units of packed weights that a block may have. Each block reads the rows of its expert, so more is less to read.
+const UNITS: [u32; 3] = [6, 4, 2];
 /// Elements of `k` that a warp takes at a time, as values: 16 bytes of four lanes.
 const CHUNK: u64 = 32;
 /// Registers of a thread for steps that are loaded ahead.
 const AHEAD: u32 = 84;
+/// Bytes that are to be in flight on a multiprocessor.
+const IN_FLIGHT: u64 = 64 << 10;
 /// Most tokens for which these kernels are launched: the width of their only tile.
 const TOKENS: u64 = 8;
 /// Most packed rows of one matrix for all rows (a router) that is read again for every eight tokens, and most tokens
@@ -47,14 +49,18 @@ pub fn decode(spec: &Grouped, target: Target) -> Option<(Schedule, u64)> {
         return None;
     }
     let small = spec.rows == RowSource::Dense && packed_rows(spec) <= SMALL.0;
-    // Two steps fit in registers, rows share addresses, and many rows of weights leave enough blocks of one token.
-    let packed = packed_rows(spec);
-    let blocks = packed / u64::from(16 * UNITS) * spec.rows_per_token.min(spec.experts);
-    let whole = packed.is_multiple_of(u64::from(16 * UNITS));
-    let most = if whole && blocks >= MULTIPROCESSORS { UNITS } else { UNITS / 2 };
-    let fits = |units: &u32| *units <= most && 2 * step_words(spec, *units) <= AHEAD;
-    let units = if small { 1 } else { [UNITS, UNITS / 2].into_iter().find(fits).unwrap_or(1) };
-    let (steps, stages) = (steps(spec), (AHEAD / step_words(spec, units)).clamp(1, 4));
+    let stages = |units| (AHEAD / step_words(spec, units)).clamp(1, 4);
+    // Two steps fit in registers. Of more than the least, rows share addresses, and the blocks of one token have enough
+    // in flight.
+    let fits = |units: &u32| {
+        let (packed, columns) = (packed_rows(spec), u64::from(16 * units));
+        let blocks = packed / columns * spec.rows_per_token.min(spec.experts);
+        let bytes = u64::from(WARPS * 32 * 4 * step_words(spec, *units) * stages(*units));
+        let many = packed.is_multiple_of(columns) && blocks * bytes >= MULTIPROCESSORS * IN_FLIGHT;
+        2 * step_words(spec, *units) <= AHEAD && (many || *units == 2)
+    };
+    let units = if small { 1 } else { UNITS.into_iter().find(fits).unwrap_or(1) };
+    let (steps, stages) = (steps(spec), stages(units));
     // Rounds are of equal length.
     let tile = Tile { rows: 8, depth: chunk(spec) as u32, stages: steps.div_ceil(steps.div_ceil(stages)), down: 1 };
     let modes = vec![Mode { limit: None, columns: 16 * units, share: 1, tiles: vec![tile] }];
@@ -82,7 +88,7 @@ fn steps(spec: &Grouped) -> u32 {
 }
 
 /// Bytes of the sums of all warps.
-const SUMS_BYTES: u32 = WARPS * UNITS * 32 * 16;
+const SUMS_BYTES: u32 = WARPS * UNITS[0] * 32 * 16;
 /// Bytes of shared memory: the sums, and which rows the block has.
 pub(super) const SHARED_BYTES: u32 = SUMS_BYTES + 16;
 
@@ -97,7 +103,7 @@ struct Step<'c> {
 
 /// Addresses of a lane.
 struct Source<'c> {
-    /// Its weight rows: `UNITS` pairs, eight rows apart.
+    /// Its weight rows, eight rows apart.
     weights: Vec<V<'c>>,
     /// Its row of the operand, and whether that exists.
     operand: (V<'c>, V<'c>),

@@ -328,7 +328,9 @@ impl<'c> Kernel<'_, 'c> {
         };
         let columns = self.mode.out_columns(self.spec);
         let first_column = self.b.mulc(column_tile, i64::from(columns));
-        let part = Part { base: self.shared, first_row: 0, rows: tile.rows, first_column, columns, swizzled: false };
+        // Lanes of fragments lie as the swizzle wants them; those of plain multiply-adds want gaps.
+        let swizzled = self.schedule.kind == Kind::MmaSync;
+        let part = Part { base: self.shared, first_row: 0, rows: tile.rows, first_column, columns, swizzled };
         self.store(rows, &part, origin, |values| self.write(&part, &places, &sums, values));
     }
 

@@ -4,7 +4,7 @@ use crate::{
     CaseResult, Status, compare,
     execute::{Found, execute, refused},
 };
-use moec_runtime::{Layer, Result, SafetensorsBytes};
+use moec_runtime::{Artefact, Layer, Result, SafetensorsBytes};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -17,6 +17,19 @@ struct Tolerance {
     max_rel: f64,
     rms_rel: f64,
     topk_weights_rel: f64,
+}
+
+/// The layer of a compiled case that has its tensors: other layers of the model may share the form.
+///
+/// # Errors
+/// The file is not a case, or the artefact has no such layer.
+pub fn layer(tensors: &SafetensorsBytes<'_>, artefact: &Artefact) -> Result<u64> {
+    let prefix =
+        tensors.text("layer_prefix").ok_or_else(|| refused("the case has no `layer_prefix` in its metadata"))?;
+    let program = artefact.program(0)?;
+    let mut layers = program.layers.iter().zip(&program.prefixes);
+    let found = layers.find(|(_, of)| *of == prefix).map(|(layer, _)| *layer);
+    found.ok_or_else(|| refused(format!("no layer of the artefact has the prefix `{prefix}`")))
 }
 
 /// Runs a layer that was compiled for the case, with all of [`OUTPUTS`], and judges it under the case's own limits.

@@ -48,7 +48,7 @@ fn golden(here: &Place, artefact: &Path, path: &Path, name: &str) -> Result<(Cas
     let tensors = SafetensorsBytes::new(&bytes).map_err(|e| e.to_string())?;
     let artefact = Arc::new(Artefact::load(artefact).map_err(|e| e.to_string())?);
     let program = artefact.program(0).map_err(|e| e.to_string())?;
-    let number = program.layers.first().copied().ok_or("the program serves no layer")?;
+    let number = golden::layer(&tensors, &artefact).map_err(|e| e.to_string())?;
     let layer = |device: Arc<dyn Device>| {
         Model::new(Arc::clone(&artefact), device).layer(number, &tensors).map_err(|e| e.to_string())
     };

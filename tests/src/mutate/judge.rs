@@ -108,18 +108,47 @@ fn harmless(subject: &Subject, mutant: &Mutant) -> Option<&'static str> {
                 "what it holds back is neither a fault nor unordered, and no byte comes out other, whichever lane goes first",
             )
         }
-        // The fence orders what was initialised for the other blocks of a cluster; bar.sync does for the own block.
-        Kind::Fence if mutant.was.starts_with("fence.mbarrier_init") && subject.blocks_are_alone() => {
-            Some("there are no clusters: bar.sync stands between the initialisation and every use")
+        Kind::Barrier => {
+            let end = at + 1 + lines[at + 1..].iter().position(|l| l.starts_with("ret"))?;
+            let idle = |l: &&str| ["ld.", "st.", "atom", "red.", "cp.", "call"].iter().all(|x| !l.contains(x));
+            (lines[at + 1..end].iter().all(|l| idle(&l)) && quiet(&lines, at + 1, end))
+                .then_some("no memory is used until the end of the kernel")
         }
-        Kind::Barrier
-        | Kind::Fence
-        | Kind::CopyWait
-        | Kind::MbarrierWait
-        | Kind::WgmmaWait
-        | Kind::LaunchWait
-        | Kind::Commit
-        | Kind::Arrive => None,
+        // The fence orders what was initialised before it, as does any meeting of those who use it.
+        Kind::Fence if mutant.was.starts_with("fence.mbarrier_init") => {
+            let met = |l: &&str| {
+                if subject.blocks_are_alone() {
+                    l.starts_with("bar.sync")
+                } else {
+                    *l == "barrier.cluster.arrive.aligned;"
+                }
+            };
+            let used = |l: &&str| ["mapa", "mbarrier.", "cp.async.bulk"].iter().any(|used| l.contains(used));
+            let rest = &lines[at + 1..];
+            let meeting = rest.iter().position(|l| met(&l))?;
+            (!rest[..meeting].iter().any(|l| used(&l))).then_some(
+                "all who use the mbarriers meet between their initialisation and every use, which orders both",
+            )
+        }
+        Kind::LaunchWait if subject.stands_alone(&mutant.entry) => {
+            Some("what runs beside the launch before, up to the next one that waits for all, shares no memory with it")
+        }
+        // Where a thread that lost its wait uses what launches before wrote, the simulator finds a race.
+        Kind::LaunchWait => {
+            let ptx = mutant.apply(subject.ptx());
+            let entries: Vec<&str> = ptx.split_inclusive(".entry ").collect();
+            let own = entries.iter().position(|text| text.starts_with(&format!("{}(", mutant.entry)))?;
+            let trapping = |(i, text): (usize, &&str)| match i == own {
+                true => text.replace("griddepcontrol.wait;", "trap;"),
+                false => (**text).to_owned(),
+            };
+            let others: String = entries.iter().enumerate().map(trapping).collect();
+            let waits = |run| subject.run(&others, run).is_err_and(|f| f.kinds.contains(&FindingKind::Trap));
+            subject.runs().iter().all(waits).then_some(
+                "what goes on without it uses nothing of the launches before, and other blocks of every launch still wait",
+            )
+        }
+        Kind::Fence | Kind::CopyWait | Kind::MbarrierWait | Kind::WgmmaWait | Kind::Commit | Kind::Arrive => None,
     }
 }
 

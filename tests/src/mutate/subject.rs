@@ -28,6 +28,8 @@ pub enum Spread {
     Skewed,
     /// All to the last expert.
     Last,
+    /// To none: the launch has no rows.
+    Nobody,
 }
 
 /// Why a run gave no result.
@@ -57,6 +59,10 @@ trait Program: Send + Sync {
 
     /// Blocks of the largest cluster of a launch.
     fn cluster(&self) -> u32;
+
+    /// Whether a kernel, and all launches up to the next one that waits for everything, use no memory that the launch
+    /// before it uses.
+    fn stands_alone(&self, entry: &str, tokens: u64) -> bool;
 }
 
 /// Emitted PTX and how to run it.
@@ -123,6 +129,13 @@ impl Subject {
     #[must_use]
     pub fn blocks_are_alone(&self) -> bool {
         self.program.cluster() == 1
+    }
+
+    /// Whether a kernel, and all launches up to the next one that waits for everything, use no memory that the launch
+    /// before it uses.
+    #[must_use]
+    pub fn stands_alone(&self, entry: &str) -> bool {
+        self.runs.iter().all(|run| self.program.stands_alone(entry, run.tokens))
     }
 
     /// Whether other PTX gives the right result with every shape, the lanes of a warp going as told. Nothing is checked

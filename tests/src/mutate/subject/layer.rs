@@ -3,9 +3,9 @@
 use super::{Fault, Outcome, Program, Spread, Subject};
 use crate::gallery::{self, Compiled, data, tokens_of};
 use moec::{Compiler, Target};
-use moec_abi::{BufferKind, DType, Expr, Grid, Manifest};
+use moec_abi::{Arg, Buffer, BufferKind, DType, Expr, Grid, Launch, Manifest};
 use moec_runtime::{Artefact, Model, Random, Sim, Tensors};
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{collections::BTreeMap, ops::Range, path::Path, sync::Arc};
 
 /// Configs of one layer: widths that no tile divides, and numbers of experts that no warp does.
 const CONFIGS: [(&str, &str); 6] = [
@@ -123,15 +123,28 @@ fn of_config(name: &str, config: &str, target: Target, part: Part, seeds: u64) -
     let inputs = move |tokens| {
         let mut numbers = super::product::Numbers(tokens);
         let given = program.buffers.iter().filter(|b| matches!(b.kind, BufferKind::Input { .. }));
-        given.map(|b| numbers.bytes(b.dtype, bytes(&b.shape, b.dtype, tokens) / b.dtype.bytes() as usize)).collect()
+        let input = |b: &Buffer| {
+            let mut all = numbers.bytes(b.dtype, bytes(&b.shape, b.dtype, tokens) / b.dtype.bytes() as usize);
+            if matches!(part, Part::Products) {
+                super::product::spoil(
+                    &mut all,
+                    b.dtype,
+                    bytes(&b.shape[1..], b.dtype, tokens) / b.dtype.bytes() as usize,
+                );
+            }
+            all
+        };
+        given.map(input).collect()
     };
     let layer = Layer { manifest: artefact.manifest.clone(), weights: Box::new(weights), inputs: Box::new(inputs) };
-    let mut subject = Subject::new(name, ptx, Box::new(layer), &[(1, Spread::Skewed), (7, Spread::Skewed)], seeds);
-    subject.mutated = match part {
-        Part::Around => |entry| !is_product(entry),
-        Part::Products => is_product,
+    // Products have kernels and tiles for different numbers of tokens.
+    let (tokens, mutated): (&[u64], fn(&str) -> bool) = match part {
+        Part::Around => (&[1, 7], |entry| !is_product(entry)),
+        Part::Products => (&[1, 7, 9, 97], is_product),
     };
-    subject
+    let shapes: Vec<_> = tokens.iter().map(|tokens| (*tokens, Spread::Skewed)).collect();
+    let subject = Subject::new(name, ptx, Box::new(layer), &shapes, seeds);
+    Subject { mutated, ..subject }
 }
 
 fn of_file(name: &str, file: &str, target: Target, seeds: u64) -> Subject {
@@ -184,5 +197,44 @@ impl Program for Layer {
             Grid::Cpu(_) => 1,
         };
         self.manifest.programs[0].launches.iter().map(|l| blocks(&l.grid)).max().unwrap_or(1)
+    }
+
+    /// Launches up to the next one that starts after everything may run beside the one before, if this one does not wait.
+    fn stands_alone(&self, entry: &str, tokens: u64) -> bool {
+        let gpu = |launch: &Launch| match &launch.grid {
+            Grid::Gpu(grid) => Some((grid.dependent, grid.tokens)),
+            Grid::Cpu(_) => None,
+        };
+        let made = |launch: &&Launch| gpu(launch).is_some_and(|(_, [first, last])| (first..=last).contains(&tokens));
+        let launches: Vec<&Launch> = self.manifest.programs[0].launches.iter().filter(made).collect();
+        let Some(at) = launches.iter().position(|launch| launch.symbol == entry) else { return true };
+        // The program runs again and again.
+        let mut turn = launches.iter().cycle().skip(at + launches.len() - 1).take(launches.len());
+        let before = turn.next().map(|launch| self.places(launch, tokens)).unwrap_or_default();
+        let beside = turn.take_while(|launch| gpu(launch).is_some_and(|(dependent, _)| dependent));
+        let apart = |[a, b]: &[Range<u64>; 2]| a.end <= b.start || b.end <= a.start;
+        beside
+            .flat_map(|launch| self.places(launch, tokens))
+            .all(|b| before.iter().all(|a| apart(&[a.clone(), b.clone()])))
+    }
+}
+
+impl Layer {
+    /// Places of the workspace that a launch reads or writes.
+    fn places(&self, launch: &Launch, tokens: u64) -> Vec<Range<u64>> {
+        let program = &self.manifest.programs[0];
+        let buffer = |arg: &Arg| match arg {
+            Arg::Buffer(buffer) | Arg::Offset { buffer, .. } => Some(&program.buffers[*buffer]),
+            Arg::Value(_) | Arg::TensorMap(_) => None,
+        };
+        let place = |buffer: &Buffer| match buffer.kind {
+            BufferKind::Workspace => {
+                let start = buffer.offset.eval(tokens).expect("sizes are small");
+                Some(start..start + bytes(&buffer.shape, buffer.dtype, tokens) as u64)
+            }
+            // Of a run of its own.
+            BufferKind::Output { .. } | BufferKind::Input { .. } | BufferKind::Weight { .. } => None,
+        };
+        launch.args.iter().filter_map(buffer).filter_map(place).collect()
     }
 }

@@ -106,7 +106,7 @@ fn modes(
     seeds: u64,
     filter: &str,
 ) -> Vec<Subject> {
-    let shapes = [(1, Spread::Skewed), (19, Spread::Skewed), (67, Spread::Last)];
+    let shapes = [(1, Spread::Skewed), (5, Spread::Nobody), (19, Spread::Skewed), (67, Spread::Last)];
     let alone = |mode: &gpu::Mode| {
         let tall = schedule.kind == gpu::Kind::Wgmma;
         let height = if tall { format!("x{}", mode.rows()) } else { String::new() };
@@ -145,6 +145,17 @@ impl Numbers {
     }
 }
 
+/// Lets some rows of so many elements start with an infinity: what reads past the end of the row before gets a NaN from
+/// it, even where weights are zero.
+pub(super) fn spoil(rows: &mut [u8], dtype: DType, width: usize) {
+    let size = dtype.bytes() as usize;
+    // The upper bytes of an f32 are a bf16.
+    let infinity = &f32::INFINITY.to_le_bytes()[4 - size..];
+    for row in rows.chunks_exact_mut(width * size).skip(1).step_by(3) {
+        row[..size].copy_from_slice(infinity);
+    }
+}
+
 impl Product {
     fn rows(&self, tokens: u64) -> u64 {
         tokens * self.spec.rows_per_token
@@ -158,6 +169,7 @@ impl Product {
             let count = match spread {
                 Spread::Skewed if !last => left.div_ceil(2),
                 Spread::Last if !last => 0,
+                Spread::Nobody => 0,
                 Spread::Skewed | Spread::Last => left,
             };
             left -= count;
@@ -166,17 +178,11 @@ impl Product {
         offsets
     }
 
-    /// Rows of the operand. Some start with an infinity: what reads past the end of the row before gets a NaN from it,
-    /// even where weights are zero.
+    /// Rows of the operand.
     fn operand(&self, numbers: &mut Numbers, rows: u64) -> Vec<u8> {
         let spec = &self.spec;
-        let size = spec.a.bytes() as usize;
         let mut out = numbers.bytes(spec.a, (rows * spec.a_stride) as usize);
-        // The upper bytes of an f32 are a bf16.
-        let infinity = &f32::INFINITY.to_le_bytes()[4 - size..];
-        for row in out.chunks_exact_mut(spec.a_stride as usize * size).skip(1).step_by(3) {
-            row[..size].copy_from_slice(infinity);
-        }
+        spoil(&mut out, spec.a, spec.a_stride as usize);
         out
     }
 
@@ -319,7 +325,8 @@ impl Program for Product {
         let seen: Vec<Shared> =
             given.iter().map(|(_, [place, _])| Shared { address: memory.alloc(place.bytes, 256), ..*place }).collect();
         let read = seen.iter().zip(&given).map(|(to, (_, [from, _]))| [to, from]);
-        let after: Vec<_> = made.iter().map(|[to, from]| [to, from]).chain(read).collect();
+        let made = made.iter().filter(|_| spread != Spread::Nobody);
+        let after: Vec<_> = made.map(|[to, from]| [to, from]).chain(read).collect();
         fine(&copy(&mut memory, &after, schedule.dependent, &options).map_err(error)?)?;
         let mut out = Vec::new();
         for [to, _] in after {
@@ -330,6 +337,10 @@ impl Program for Product {
 
     fn cluster(&self) -> u32 {
         self.schedule.grid(&self.spec).cluster.iter().product()
+    }
+
+    fn stands_alone(&self, _: &str, _: u64) -> bool {
+        false
     }
 }
 
