@@ -27,7 +27,7 @@ fn counts(target: Target) -> Counts {
     let model = Model::new(Arc::new(artefact.load().expect("loads")), Arc::clone(&sim) as _);
     let layer = model.layer(program.layers[0], &weights).expect("binds");
     let hidden: Vec<u8> = (0..TOKENS * 2048)
-        .flat_map(|i| half::bf16::from_f32(((i * 2_654_435_761 >> 7) % 509) as f32 / 254.0 - 1.0).to_le_bytes())
+        .flat_map(|i| half::bf16::from_f32((((i * 2_654_435_761) >> 7) % 509) as f32 / 254.0 - 1.0).to_le_bytes())
         .collect();
     let mut output = vec![0; hidden.len()];
     layer.launch(TOKENS, &[&hidden], &mut [&mut output]).expect("runs");

@@ -74,7 +74,7 @@ fn case(number: u64) -> Case {
     let family = FAMILIES[(number % 6) as usize];
     let gpus = draw.of(&[2, 4, 4, 8]);
     let ways = |draw: &mut Draw, left: u64| {
-        let choices: Vec<u64> = [1, 2, 4, 8].into_iter().filter(|n| left % n == 0).collect();
+        let choices: Vec<u64> = [1, 2, 4, 8].into_iter().filter(|n| left.is_multiple_of(*n)).collect();
         draw.of(&choices)
     };
     let pp = if draw.below(5) == 0 { 2 } else { 1 };
@@ -88,7 +88,7 @@ fn case(number: u64) -> Case {
     // Every third mapping has replicas, in slots that are drawn; each expert has at least one.
     let placement = (number % 3 == 1).then(|| {
         let mut slots: Vec<u64> = (0..experts).collect();
-        while slots.len() as u64 % ep != 0 || (slots.len() as u64) < experts + ep {
+        while !(slots.len() as u64).is_multiple_of(ep) || (slots.len() as u64) < experts + ep {
             slots.push(draw.below(experts));
         }
         for i in (1..slots.len()).rev() {

@@ -22,7 +22,7 @@ fn launches(model: usize, target: Target) -> Vec<(u64, Rows)> {
 /// Every model on the usual CPUs, one in four on each GPU and on products of pairs, but one that the interpreter takes long for.
 fn chosen(model: usize, target: Target) -> bool {
     let turn = match target {
-        Target::Sm80 => model % 4 == 0,
+        Target::Sm80 => model.is_multiple_of(4),
         Target::Sm90a => model % 4 == 1,
         Target::X86V4Bf16 => model % 4 == 1,
         Target::X86V3 | Target::X86V4 | Target::X86V4Amx | Target::Aarch64 | Target::Sm89 => true,

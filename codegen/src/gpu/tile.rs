@@ -220,7 +220,7 @@ impl<'c> Kernel<'_, 'c> {
     fn own_tiles(&self, base: V<'c>, span: i32) -> Own<'c> {
         let b = self.b;
         // An odd number, so that the lanes read different banks.
-        let each = (span + 31) / 32 | 1;
+        let each = ((span + 31) / 32) | 1;
         let begin = b.addi(base, b.muli(self.lane, b.i32(each)));
         let first = self.offset(begin);
         let (mut count, mut last) = (b.i32(0), first);

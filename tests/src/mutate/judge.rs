@@ -110,23 +110,23 @@ fn harmless(subject: &Subject, mutant: &Mutant) -> Option<&'static str> {
         }
         Kind::Barrier => {
             let end = at + 1 + lines[at + 1..].iter().position(|l| l.starts_with("ret"))?;
-            let idle = |l: &&str| ["ld.", "st.", "atom", "red.", "cp.", "call"].iter().all(|x| !l.contains(x));
-            (lines[at + 1..end].iter().all(|l| idle(&l)) && quiet(&lines, at + 1, end))
+            let idle = |l: &str| ["ld.", "st.", "atom", "red.", "cp.", "call"].iter().all(|x| !l.contains(x));
+            (lines[at + 1..end].iter().all(|l| idle(l)) && quiet(&lines, at + 1, end))
                 .then_some("no memory is used until the end of the kernel")
         }
         // The fence orders what was initialised before it, as does any meeting of those who use it.
         Kind::Fence if mutant.was.starts_with("fence.mbarrier_init") => {
-            let met = |l: &&str| {
+            let met = |l: &str| {
                 if subject.blocks_are_alone() {
                     l.starts_with("bar.sync")
                 } else {
-                    *l == "barrier.cluster.arrive.aligned;"
+                    l == "barrier.cluster.arrive.aligned;"
                 }
             };
-            let used = |l: &&str| ["mapa", "mbarrier.", "cp.async.bulk"].iter().any(|used| l.contains(used));
+            let used = |l: &str| ["mapa", "mbarrier.", "cp.async.bulk"].iter().any(|used| l.contains(used));
             let rest = &lines[at + 1..];
-            let meeting = rest.iter().position(|l| met(&l))?;
-            (!rest[..meeting].iter().any(|l| used(&l))).then_some(
+            let meeting = rest.iter().position(|l| met(l))?;
+            (!rest[..meeting].iter().any(|l| used(l))).then_some(
                 "all who use the mbarriers meet between their initialisation and every use, which orders both",
             )
         }
@@ -189,10 +189,10 @@ fn meets(line: &str) -> bool {
 /// Whether lines use no memory of other lanes, and nobody comes to them from elsewhere.
 fn quiet(lines: &[&str], from: usize, to: usize) -> bool {
     let part = &lines[from..to];
-    let private = |l: &&str| !["shared", "atom", "red.", "call"].iter().any(|x| l.contains(x));
+    let private = |l: &str| !["shared", "atom", "red.", "call"].iter().any(|x| l.contains(x));
     let entered = |label: &str| {
-        let jumps = |l: &&str| l.contains("bra") && l.trim_end_matches(';').ends_with(label);
-        lines[..from].iter().chain(&lines[to..]).any(|l| jumps(&l))
+        let jumps = |l: &str| l.contains("bra") && l.trim_end_matches(';').ends_with(label);
+        lines[..from].iter().chain(&lines[to..]).any(|l| jumps(l))
     };
-    part.iter().all(|l| private(&l)) && !part.iter().filter_map(|l| l.strip_suffix(':')).any(entered)
+    part.iter().all(|l| private(l)) && !part.iter().filter_map(|l| l.strip_suffix(':')).any(entered)
 }

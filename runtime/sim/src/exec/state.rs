@@ -107,7 +107,7 @@ impl CopyGroups {
     pub(crate) fn complete(&mut self, groups: u32) -> Option<u32> {
         let new = groups.checked_sub(self.completed).filter(|n| *n > 0)?;
         self.completed = groups;
-        self.times.drain(..new as usize).last()
+        self.times.drain(..new as usize).next_back()
     }
 
     /// Waits for all copies, which is no group of its own; gives their time.
