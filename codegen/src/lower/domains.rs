@@ -65,7 +65,8 @@ fn of_op(op: &Op, shape: &[Dim]) -> Option<Fit> {
     }
     if let Op::Shape(Shape::Reshape { to }) = op {
         let row = to.iter().filter_map(|n| u64::try_from(*n).ok()).try_fold(1, u64::checked_mul)?;
-        let what = format!("{to:?}, whose open size must be whole");
+        let elements = shape.iter().cloned().try_fold(Dim::Const(1), Dim::mul)?;
+        let what = format!("a reshape of {elements} elements to {to:?}, whose open size must be whole");
         return Some(Fit { what, multiple: row.max(1), ..any(volume(shape)) });
     }
     if let Op::Reduce(Reduce { function: ReduceFn::Max | ReduceFn::Min, axis, .. }) = op {
