@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, distributions, version
 from math import exp, log
 
 
@@ -14,14 +15,26 @@ def said(*command):
         return None
 
 
-def machine():
-    versions = {}
-    for package in ("torch", "triton", "transformers", "sglang", "sonicmoe", "liger-kernel", "flashinfer-python"):
+PACKAGES = ("torch", "triton", "transformers", "sglang", "sonic-moe", "quack-kernels", "nvidia-cutlass-dsl", "liger-kernel",
+            "flashinfer-python")
+
+
+def packages(site=None):
+    """Versions of the peers' packages: installed ones, then those unpacked under `site`, by folder."""
+    found = {}
+    for name in PACKAGES:
         try:
-            from importlib.metadata import version
-            versions[package] = version(package)
-        except Exception:
-            versions[package] = None
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    for folder in sorted(site.iterdir()) if site and site.is_dir() else ():
+        for one in distributions(path=[str(folder)]):
+            if one.name in PACKAGES:
+                found[one.name if folder.name == "all" else f"{one.name} for {folder.name}"] = one.version
+    return found
+
+
+def machine():
     smi = shutil.which("nvidia-smi")
     query = "name,driver_version,clocks.sm,clocks.mem,memory.total"
     return {
@@ -29,7 +42,7 @@ def machine():
         "nvcc": (said("nvcc", "--version") or "").split("\n")[-1] or None,
         "python": platform.python_version(),
         "kernel": platform.release(),
-        "packages": versions,
+        "packages": packages(),
     }
 
 
@@ -104,7 +117,7 @@ def write(folder, name, about, steps, seconds):
         "goldens": cases(steps, "golden"),
         "ptx_cases": cases(steps, "ptx"),
         "bench": tables(steps),
-        "peers": [line for s in steps for line in s["lines"] if line.get("kind") == "peer" and "us" not in line],
+        "peers": [line for s in steps for line in s["lines"] if line.get("kind") == "peer"],
         "kernels": [line for s in steps for line in s["lines"] if line.get("kind") == "bench"],
     }
     path.write_text(json.dumps(value, indent=1) + "\n")

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
 DEVICE = os.environ.get("DEVICE", "cuda")
 # Seconds of all steps together; a step gets no more than what is left.
-BUDGET = 460
+BUDGET = float(os.environ.get("BUDGET") or 460)
 # Goldens for the sanitizers: small ones of different kernels (plain, grouped, shared experts, packed weights).
 SANITIZED = "mixtral__f32_t17,qwen3_moe__bf16_t130_skew,deepseek_v3__bf16_t17_fp8,gpt_oss__bf16_t17_mxfp4"
 
@@ -45,12 +46,17 @@ class Run:
         path = self.work / f"{name.replace(' ', '-')}.jsonl"
         with open(path, "wb") as out, open(path.with_suffix(".err"), "wb") as err:
             try:
-                code = subprocess.run([str(c) for c in command], stdout=out, stderr=err, timeout=limit,
-                                      env={**os.environ, **(environment or {})}).returncode
-                status = "done" if code == wanted else "failed"
-                reason = None if code == wanted else f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                status, reason = "timeout", f"after {limit:.0f} s"
+                # A session of its own: what it started (a sanitizer's program, a compiler's workers) ends with it.
+                process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=err, start_new_session=True,
+                                           env={**os.environ, **(environment or {})})
+                try:
+                    code = process.wait(limit)
+                    status = "done" if code == wanted else "failed"
+                    reason = None if code == wanted else f"exit code {code}"
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    status, reason = "timeout", f"after {limit:.0f} s"
             except OSError as error:
                 status, reason = "failed", str(error)
         lines = []
@@ -82,13 +88,23 @@ def sanitizers(run, runner, made):
             step["status"], step["reason"] = "skipped", "compute-sanitizer does not take this device"
 
 
-def wheels(run):
-    """Unpacks wheels of peers beside the run: their folder is put on Python's path."""
-    found = sorted((HERE / "wheels").glob("*.whl"))
-    site = run.work / "site"
-    for wheel in found:
-        shutil.unpack_archive(wheel, site, "zip")
-    return {"PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"} if found else {}
+def wheels(run, peer):
+    """Unpacks the wheels for all peers and those in a folder of this one's name: `PYTHONPATH` with both."""
+    folder = Path(os.environ.get("WHEELS") or HERE / "wheels")
+    path = []
+    for name in (peer, ""):
+        site = run.work / "site" / (name or "all")
+        found = sorted((folder / name).glob("*.whl"))
+        if found and not site.exists():
+            for wheel in found:
+                shutil.unpack_archive(wheel, site, "zip")
+        if found:
+            path.append(str(site))
+        # What a `.pth` names is on the path of an installed package only.
+        for pth in sorted(site.glob("*.pth")):
+            lines = (line.strip() for line in pth.read_text().splitlines())
+            path += [str(site / line) for line in lines if line and (site / line).is_dir()]
+    return {"PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])} if path else {}
 
 
 def main():
@@ -120,11 +136,15 @@ def main():
             run("bench", bench + 20, [runner, "bench", HERE / "layers.json", made / "layers", routing, "--device", DEVICE,
                                       "--only", only, "--seconds", bench, *tokens])
             sanitizers(run, runner, made)
-            environment = wheels(run)
-            peers = [(path, {}) for path in sorted((HERE / "peers").glob("*.py")) if path.stem != "common"]
-            peers = [(p, {**e, **environment}) for p, e in peers if p.stem != "transformers_experts"] + [
-                (HERE / "peers" / "transformers_experts.py", {"PEER_IMPLEMENTATION": i, **environment})
-                for i in ("grouped_mm", "batched_mm")]
+            peers = []
+            for path in sorted((HERE / "peers").glob("*.py")):
+                implementations = ("grouped_mm", "batched_mm") if path.stem == "transformers_experts" else (None,)
+                if path.stem != "common":
+                    found = wheels(run, path.stem)
+                    peers += [(path, {**({"PEER_IMPLEMENTATION": i} if i else {}), **found}) for i in implementations]
+            only = os.environ.get("PEERS")
+            peers = [p for p in peers if not only or p[0].stem in only.split(",")]
+            about["packages"] = report.packages(run.work / "site")
             for i, (path, env) in enumerate(peers):
                 share = max(5.0, (run.left() - 10) / (len(peers) - i))
                 label = f"peer {path.stem}" + (f" {env['PEER_IMPLEMENTATION']}" if "PEER_IMPLEMENTATION" in env else "")

@@ -2,8 +2,10 @@
 
 usage: python PEER.py ROUTING_FOLDER SECONDS   (prints one line of JSON for each cell, at once)
 
-A peer is a file with `NAME` and `prepare(layer)`, which returns `call(x, ids, weights)` or raises `Skip`. All peers get
-the same rows, experts and route weights; they do what follows the router: sorting, both products, the weighted sum.
+A peer is a file with `NAME` and `prepare(layer)`, which returns `call(x, ids, weights, up, down)` or raises `Skip`. All
+get the same rows, experts and route weights; they do what follows the router: sorting, both products, the weighted sum.
+Ids and route weights come in the types that the peer wants, and before a cell is timed its result is compared with the
+plain sum over slots, so that a peer which computes something else is not a peer.
 """
 
 import json
@@ -53,21 +55,42 @@ def tensors(shape, folder, torch):
             read("weights.f32", torch.float32).view(s, t, k))
 
 
-def timed(torch, once, launches):
+def check(torch, layer, rows, call, x, ids, w, up, down):
+    """Raises if the peer's result of some tokens is not theirs; `rows(inner)` are the gate's and the up product's rows."""
+    gate, linear = (r.to(x.device) for r in rows(torch, layer.inner))
+    got = call(x, ids, w, up, down).float()
+    for t in sorted({0, x.shape[0] // 2, x.shape[0] - 1}):
+        wanted = torch.zeros(layer.hidden, device=x.device)
+        for e, share in zip(ids[t].tolist(), w[t].tolist()):
+            both = up[e].float() @ x[t].float()
+            wanted += share * (down[e].float() @ (torch.nn.functional.silu(both[gate]) * both[linear]))
+        off = (got[t] - wanted).norm() / wanted.norm()
+        if not off < 0.03:
+            raise ValueError(f"token {t} is off by {off.item():.3g} of its length: not the same layer")
+
+
+def halves(torch, inner):
+    """Rows of gate_up as the layers here have them: all of the gate, then all of the up product."""
+    return torch.arange(inner), torch.arange(inner, 2 * inner)
+
+
+def timed(torch, once, launches, graph):
     """Microseconds of a call: median, least and most of five samples of a replayed graph, or of plain calls."""
     once()
     torch.cuda.synchronize()
-    graphed = True
+    graphed = graph
     try:
+        if not graph:
+            raise RuntimeError("waits for the device: a graph cannot hold it")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             once()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
             once()
-        replay = graph.replay
+        replay = recorded.replay
     except Exception:
         torch.cuda.synchronize()
         graphed, replay = False, once
@@ -88,7 +111,7 @@ def timed(torch, once, launches):
     return {"us": samples[2], "us_least": samples[0], "us_most": samples[-1], "graph": graphed}
 
 
-def main(name, prepare):
+def main(name, prepare, ids_type="int32", weights_type="float32", rows=halves, graph=True):
     folder, seconds = sys.argv[1], float(sys.argv[2])
     emit = lambda **row: print(json.dumps({"kind": "peer", "peer": name, **row}), flush=True)
     try:
@@ -117,6 +140,7 @@ def main(name, prepare):
                     continue
                 try:
                     x, ids, w = tensors(shape, path, torch)
+                    ids, w = ids.to(getattr(torch, ids_type)), w.to(getattr(torch, weights_type))
                     sets = x.shape[0]
                     launches = -(-max(8, weights.copies) // sets) * sets
 
@@ -125,7 +149,8 @@ def main(name, prepare):
                             up, down = weights.weights[i % weights.copies]
                             call(x[i % sets], ids[i % sets], w[i % sets], up, down)
 
-                    emit(**cell, **timed(torch, once, launches))
+                    check(torch, weights, rows, call, x[0], ids[0], w[0], *weights.weights[0])
+                    emit(**cell, **timed(torch, once, launches, graph))
                 except Skip as reason:
                     emit(**cell, skipped=str(reason))
                 except Exception as error:

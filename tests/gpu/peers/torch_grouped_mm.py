@@ -21,10 +21,10 @@ def prepare(layer):
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         y = y[back].view(*ids.shape, layer.hidden)
-        return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
+        return (y * weights.unsqueeze(-1)).sum(1)
 
     return call
 
 
 if __name__ == "__main__":
-    common.main(NAME, prepare)
+    common.main(NAME, prepare, weights_type="bfloat16")

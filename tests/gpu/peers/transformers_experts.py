@@ -30,10 +30,10 @@ def prepare(layer):
         for name, value in (("gate_up_proj", up), ("down_proj", down)):
             experts._parameters.pop(name, None)
             experts.__dict__[name] = value
-        return experts(x, ids.long(), weights.to(x.dtype))
+        return experts(x, ids, weights)
 
     return call
 
 
 if __name__ == "__main__":
-    common.main(NAME, prepare)
+    common.main(NAME, prepare, ids_type="int64", weights_type="bfloat16")
